@@ -1,0 +1,35 @@
+# Everything runs in a virtual environment of its own; `make help` lists what there is.
+PYTHON ?= python3
+VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])'))
+CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
+BIN = $(VENV)/bin
+
+.PHONY: help demo test lint clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+demo: $(VENV)/.demo  ## pretrain on real photographs in five minutes, with pictures and a table
+	$(BIN)/python train.py --config configs/demo.py --workdir runs/demo
+
+test: $(VENV)/.dev  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## check style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+clean:  ## remove the virtual environments and the demo's run
+	rm -rf .venv .venv-py* runs/demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo$(CUDA)]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev$(CUDA)]'
+	touch $@

@@ -1,0 +1,60 @@
+"""Floating-point operations of an MAE, counted from its shapes, and what devices can do.
+
+Two per multiply-add of every matrix product, in the paper's form: all patches embedded, the full
+decoder and head on all tokens. MFU is always computed with this count, whatever shortcuts the
+implementation takes, so that it compares across implementations.
+"""
+
+from mae_jax.sizes import Size
+
+
+def _blocks(width: int, depth: int, tokens: int, mlp_ratio: float) -> float:
+    linears = (4 + 2 * mlp_ratio) * width * width * tokens  # qkv, proj, fc1, fc2
+    attention = 2 * tokens * tokens * width  # scores and weighted values
+    return 2 * depth * (linears + attention)
+
+
+def forward_flops(
+    size: Size, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
+) -> float:
+    """FLOPs of the loss of one image."""
+    embed = 2 * num_patches * patch_values * size.width
+    encoder = _blocks(size.width, size.depth, kept + 1, mlp_ratio)
+    decoder_embed = 2 * (kept + 1) * size.width * size.decoder_width
+    decoder = _blocks(size.decoder_width, size.decoder_depth, num_patches + 1, mlp_ratio)
+    head = 2 * (num_patches + 1) * size.decoder_width * patch_values
+    return embed + encoder + decoder_embed + decoder + head
+
+
+def train_flops(
+    size: Size, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
+) -> float:
+    """FLOPs of one image in training: the backward pass costs twice the forward one.
+
+    Except for the patch embedding, which needs no gradient with respect to its input.
+    """
+    embed = 2 * num_patches * patch_values * size.width
+    return 3 * forward_flops(size, num_patches, kept, patch_values, mlp_ratio) - embed
+
+
+# Vendors' dense bf16 peak, FLOP/s, by a part of `jax.Device.device_kind`; the first match counts.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "TPU v4": 275e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The peak of a device, or None where it is not known (CPUs, for one)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)

@@ -1,0 +1,131 @@
+"""The pre-norm transformer block (Dosovitskiy et al. 2021) and a stack of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a network is computed; none of this changes the layout of its parameters.
+
+    dtype: of activations and matmul inputs; parameters, norms and softmax stay float32.
+    remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full".
+    scan_unroll: blocks per iteration of the scan over depth; the depth itself means no loop.
+    constrain: applied to batch-leading activations, to pin how they are sharded.
+    """
+
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+    constrain: Callable[[Array], Array] = lambda x: x
+
+    def __post_init__(self):
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"model.remat={self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
+        if self.scan_unroll < 1:
+            raise ValueError(f"model.scan_unroll={self.scan_unroll} must be at least 1")
+
+
+Layer = Callable[[Float[Array, "b t x"]], Float[Array, "b t y"]]
+
+
+def dense(name: str, features: int, dtype: Any, bias_init: Any = nn.initializers.zeros) -> Layer:
+    """A linear layer with the reference's xavier-uniform kernel.
+
+    Tokens are flattened to a matrix, which spares XLA a transposed copy in the backward pass.
+    """
+    kernel_init = nn.initializers.xavier_uniform()
+    layer = nn.Dense(features, True, dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
+    return lambda x: rearrange(
+        layer(rearrange(x, "b t x -> (b t) x")), "(b t) y -> b t y", b=x.shape[0]
+    )
+
+
+def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
+    """Layer normalisation, computed in float32 whatever the dtype it takes and gives."""
+    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        width = x.shape[-1]
+        # As in the reference: qkv is one xavier-initialised (d, 3d) matrix, laid out q, k, v.
+        qkv = dense("qkv", 3 * width, self.dtype)(x)
+        q, k, v = rearrange(qkv, "b t (three h e) -> three b t h e", three=3, h=self.heads)
+        x = jax.nn.dot_product_attention(q, k, v)
+        return dense("proj", width, self.dtype)(rearrange(x, "b t h e -> b t (h e)"))
+
+
+class Mlp(nn.Module):
+    """Two layers around a GELU."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        hidden = dense("fc1", self.hidden, self.dtype)(x)
+        # As in the reference: the exact (erf) GELU, not flax's default tanh form.
+        hidden = nn.gelu(hidden, approximate=False)
+        return dense("fc2", x.shape[-1], self.dtype)(hidden)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    heads: int
+    mlp_ratio: float
+    layer_norm_eps: float
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], _: None) -> tuple[Float[Array, "b t d"], None]:
+        dtype, constrain = self.execution.dtype, self.execution.constrain
+        hidden = int(x.shape[-1] * self.mlp_ratio)
+        x = constrain(x)
+        y = layer_norm("norm1", self.layer_norm_eps, dtype)(x)
+        x = x + Attention(self.heads, dtype, name="attn")(y)
+        y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
+        x = x + Mlp(hidden, dtype, name="mlp")(y)
+        return constrain(x), None
+
+
+def make_blocks(
+    depth: int, heads: int, mlp_ratio: float, layer_norm_eps: float, execution: Execution
+) -> Layer:
+    """`depth` blocks as one scanned module named "blocks", its parameters stacked [depth, ...]."""
+    block = Block
+    if execution.remat != "none":
+        # Inside a loop XLA cannot undo rematerialisation; without one it has to be told not to.
+        block = nn.remat(
+            Block,
+            policy=REMAT_POLICIES[execution.remat],
+            prevent_cse=execution.scan_unroll >= depth,
+        )
+    blocks = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=depth,
+        unroll=min(execution.scan_unroll, depth),
+    )(heads, mlp_ratio, layer_norm_eps, execution, name="blocks")
+    return lambda x: blocks(x, None)[0]

@@ -1,0 +1,128 @@
+"""The masked autoencoder: an asymmetric pair of encoder and decoder (paper section 3)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from mae_jax.models.layers import Execution, dense, layer_norm, make_blocks
+from mae_jax.models.patches import take_patches
+from mae_jax.models.vit import POSITIONS, Encoder, PositionTable
+from mae_jax.sizes import Size
+
+
+class Decoder(nn.Module):
+    """Predicts pixels from the encoded kept patches and one mask token per masked patch.
+
+    Attention does not care about the order of its tokens, so they are never put back in image
+    order: kept ones come first, masked ones after, each with the position embedding of its place.
+    """
+
+    patch_values: int
+    width: int
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    mlp_ratio: float = 4.0
+    position: str = "sincos"
+    layer_norm_eps: float = 1e-6
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        latent: Float[Array, "b k1 d"],
+        keep: Int[Array, "b k"],
+        masked: Int[Array, "b m"],
+        first: int,
+    ) -> Float[Array, "b i p"]:
+        """Pixels of the patches `[*keep, *masked]` from number `first` on, float32."""
+        dtype, constrain = self.execution.dtype, self.execution.constrain
+        x = constrain(dense("embed", self.width, dtype)(latent))
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        mask_tokens = jnp.broadcast_to(mask_token.astype(dtype), (*masked.shape, self.width))
+        x = jnp.concatenate([x, mask_tokens], axis=1)
+
+        positions = PositionTable(self.position, self.grid, self.width, name="pos_embed")()
+        places = jnp.concatenate([keep, masked], axis=1) + 1
+        places = jnp.pad(places, ((0, 0), (1, 0)))  # row 0 of the table is the cls token's
+        x = constrain(x + jnp.take(positions[0], places, axis=0).astype(dtype))
+
+        x = make_blocks(
+            self.depth, self.heads, self.mlp_ratio, self.layer_norm_eps, self.execution
+        )(x)
+        x = constrain(x[:, 1 + first :])
+        x = layer_norm("norm", self.layer_norm_eps, dtype)(x)
+        return constrain(dense("head", self.patch_values, dtype)(x)).astype(jnp.float32)
+
+
+class MAE(nn.Module):
+    """Encoder and decoder; masks come in as indices, so the model itself draws nothing."""
+
+    encoder: Encoder
+    decoder: Decoder
+
+    def __call__(
+        self,
+        patches: Float[Array, "b n p"],
+        keep: Int[Array, "b k"],
+        masked: Int[Array, "b m"],
+    ) -> Float[Array, "b m p"]:
+        """Predicted pixels of the masked patches, in the order of `masked`."""
+        return self.decoder(self.encoder(patches, keep), keep, masked, keep.shape[1])
+
+    def predict(
+        self,
+        patches: Float[Array, "b n p"],
+        keep: Int[Array, "b k"],
+        masked: Int[Array, "b m"],
+    ) -> Float[Array, "b n p"]:
+        """Predicted pixels of every patch, kept ones included, in image order."""
+        pred = self.decoder(self.encoder(patches, keep), keep, masked, 0)
+        return take_patches(pred, jnp.argsort(jnp.concatenate([keep, masked], axis=1), axis=1))
+
+    def encode(
+        self, patches: Float[Array, "b n p"], keep: Int[Array, "b k"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """The encoder's tokens, cls first; all patches unless `keep` is given."""
+        return self.encoder(patches, keep)
+
+
+def make_mae(
+    size: Size,
+    *,
+    grid: tuple[int, int],
+    channels: int = 3,
+    mlp_ratio: float = 4.0,
+    position: str = "sincos",
+    layer_norm_eps: float = 1e-6,
+    execution: Execution = Execution(),
+) -> MAE:
+    """An MAE of a size, for images of `grid` rows and columns of patches."""
+    for name, width, heads in (
+        ("", size.width, size.heads),
+        ("decoder_", size.decoder_width, size.decoder_heads),
+    ):
+        if width % heads:
+            raise ValueError(f"model.{name}width={width} does not divide by {name}heads={heads}")
+        if width % 4:
+            raise ValueError(f"model.{name}width={width} must be a multiple of 4")
+    if position not in POSITIONS:
+        raise ValueError(f"model.position={position!r}; use one of {', '.join(POSITIONS)}")
+    shared: dict[str, Any] = dict(
+        grid=grid,
+        mlp_ratio=mlp_ratio,
+        position=position,
+        layer_norm_eps=layer_norm_eps,
+        execution=execution,
+    )
+    encoder = Encoder(size.width, size.depth, size.heads, **shared)
+    decoder = Decoder(
+        size.patch**2 * channels,
+        size.decoder_width,
+        size.decoder_depth,
+        size.decoder_heads,
+        **shared,
+    )
+    return MAE(encoder=encoder, decoder=decoder)

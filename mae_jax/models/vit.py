@@ -1,0 +1,81 @@
+"""The encoder: a Vision Transformer that sees only the patches it is given."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from mae_jax.models.layers import Execution, dense, layer_norm, make_blocks
+from mae_jax.models.patches import sincos_position_table, take_patches
+
+POSITIONS = ("sincos", "learned")
+
+
+class PositionTable(nn.Module):
+    """Position embedding of the cls token (row 0) and every patch, [1, 1 + n, d].
+
+    "sincos" is computed and has no parameter; "learned" starts from the same table and trains.
+    """
+
+    kind: str
+    grid: tuple[int, int]
+    width: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "1 n1 d"]:
+        table = jnp.asarray(sincos_position_table(self.width, self.grid)[None])
+        if self.kind == "sincos":
+            return table
+        return self.param("table", lambda _: table)
+
+
+def _uniform_bias(fan_in: int):
+    # As in the reference: the patch embedding keeps torch's default convolution bias.
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
+
+    return init
+
+
+class Encoder(nn.Module):
+    """ViT over the kept patches (paper section 3, "MAE encoder").
+
+    `grid` is rows and columns of patches. Parameters: patch_embed, cls_token, pos_embed (learned
+    positions only), blocks (stacked over depth), norm.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    mlp_ratio: float = 4.0
+    position: str = "sincos"
+    layer_norm_eps: float = 1e-6
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self, patches: Float[Array, "b n p"], keep: Int[Array, "b k"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Tokens after the final norm, cls first, then the patches at `keep` in its order.
+
+        Without `keep` every patch is encoded, in image order.
+        """
+        dtype, constrain = self.execution.dtype, self.execution.constrain
+        positions = PositionTable(self.position, self.grid, self.width, name="pos_embed")()
+        cls_position, positions = positions[:, :1], positions[:, 1:]
+        if keep is not None:
+            # Embedding only what is kept gives the same numbers as embedding all and dropping.
+            patches = constrain(take_patches(patches, keep))
+            positions = jnp.take(positions[0], keep, axis=0)
+        embed = dense("patch_embed", self.width, dtype, _uniform_bias(patches.shape[-1]))
+        x = constrain(embed(patches) + positions.astype(dtype))
+        # As in the reference: cls and mask tokens are N(0, .02), not truncated.
+        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        cls = (cls + cls_position).astype(dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
+        x = make_blocks(
+            self.depth, self.heads, self.mlp_ratio, self.layer_norm_eps, self.execution
+        )(x)
+        return layer_norm("norm", self.layer_norm_eps, dtype)(x)

@@ -1,0 +1,129 @@
+"""Masked-image pretraining: reconstruct the pixels of the masked patches (paper section 3)."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
+
+from mae_jax.models.mae import MAE
+from mae_jax.models.patches import patchify, take_patches, unpatchify
+from mae_jax.pixels import normalise, unnormalise
+from mae_jax.tasks import masking
+from mae_jax.tasks.masking import Mask
+
+Params = dict[str, Any]
+
+
+def patch_statistics(
+    patches: Float[Array, "b n p"], eps: float
+) -> tuple[Float[Array, "b n 1"], Float[Array, "b n 1"]]:
+    """Mean and standard deviation of every patch."""
+    mean = patches.mean(axis=-1, keepdims=True)
+    # As in the reference: unbiased variance (p - 1), and eps inside the root.
+    return mean, jnp.sqrt(patches.var(axis=-1, ddof=1, keepdims=True) + eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """The MAE objective over batches {"image": uint8 [b, h, w, c]}.
+
+    grid: rows and columns of patches; patch: side in pixels; mean, std: per channel, of 0..1.
+    mask: "random", "block", "grid", or "user" with `user_mask` bool [n] or [b, n], True = masked.
+    """
+
+    model: MAE
+    grid: tuple[int, int]
+    patch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mask: str = "random"
+    mask_ratio: float = 0.75
+    user_mask: np.ndarray | None = None
+    norm_pix: bool = True
+    norm_pix_eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.mask not in (*masking.SAMPLERS, "user"):
+            known = ", ".join((*masking.SAMPLERS, "user"))
+            raise ValueError(f"mask.kind={self.mask!r}; use one of {known}")
+        if (self.mask == "user") != (self.user_mask is not None):
+            raise ValueError("mask.kind='user' and a mask file (mask.path) go together")
+        if self.user_mask is not None:
+            masking.check_user_mask(self.user_mask, self.num_patches)
+            return
+        kept = masking.len_keep(self.num_patches, self.mask_ratio)
+        if self.mask == "grid":
+            masking.check_grid(self.grid, kept)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh parameters {"encoder": ..., "decoder": ...}, float32."""
+        values = self.model.decoder.patch_values
+        order = jnp.arange(self.num_patches)[None]
+        patches = jnp.zeros((1, self.num_patches, values))
+        return dict(self.model.init(key, patches, order[:, :1], order[:, 1:])["params"])
+
+    def apply(self, method: str, params: Params, *args: Array) -> Array:
+        """Runs a method of the model."""
+        return cast(Array, self.model.apply({"params": params}, *args, method=method))
+
+    def draw_mask(self, key: Key[Array, ""], batch: int) -> Mask:
+        """One independent mask per image (the same for all under a user mask [n])."""
+        if self.user_mask is not None:
+            return masking.user_mask(self.user_mask, batch, self.num_patches)
+        kept = masking.len_keep(self.num_patches, self.mask_ratio)
+        return masking.SAMPLERS[self.mask](key, batch, self.grid, kept)
+
+    def draw(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
+        """The batch with everything random about its loss, drawn for all its rows at once."""
+        return batch | self.draw_mask(key, len(batch["image"]))._asdict()
+
+    def loss(self, params: Params, batch: dict[str, Array]) -> Float[Array, ""]:
+        """Mean squared error over the masked patches of a batch from `draw` (paper section 3)."""
+        patches = self.to_patches(batch["image"])
+        return self.loss_of_patches(params, patches, Mask(batch["keep"], batch["masked"]))
+
+    def loss_of_patches(
+        self, params: Params, patches: Float[Array, "b n p"], mask: Mask
+    ) -> Float[Array, ""]:
+        """The loss of already normalised patches."""
+        pred = self.apply("__call__", params, patches, *mask)
+        target = take_patches(patches, mask.masked)
+        if self.norm_pix:
+            mean, std = patch_statistics(target, self.norm_pix_eps)
+            target = (target - mean) / std
+        return jnp.mean(jnp.square(pred - target))
+
+    def to_patches(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b n p"]:
+        """Normalised pixels of uint8 images, cut into patches."""
+        return patchify(normalise(images, self.mean, self.std), self.patch)
+
+    def features(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
+        """Mean of the encoder's patch tokens over the whole, unmasked image, float32."""
+        tokens = self.apply("encode", params, self.to_patches(images))
+        return tokens[:, 1:].astype(jnp.float32).mean(axis=1)
+
+    def reconstruct(
+        self, params: Params, images: UInt8[Array, "b h w c"], mask: Mask, stats: str = "gt"
+    ) -> UInt8[Array, "b h w c"]:
+        """The model's picture of each image from its kept patches alone.
+
+        Under norm_pix predictions have no brightness or contrast of their own. `stats` says where
+        those come from: "gt", each patch's own true mean and deviation, which the model has never
+        seen; or "visible", the mean over the image's kept patches of their statistics.
+        """
+        patches = self.to_patches(images)
+        pred = self.apply("predict", params, patches, *mask)
+        if self.norm_pix:
+            mean, std = patch_statistics(patches, self.norm_pix_eps)
+            if stats == "visible":
+                mean, std = (take_patches(s, mask.keep).mean(1, keepdims=True) for s in (mean, std))
+            elif stats != "gt":
+                raise ValueError(f"stats={stats!r}; use 'gt' or 'visible'")
+            pred = pred * std + mean
+        return unnormalise(unpatchify(pred, self.patch, self.grid), self.mean, self.std)

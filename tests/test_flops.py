@@ -1,0 +1,40 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mae_jax.flops import forward_flops, peak_flops, train_flops
+from mae_jax.models.layers import Execution
+from mae_jax.models.mae import make_mae
+from mae_jax.sizes import SIZES
+
+
+@pytest.mark.parametrize(
+    ("name", "patches", "values", "forward", "train"),
+    [
+        ("vit_b16", 196, 768, 19.562, 58.46),
+        ("vit_l16", 196, 768, 41.512, 124.23),
+        ("vit_h14", 256, 588, 97.124, 290.99),
+    ],
+)
+def test_paper_sizes(name, patches, values, forward, train):
+    args = (SIZES[name], patches, patches // 4, values)
+    assert forward_flops(*args) / 1e9 == pytest.approx(forward, abs=1e-3)
+    assert train_flops(*args) / 1e9 == pytest.approx(train, abs=5e-3)
+
+
+def test_count_agrees_with_xla():
+    """On the forward pass of ViT-B/16, unrolled: XLA counts the body of a loop only once."""
+    size, n, kept = SIZES["vit_b16"], 196, 49
+    model = make_mae(size, grid=(14, 14), execution=Execution(scan_unroll=12))
+    order = jnp.arange(n)[None]
+    args = jnp.zeros((1, n, 768)), order[:, :kept], order[:, kept:]
+    params = jax.eval_shape(model.init, jax.random.key(0), *args)
+    predict = jax.jit(lambda params, *args: model.apply(params, *args, method="predict"))
+    xla = predict.lower(params, *args).cost_analysis()["flops"]
+    saved = 2 * (n - kept) * 768 * size.width  # we embed only the kept patches
+    assert xla == pytest.approx(forward_flops(size, n, kept, 768) - saved, rel=0.03)
+
+
+def test_known_and_unknown_devices():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") is None

@@ -1,0 +1,222 @@
+"""The model, its loss, its gradients and its training against the official PyTorch code."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from official import our_names, to_ours
+from safetensors.numpy import load_file
+
+from mae_jax.models.mae import make_mae
+from mae_jax.models.patches import patchify, unpatchify
+from mae_jax.optim import adamw, warmup_cosine
+from mae_jax.sizes import Size
+from mae_jax.tasks import masking
+from mae_jax.tasks.pretrain import Pretrain, patch_statistics
+from mae_jax.trees import differences, named_leaves
+
+MODELS = [
+    "p0_plain",
+    "p1_normpix",
+    "p2_r90",
+    "p3_patch4_r50",
+    "p4_gray",
+    "p5_gray_normpix",
+    "p6_eps1e-5_mlp2",
+    "p7_eps_sensitive",
+]
+
+
+def make_task(config: dict) -> Pretrain:
+    side = config["img_size"] // config["patch_size"]
+    channels = config["in_chans"]
+    size = Size(
+        width=config["embed_dim"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        patch=config["patch_size"],
+        decoder_width=config["decoder_embed_dim"],
+        decoder_depth=config["decoder_depth"],
+        decoder_heads=config["decoder_num_heads"],
+    )
+    model = make_mae(
+        size,
+        grid=(side, side),
+        channels=channels,
+        mlp_ratio=config["mlp_ratio"],
+        position="learned" if config["rand_pos"] else "sincos",
+        layer_norm_eps=config["ln_eps"],
+    )
+    return Pretrain(
+        model=model,
+        grid=(side, side),
+        patch=config["patch_size"],
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        mask_ratio=config["mask_ratio"],
+        norm_pix=config["norm_pix_loss"],
+    )
+
+
+def nhwc(images):
+    return jnp.moveaxis(jnp.asarray(images), -3, -1)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, golden):
+    folder = golden / "mae" / request.param
+    config = json.loads((folder / "config.json").read_text())
+    io = load_file(folder / "io.safetensors")
+    task = make_task(config)
+    params = to_ours(load_file(folder / "state_dict.safetensors"), config["rand_pos"])
+    return SimpleNamespace(
+        config=config,
+        io=io,
+        task=task,
+        params=params,
+        patches=patchify(nhwc(io["images"]), config["patch_size"]),
+        mask=masking.from_noise(jnp.asarray(io["noise"]), config["len_keep"]),
+        grads=load_file(folder / "grads.safetensors"),
+    )
+
+
+def test_parameters_are_the_references(case):
+    shapes = jax.eval_shape(case.task.init, jax.random.key(0))
+    assert differences(shapes, case.params) == []
+
+
+def test_mask_is_exact(case):
+    assert masking.len_keep(case.task.num_patches, case.config["mask_ratio"]) == len(
+        case.io["ids_keep"][0]
+    )
+    np.testing.assert_array_equal(case.mask.keep, case.io["ids_keep"])
+    np.testing.assert_array_equal(case.mask.as_bool(), case.io["mask"].astype(bool))
+    order = jnp.concatenate(case.mask, axis=1)
+    np.testing.assert_array_equal(jnp.argsort(order, axis=1), case.io["ids_restore"])
+
+
+def test_patchify_is_exact(case):
+    patch, grid = case.config["patch_size"], case.task.grid
+    np.testing.assert_array_equal(unpatchify(case.patches, patch, grid), nhwc(case.io["images"]))
+    if "patchify" in case.io:
+        np.testing.assert_array_equal(case.patches, case.io["patchify"])
+        np.testing.assert_array_equal(
+            unpatchify(jnp.asarray(case.io["pred"]), patch, grid), nhwc(case.io["unpatchify_pred"])
+        )
+
+
+def test_latent_and_prediction(case):
+    @jax.jit
+    def run(params, patches, mask):
+        apply = lambda method, *args: case.task.model.apply(  # noqa: E731
+            {"params": params}, patches, *args, method=method
+        )
+        return apply("encode", mask.keep), apply("predict", *mask), apply("__call__", *mask)
+
+    tolerance = dict(atol=2e-5, rtol=1e-5)
+    latent, pred, masked_only = run(case.params, case.patches, case.mask)
+    np.testing.assert_allclose(latent, case.io["latent"], **tolerance)
+    np.testing.assert_allclose(pred, case.io["pred"], **tolerance)
+    # A tanh GELU moves the prediction by 2e-4 of its maximum: this is what catches it.
+    assert np.abs(pred - case.io["pred"]).max() <= 5e-5 * np.abs(case.io["pred"]).max()
+    picked = jnp.take_along_axis(pred, case.mask.masked[..., None], axis=1)
+    np.testing.assert_allclose(masked_only, picked, atol=1e-6, rtol=1e-6)
+
+
+def test_target(case):
+    target = case.patches
+    if case.task.norm_pix:
+        mean, std = patch_statistics(target, case.task.norm_pix_eps)
+        target = (target - mean) / std
+    np.testing.assert_allclose(target, case.io["target"], atol=2e-5, rtol=1e-5)
+
+
+def test_loss_and_gradients(case):
+    loss, grads = jax.jit(jax.value_and_grad(case.task.loss_of_patches))(
+        case.params, case.patches, case.mask
+    )
+    np.testing.assert_allclose(loss, case.io["loss"], atol=2e-6, rtol=2e-6)
+    ours = named_leaves(grads)
+    expected = named_leaves(to_ours(case.grads, learned_positions=False))
+    assert set(ours) - set(expected) <= {"encoder/pos_embed/table", "decoder/pos_embed/table"}
+    for name, theirs in expected.items():
+        grad = np.asarray(ours[name])
+        if name.endswith("qkv/bias"):  # the key bias has no effect: its true gradient is 0
+            width = grad.shape[-1] // 3
+            assert np.abs(grad[:, width : 2 * width]).max() <= 1e-6
+            grad, theirs = (np.delete(g, slice(width, 2 * width), axis=1) for g in (grad, theirs))
+        for layer, (g, t) in enumerate(
+            zip(grad, theirs) if "/blocks/" in name else [(grad, theirs)]
+        ):
+            assert np.abs(g - t).max() <= 2e-5 * np.abs(t).max() + 1e-7, (name, layer)
+
+
+@pytest.mark.parametrize("name", ["t0", "t1_accum2"])
+def test_training_trajectory(name, golden):
+    """Ten AdamW steps; where the reference accumulates, ours sees the big batch at once."""
+    folder = golden / "pretrain_traj" / name
+    config = json.loads((folder / "config.json").read_text())
+    io = load_file(folder / "io.safetensors")
+    task = make_task(config["model"])
+    params = to_ours(load_file(folder / "init_state_dict.safetensors"), False)
+    per_epoch = config["steps_per_epoch"] / config["accum_iter"]
+    lr = warmup_cosine(
+        peak=config["lr"],
+        minimum=config["min_lr"],
+        warmup_steps=config["warmup_epochs"] * per_epoch,
+        total_steps=config["epochs"] * per_epoch,
+    )
+    b1, b2 = config["betas"]
+    tx = adamw(lr, b1=b1, b2=b2, eps=1e-8, weight_decay=config["weight_decay"])
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def step(params, opt_state, patches, mask):
+        loss, grads = jax.value_and_grad(task.loss_of_patches)(params, patches, mask)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return loss, optax.apply_updates(params, updates), opt_state
+
+    accumulate, kept = config["accum_iter"], masking.len_keep(task.num_patches, task.mask_ratio)
+
+    rows = lambda key, i: jnp.concatenate(io[key][i * accumulate : (i + 1) * accumulate])  # noqa: E731
+    for i in range(config["opt_steps"]):
+        np.testing.assert_allclose(lr(jnp.float32(i)), io["lr"][i], rtol=1e-6, atol=0)
+        mask = masking.from_noise(rows("noise", i), kept)
+        patches = patchify(nhwc(rows("images", i)), task.patch)
+        loss, params, opt_state = step(params, opt_state, patches, mask)
+        expected = io["losses"][i * accumulate : (i + 1) * accumulate].mean()
+        np.testing.assert_allclose(loss, expected, atol=2e-5)
+
+    final = named_leaves(to_ours(load_file(folder / "final_state_dict.safetensors"), False))
+    for path, ours in named_leaves(params).items():
+        atol = np.full(ours.shape[-1], 1e-5)
+        if path.endswith("qkv/bias"):  # AdamW turns the key bias' rounding noise into whole steps
+            width = ours.shape[-1] // 3
+            atol[width : 2 * width] = io["lr"].sum()
+        assert (np.abs(ours - final[path]) <= atol).all(), path
+
+
+def test_initialisers(golden):
+    """Every tensor's spread and bound against the untouched official initialisers."""
+    stats = json.loads((golden / "init" / "init_stats.json").read_text())
+    reference = stats["mae_vit_base_patch16"]["stats"]
+    base = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12)
+    base |= dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0)
+    task = make_task(base | dict(rand_pos=True, ln_eps=1e-6, mask_ratio=0.75, norm_pix_loss=True))
+    params = named_leaves(jax.jit(task.init)(jax.random.key(0)))
+    for ours, theirs in our_names(reference).items():
+        leaf = np.asarray(params[ours])
+        for layer, name in enumerate(theirs):
+            x, ref = leaf[layer] if "/blocks/" in ours else leaf, reference[name]
+            count = x.size
+            noise = 6 / np.sqrt(count) * max(ref["std"], 1e-12)
+            assert abs(x.mean() - ref["mean"]) <= 2 * noise + 1e-6, name
+            assert abs(x.std() - ref["std"]) <= noise + 1e-6, name
+            if "token" in name:  # normal, not truncated: the largest value is a matter of chance
+                assert np.abs(x).max() > 2.2 * ref["std"], name
+            else:
+                assert np.abs(x).max() <= 1.03 * ref["absmax"] + 1e-9, name

@@ -1,0 +1,142 @@
+"""Switches that must change neither the numbers nor the parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax.models.layers import Execution
+from mae_jax.models.mae import make_mae
+from mae_jax.sizes import SIZES, Size, get_size
+from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.trees import differences
+
+TINY = Size(32, 4, 2, 8, decoder_width=16, decoder_depth=2, decoder_heads=2)
+
+
+def make_task(execution=Execution(), grid=(3, 4), channels=5, **kwargs):
+    model = make_mae(TINY, grid=grid, channels=channels, execution=execution)
+    return Pretrain(
+        model=model,
+        grid=grid,
+        patch=TINY.patch,
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+        **kwargs,
+    )
+
+
+def loss_and_grads(task, params):
+    images = jax.random.randint(jax.random.key(2), (6, 24, 32, 5), 0, 256, jnp.int32)
+    batch = task.draw(jax.random.key(3), {"image": images.astype(jnp.uint8)})
+    return jax.jit(jax.value_and_grad(task.loss))(params, batch)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    task = make_task()
+    params = jax.jit(task.init)(jax.random.key(1))
+    return params, *loss_and_grads(task, params)
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        Execution(scan_unroll=2),
+        Execution(scan_unroll=100),
+        Execution(remat="full"),
+        Execution(remat="dots"),
+        Execution(remat="full", scan_unroll=4),
+    ],
+    ids=str,
+)
+def test_unrolling_and_remat_change_nothing(plain, execution):
+    params, loss, grads = plain
+    task = make_task(execution)
+    assert differences(params, jax.eval_shape(task.init, jax.random.key(1))) == []
+    new_loss, new_grads = loss_and_grads(task, params)
+    np.testing.assert_allclose(new_loss, loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, new_grads)
+
+
+def test_bfloat16_is_close_and_keeps_float32_where_it_matters(plain):
+    params, loss, grads = plain
+    task = make_task(Execution(dtype=jnp.bfloat16))
+    shapes = jax.eval_shape(task.init, jax.random.key(1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    new_loss, new_grads = loss_and_grads(task, params)
+    assert new_loss.dtype == jnp.float32
+    np.testing.assert_allclose(new_loss, loss, rtol=2e-2)
+    assert {g.dtype for g in jax.tree.leaves(new_grads)} == {jnp.dtype("float32")}
+    images = jnp.zeros((2, 24, 32, 5), jnp.uint8)
+    text = str(jax.make_jaxpr(lambda p: task.features(p, images))(params))
+    for line in text.splitlines():
+        if " exp " in line or "rsqrt" in line:  # softmax and norms
+            assert "bf16" not in line, line
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_paper_sizes_have_the_papers_parameter_counts(name):
+    size = get_size(name)
+    side = 224 // size.patch
+    task = Pretrain(
+        model=make_mae(size, grid=(side, side)),
+        grid=(side, side),
+        patch=size.patch,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    millions = [
+        sum(leaf.size for leaf in jax.tree.leaves(shapes[part])) / 1e6
+        for part in ("encoder", "decoder")
+    ]
+    expected = {
+        "vit_b16": [85.65, 26.01],
+        "vit_l16": [303.10, 26.14],
+        "vit_h14": [630.44, 26.18],
+        "vit_s16": [21.59, 3.46],
+        "vit_ti16": [5.49, 3.41],
+    }
+    np.testing.assert_allclose(millions, expected[name], atol=0.006)
+
+
+def test_images_are_masked_independently_and_the_kept_ones_decide_everything():
+    """What lies under the mask must not reach the prediction."""
+    task = make_task()
+    params = jax.jit(task.init)(jax.random.key(1))
+    images = jax.random.randint(jax.random.key(2), (2, 24, 32, 5), 0, 256, jnp.int32)
+    patches = task.to_patches(images.astype(jnp.uint8))
+    mask = task.draw_mask(jax.random.key(3), 2)
+    hidden = mask.as_bool()[..., None]
+    pred = task.apply("predict", params, patches, *mask)
+    scrambled = jnp.where(hidden, 17.0, patches)
+    np.testing.assert_array_equal(task.apply("predict", params, scrambled, *mask), pred)
+    visible = jnp.where(hidden, patches, 17.0)
+    assert jnp.abs(task.apply("predict", params, visible, *mask) - pred).max() > 1e-3
+
+
+def test_bad_model_values():
+    with pytest.raises(ValueError, match="does not divide"):
+        make_mae(Size(30, 1, 4, 8), grid=(2, 2))
+    with pytest.raises(ValueError, match="model.position='rotary'"):
+        make_mae(TINY, grid=(2, 2), position="rotary")
+    with pytest.raises(ValueError, match="model.remat='half'"):
+        Execution(remat="half")
+    with pytest.raises(ValueError, match="mask.kind='stripes'"):
+        make_task(mask="stripes")
+    with pytest.raises(ValueError, match="unknown model size 'vit_b32'"):
+        get_size("vit_b32")
+
+
+def test_reconstruction_uses_true_or_visible_statistics():
+    task = make_task(norm_pix=True)
+    params = jax.jit(task.init)(jax.random.key(1))
+    images = jnp.full((2, 24, 32, 5), 90, jnp.uint8)
+    mask = task.draw_mask(jax.random.key(3), 2)
+    for stats in ("gt", "visible"):  # a constant image has the same statistics everywhere
+        out = task.reconstruct(params, images, mask, stats)
+        assert out.dtype == jnp.uint8
+        assert abs(int(out.max()) - 90) <= 1
+    with pytest.raises(ValueError, match="stats='none'"):
+        task.reconstruct(params, images, mask, "none")
