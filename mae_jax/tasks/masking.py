@@ -108,16 +108,15 @@ def _rectangles(
 
 
 def user_mask(masked: np.ndarray, batch: int, num_patches: int) -> Mask:
-    """The mask of a boolean array, True = masked: [n], the same for all images, or [b, n].
+    """The mask of a boolean array, True = masked: [n] for all images, or [r, n], row i % r for i.
 
     Raises:
       ValueError: another shape or dtype, or rows that do not all mask equally many patches.
     """
     check_user_mask(masked, num_patches)
-    if masked.ndim == 2 and len(masked) != batch:
-        raise ValueError(f"the mask has {len(masked)} rows for a batch of {batch} images")
-    kept = num_patches - int(np.atleast_2d(masked)[0].sum())
-    return from_noise(jnp.broadcast_to(masked, (batch, num_patches)).astype(jnp.float32), kept)
+    rows = np.atleast_2d(masked)
+    kept = num_patches - int(rows[0].sum())
+    return from_noise(jnp.asarray(rows[np.arange(batch) % len(rows)], jnp.float32), kept)
 
 
 def check_user_mask(masked: np.ndarray, num_patches: int) -> None:

@@ -53,13 +53,19 @@ class Pretrain:
         if self.user_mask is not None:
             masking.check_user_mask(self.user_mask, self.num_patches)
             return
-        kept = masking.len_keep(self.num_patches, self.mask_ratio)
-        if self.mask == "grid":
-            masking.check_grid(self.grid, kept)
+        if self.num_kept and self.mask == "grid":
+            masking.check_grid(self.grid, self.num_kept)
 
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def num_kept(self) -> int:
+        """Patches that the encoder sees."""
+        if self.user_mask is not None:
+            return self.num_patches - int(np.atleast_2d(self.user_mask)[0].sum())
+        return masking.len_keep(self.num_patches, self.mask_ratio)
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters {"encoder": ..., "decoder": ...}, float32."""
@@ -76,8 +82,7 @@ class Pretrain:
         """One independent mask per image (the same for all under a user mask [n])."""
         if self.user_mask is not None:
             return masking.user_mask(self.user_mask, batch, self.num_patches)
-        kept = masking.len_keep(self.num_patches, self.mask_ratio)
-        return masking.SAMPLERS[self.mask](key, batch, self.grid, kept)
+        return masking.SAMPLERS[self.mask](key, batch, self.grid, self.num_kept)
 
     def draw(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
         """The batch with everything random about its loss, drawn for all its rows at once."""

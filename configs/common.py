@@ -1,0 +1,114 @@
+"""Every config key there is, with its default, unit and meaning. Recipes only set values.
+
+Override any of them on the command line, as in --config.optim.base_lr=1e-4. Keys whose default is
+None take a value of the type named here.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mae_jax.sizes import get_size
+
+
+def base() -> ConfigDict:
+    """The paper's pretraining recipe (appendix A.1) with a ViT-B/16."""
+    optional = config_dict.placeholder
+    config = ConfigDict()
+    config.task = "pretrain"
+    config.seed = 0
+    config.batch_size = 4096  # images per optimizer step, over all devices and hosts
+    config.accumulate = 1  # parts that a batch is computed in, to save memory
+    config.epochs = 800.0  # length of the run in passes over the data ...
+    config.steps = optional(int)  # ... or in optimizer steps, which wins where given
+
+    config.model = model = ConfigDict()
+    model.image_size = (224, 224)  # height and width, pixels
+    model.channels = 3  # 1 (grey) or 3 (RGB)
+    model.mlp_ratio = 4.0  # hidden width of an MLP over its width
+    model.position = "sincos"  # or "learned", which starts from the same table
+    model.layer_norm_eps = 1e-6
+    model.dtype = "float32"  # or "bfloat16": of activations; parameters are always float32
+    model.remat = "none"  # recompute in the backward pass: "none", "dots" (all but matmuls), "full"
+    model.scan_unroll = 1  # blocks per iteration of the loop over depth
+    set_size(config, "vit_b16")
+
+    config.mask = mask = ConfigDict()
+    mask.kind = "random"  # or "block", "grid" (paper Table 1f), "user"
+    mask.ratio = 0.75  # share of patches hidden from the encoder
+    mask.path = optional(
+        str
+    )  # kind "user": .npy of bool [patches] or [batch, patches], True = hidden
+
+    config.target = target = ConfigDict()
+    target.norm_pix = True  # predict pixels normalised per patch (paper Table 1d)
+    target.norm_pix_eps = 1e-6  # added to the variance of a patch
+
+    config.optim = optim = ConfigDict()
+    optim.base_lr = 1.5e-4  # learning rate = base_lr * batch_size / 256
+    optim.min_lr = 0.0  # learning rate at the end of the cosine
+    optim.warmup_epochs = 40.0  # linear warm-up ...
+    optim.warmup_steps = optional(int)  # ... or in steps, which wins where given
+    optim.b1 = 0.9
+    optim.b2 = 0.95
+    optim.eps = 1e-8
+    optim.weight_decay = 0.05  # of everything but biases and norms
+    optim.clip_norm = optional(float)  # largest global gradient norm; None does not clip
+    optim.ema = optional(float)  # decay of an average of the parameters; None keeps none
+
+    config.data = data = ConfigDict()
+    data.source = "tfds"  # or "folder"
+    data.name = "imagenet2012"  # source "tfds": the data set
+    data.path = optional(str)  # folder of images, or where TFDS data sets are; None is TFDS's own
+    data.train_split = "train"
+    data.eval_split = (
+        "validation"  # of k-NN and pictures; where a folder has none, there is no k-NN
+    )
+    data.crop_scale = (0.2, 1.0)  # range of a random crop's share of the image
+    data.flip = True  # mirror half of the training images
+    data.eval_crop = 0.875  # share of an image's sides that evaluation looks at
+    data.mean = IMAGENET_MEAN  # per channel, of values 0..1
+    data.std = IMAGENET_STD
+    data.workers = 8  # processes that decode images; 0 decodes in the main process
+    data.threads = 4  # per such process
+    data.on_bad = "raise"  # or "skip": the next good image instead, counted and named
+    data.max_bad = 100  # different bad images to skip before giving up
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.knn_every_epochs = 20.0  # 0.0 evaluates at the end only
+    evaluation.knn_k = 10
+    evaluation.knn_temperature = 0.07
+    evaluation.knn_bank = 50_000  # training images at most, evenly spaced
+    evaluation.knn_queries = 10_000  # evaluation images at most
+    evaluation.knn_baselines = False  # at the end, also raw pixels and 3 random encoders
+    evaluation.pictures_every_epochs = 20.0  # 0.0 draws at the end only
+    evaluation.pictures = 8  # images per picture
+    evaluation.stats = "visible"  # brightness and contrast of norm_pix pictures: "visible" or "gt"
+    evaluation.batch_size = 256  # images
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 1000
+    checkpoint.max_to_keep = 3
+
+    config.resume = ConfigDict()
+    config.resume.allow = ""  # keys, comma separated, that may differ from the checkpoint's
+
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = 1  # devices to split parameters and optimizer over; 1 copies them to each
+    return config
+
+
+def set_size(config: ConfigDict, name: str) -> None:
+    """Sets the shape of the model to one of mae_jax.sizes."""
+    size = get_size(name)
+    config.model.update(
+        patch=size.patch,  # pixels
+        width=size.width,
+        depth=size.depth,
+        heads=size.heads,
+        decoder_width=size.decoder_width,
+        decoder_depth=size.decoder_depth,
+        decoder_heads=size.decoder_heads,
+    )

@@ -1,0 +1,154 @@
+"""Batches of images as one function of (seed, step), read ahead by threads or processes.
+
+The order of the data, every crop and every flip depend on the seed and on the position in the
+global order alone: not on hosts, workers or threads, nor on whether the run was interrupted.
+The state of the pipeline is therefore the step, and nothing else has to be saved.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from mae_jax.data.sources import DataError, Source
+
+Batch = dict[str, np.ndarray]
+Transform = Callable[[bytes, Any], np.ndarray]
+log = logging.getLogger("mae_jax")
+
+
+@dataclass(frozen=True)
+class Load:
+    """Record number -> example, with the next good record in place of a bad one if `skip`."""
+
+    source: Source
+    transform: Transform
+    skip: bool = False
+
+    def __call__(self, index: int, rng: Any = None) -> dict[str, Any]:
+        """{"image", "label", "index": the record asked for, "skipped": bad ones from there on}."""
+        for skipped in range(len(self.source)):
+            number = (index + skipped) % len(self.source)
+            try:
+                record = self.source[number]
+                image = self.transform(record["image"], rng)
+            except DataError as error:
+                if not self.skip:
+                    raise DataError(
+                        f"{self.source.key(number)} is bad: {error}. Mend or remove it, or set "
+                        "data.on_bad=skip"
+                    ) from error
+                continue
+            return {
+                "image": image,
+                "label": np.int32(record["label"]),
+                "index": np.int64(index),
+                "skipped": np.int32(skipped),
+            }
+        raise DataError("every image of the data set is bad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Endless shuffled training batches.
+
+    Args:
+      batch_size: of all hosts together; this host yields batch_size // hosts rows of each.
+      workers: processes that decode, each with `threads` threads; 0 decodes in this process.
+      max_bad: with `skip`, the number of different bad records after which to give up.
+    """
+
+    source: Source
+    transform: Transform
+    seed: int
+    batch_size: int
+    workers: int = 0
+    threads: int = 2
+    skip: bool = False
+    max_bad: int = 100
+    host: int = 0
+    hosts: int = 1
+
+    def __post_init__(self):
+        if len(self.source) < self.batch_size:
+            raise DataError(
+                f"batch_size={self.batch_size} is larger than the data set of "
+                f"{len(self.source)} images"
+            )
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """The batches from a step on: {"image": uint8 [b, h, w, c], "label": [b], "index": [b]}."""
+        load = Load(self.source, self.transform, self.skip)
+        dataset = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+        # Batching before slicing keeps the global batch the same row for row on any host count.
+        dataset = dataset.random_map(load).batch(self.batch_size // self.hosts)
+        dataset = dataset[start_step * self.hosts + self.host :: self.hosts]
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+        examples = dataset.to_iter_dataset(options)
+        if self.workers:
+            _mark_flags_parsed()
+            processes = grain.MultiprocessingOptions(
+                num_workers=self.workers, per_worker_buffer_size=2
+            )
+            examples = examples.mp_prefetch(processes, worker_init_fn=_init_worker)
+        iterator = iter(examples)
+        bad: set[int] = set()
+        try:
+            for batch in iterator:
+                self._note_bad(batch.pop("skipped"), batch["index"], bad)
+                yield batch
+        finally:
+            iterator.close()
+
+    def _note_bad(self, skipped: np.ndarray, index: np.ndarray, bad: set[int]) -> None:
+        for row in np.flatnonzero(skipped):
+            for offset in range(skipped[row]):
+                number = int(index[row] + offset) % len(self.source)
+                if number in bad:
+                    continue
+                bad.add(number)
+                log.warning(
+                    "skipped a bad image (%d so far): %s", len(bad), self.source.key(number)
+                )
+                if len(bad) > self.max_bad:
+                    raise DataError(
+                        f"more than data.max_bad={self.max_bad} bad images; the last one was "
+                        f"{self.source.key(number)}"
+                    )
+
+
+def ordered_batches(
+    source: Source, transform: Transform, batch_size: int, threads: int = 2
+) -> Iterator[Batch]:
+    """Every record once, in order; the last batch is filled up with copies marked "valid" False."""
+    load = Load(source, transform)
+    count = -(-len(source) // batch_size) * batch_size
+    dataset = grain.MapDataset.range(count).map(lambda i: load(min(i, len(source) - 1)))
+    dataset = dataset.batch(batch_size)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    for number, batch in enumerate(dataset.to_iter_dataset(options)):
+        position = number * batch_size + np.arange(batch_size)
+        yield batch | {"valid": position < len(source)}
+
+
+def _mark_flags_parsed() -> None:
+    """grain reads absl flags before it starts processes, also where no flags are in use."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _init_worker(index: int, count: int) -> None:
+    """A worker leaves stopping to its parent, and does not outlive it."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    if hasattr(os, "fork") and os.uname().sysname == "Linux":
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

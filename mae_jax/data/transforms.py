@@ -1,0 +1,102 @@
+"""Encoded images to uint8 arrays of one size, on the host, with Pillow."""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from mae_jax.data.sources import DataError
+
+Box = tuple[int, int, int, int]
+MODES = {1: "L", 3: "RGB"}
+
+
+def decode(encoded: bytes, channels: int) -> Image.Image:
+    """A grey or RGB picture; DataError where the bytes are not a whole image.
+
+    As in the reference: no rotation by EXIF, and an alpha channel is dropped.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(encoded)) as image:
+                return image.convert(MODES[channels])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
+        raise DataError(str(error).replace("<_io.BytesIO object", "<bytes")) from error
+    except Image.DecompressionBombError as error:
+        raise DataError(str(error)) from error
+
+
+def random_crop_box(
+    rng: np.random.Generator,
+    image_size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Left, upper, right, lower of a crop of random area and aspect, by torchvision's law.
+
+    Ten tries, then the largest central crop of an allowed aspect. `image_size` is height, width.
+    """
+    height, width = image_size
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(0, height - h + 1))
+            left = int(rng.integers(0, width - w + 1))
+            return left, top, left + w, top + h
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    top, left = (height - h) // 2, (width - w) // 2
+    return left, top, left + w, top + h
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "h w c"]:
+    resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    array = np.asarray(resized)
+    return array[..., None] if array.ndim == 2 else array
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """A random resized crop (bicubic, antialiased) and a flip: the paper's for pretraining.
+
+    image_size: height and width in pixels; scale: range of the crop's share of the area.
+    """
+
+    image_size: tuple[int, int]
+    channels: int
+    scale: tuple[float, float]
+    flip: bool = True
+
+    def __call__(self, encoded: bytes, rng: np.random.Generator) -> UInt8[np.ndarray, "h w c"]:
+        image = decode(encoded, self.channels)
+        box = random_crop_box(rng, (image.height, image.width), self.scale)
+        array = _resize(image.crop(box), self.image_size)
+        return array[:, ::-1] if self.flip and rng.random() < 0.5 else array
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The central part of the image: its largest crop of the wanted aspect, of which `crop` stays.
+
+    224 / 256 = .875 is the usual "resize to 256, crop 224"; 1.0 is the whole crop.
+    """
+
+    image_size: tuple[int, int]
+    channels: int
+    crop: float = 0.875
+
+    def __call__(self, encoded: bytes, rng: object = None) -> UInt8[np.ndarray, "h w c"]:
+        image = decode(encoded, self.channels)
+        height, width = self.image_size
+        scale = max(height / image.height, width / image.width) / self.crop
+        shape = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+        array = _resize(image, shape)
+        top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+        return array[top : top + height, left : left + width]

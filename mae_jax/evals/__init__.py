@@ -1,0 +1,1 @@
+"""Judges of a representation; none of them changes it."""

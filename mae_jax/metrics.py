@@ -1,0 +1,185 @@
+"""What a run tells about itself: a progress bar, metrics.jsonl and TensorBoard."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+console = Console(stderr=True)
+log = logging.getLogger("mae_jax")
+
+
+def setup_logging() -> None:
+    """Sends this project's log to the console that also carries the progress bar."""
+    handler = RichHandler(
+        console=console, show_path=False, show_level=False, omit_repeated_times=False
+    )
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells of every file it touches
+
+
+def print_table(title: str, rows: Mapping[str, Any]) -> None:
+    """Prints names and values, floats to three digits, to the standard output."""
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drops the lines after a step, and one that was cut off in the middle; returns what stays."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= last_step:
+            kept.append(row)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(part, path)
+    return kept
+
+
+class RunLog:
+    """Observes a training loop; also takes evaluation results and pictures.
+
+    metrics.jsonl has one object per line, each with its "step" and:
+      loss, grad_norm: means over the steps since the last line; learning_rate: at that step;
+      images_per_second: trained on, compilation and evaluation not counted;
+      data_wait: share of that time in which the loop waited for its next batch;
+      mfu: model FLOPs per second over the device's bf16 peak, where the peak is known.
+
+    Args:
+      flops_per_image: of one training step, in the paper's form; peak_flops: of all devices.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        steps_per_epoch: float,
+        batch_size: int,
+        every: int,
+        flops_per_image: float,
+        peak_flops: float | None,
+    ):
+        self.history = truncate_jsonl(workdir / "metrics.jsonl", start_step)
+        self._file = open(workdir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        purge = start_step + 1 if start_step else None
+        self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=purge)
+        self._total, self._per_epoch, self._batch_size = total_steps, steps_per_epoch, batch_size
+        self._every, self._flops, self._peak = every, flops_per_image, peak_flops
+        self._window: list[Mapping[str, float]] = []
+        self._started: float | None = None  # None until the first step has been compiled and run
+        self._waited = self._paused = 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(None))
+        self._bar = Progress(*columns, console=console, auto_refresh=False, expand=True)
+        self._task = self._bar.add_task("compiling", total=total_steps, completed=start_step)
+        if console.is_terminal:
+            self._bar.start()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends numbers to metrics.jsonl and TensorBoard."""
+        row = {"step": step, "epoch": round(step / self._per_epoch, 4), **values}
+        self.history.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Adds a uint8 [h, w, 3] picture to TensorBoard."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The loop waits for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The loop saves or evaluates: time that does not count as training."""
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+    def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Notes a finished step, and writes a line of metrics where one is due."""
+        if self._started is None:
+            self._restart_clock()
+            self._describe(step, metrics, None)
+            return
+        self._window.append(metrics)
+        rate = self._batch_size * len(self._window) / self._seconds()
+        self._describe(step, metrics, rate)
+        if step % self._every == 0 or step == self._total:
+            self._write_window(step, rate)
+
+    def _seconds(self) -> float:
+        assert self._started is not None
+        return max(time.perf_counter() - self._started - self._paused, 1e-9)
+
+    def _restart_clock(self) -> None:
+        self._window, self._started = [], time.perf_counter()
+        self._waited = self._paused = 0.0
+
+    def _write_window(self, step: int, rate: float) -> None:
+        values = {
+            "loss": float(np.mean([m["loss"] for m in self._window])),
+            "grad_norm": float(np.mean([m["grad_norm"] for m in self._window])),
+            "learning_rate": float(self._window[-1]["learning_rate"]),
+            "images_per_second": round(rate, 2),
+            "data_wait": round(min(self._waited / self._seconds(), 1.0), 4),
+        }
+        if self._peak:
+            values["mfu"] = rate * self._flops / self._peak
+        self.scalars(step, values)
+        if not console.is_terminal:
+            log.info("%s", self._bar.tasks[self._task].description)
+        self._restart_clock()
+
+    def _describe(self, step: int, metrics: Mapping[str, float], rate: float | None) -> None:
+        text = f"step {step}/{self._total}  epoch {step / self._per_epoch:.2f}"
+        text += f"  loss {metrics['loss']:.4f}"
+        if rate:
+            left = math.ceil((self._total - step) * self._batch_size / rate)
+            text += (
+                f"  {rate:,.0f} images/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+            )
+        self._bar.update(self._task, completed=step, description=text)
+        if console.is_terminal:
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._bar.stop()
+        self._file.close()
+        self._board.close()
