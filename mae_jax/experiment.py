@@ -1,8 +1,8 @@
 """A run from its config to its summary: set up, resume or start, train, evaluate, save."""
 
+import json
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from mae_jax import flops, recipe, sharding
 from mae_jax.checkpoint import Checkpointer, check_resume, flatten, locked_workdir
 from mae_jax.data.loader import Loader, ordered_batches
 from mae_jax.data.sources import Source, Subset
-from mae_jax.evals.knn import FeatureFn, Knn
-from mae_jax.evals.reconstruct import Pictures, save_png
+from mae_jax.evals.knn import Knn
+from mae_jax.evals.reconstruct import Pictures
+from mae_jax.evaluation import Evaluation, print_summary, summary_of
 from mae_jax.health import StopSignal, check_finite
-from mae_jax.metrics import RunLog, print_table, write_json
+from mae_jax.metrics import RunLog, write_json
 from mae_jax.recipe import Config, Duration
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import Hook, TrainState, fit, init_state, make_train_step
@@ -40,7 +41,6 @@ FREE = (
     "resume.",
     "mesh.",
 )
-RANDOM_ENCODERS = 3  # whose mean accuracy is the baseline
 
 
 class ConfigError(Exception):
@@ -111,15 +111,20 @@ def run(config: Config, workdir: Path) -> None:
 
 def _train(run: Run, stop: StopSignal) -> None:
     config, total = run.config, run.duration.total_steps
+    plain = json.loads(json.dumps(config.to_dict()))  # as it will be read back: without tuples
     meta = {
-        "config": config.to_dict(),
+        "config": plain,
         "data_fingerprint": run.train_source.fingerprint(),
         "jax": jax.__version__,
     }
     checkpointer = Checkpointer(run.workdir / "checkpoints", config.checkpoint.max_to_keep)
     state, shardings = _start(run, checkpointer, meta)
     start_step = int(state.step)
-    write_json(run.workdir / "config.json", config.to_dict())
+    if start_step == total and (summary := summary_of(run.workdir, total)):
+        log.info("this run is already complete")
+        print_summary(summary)
+        return
+    write_json(run.workdir / "config.json", plain)
     _say_hello(run, start_step)
 
     def save(step: int, state: TrainState) -> None:
@@ -127,7 +132,7 @@ def _train(run: Run, stop: StopSignal) -> None:
 
     save_hook = Hook(config.checkpoint.every_steps, save)
     run_log = _make_run_log(run, start_step)
-    pictures = _pictures(run)
+    evaluation = _make_evaluation(run, run_log)
     batches = run.loader.batches(start_step)
     try:
         state = fit(
@@ -135,7 +140,7 @@ def _train(run: Run, stop: StopSignal) -> None:
             _make_step(run, shardings),
             (_to_device(batch, run.mesh) for batch in batches),
             total_steps=total,
-            hooks=[save_hook, *_evaluation_hooks(run, run_log, pictures)],
+            hooks=[save_hook, *_evaluation_hooks(run, evaluation)],
             observer=run_log,
             check=check_finite,
             should_stop=stop,
@@ -143,7 +148,7 @@ def _train(run: Run, stop: StopSignal) -> None:
         step = int(state.step)
         save(step, state)
         if step == total:
-            _finish(run, run_log, pictures, state)
+            evaluation.finish(step, state)
         else:
             log.info("stopped at step %d of %d; the same command continues from here", step, total)
     finally:
@@ -257,90 +262,29 @@ def _say_hello(run: Run, start_step: int) -> None:
         log.info("k-NN is off: it needs labels and an evaluation split (data.eval_split)")
 
 
-def _features(run: Run, params: Any) -> FeatureFn:
-    function = jax.jit(run.task.features)
-    return lambda images: function(params, images)
-
-
-def _pictures(run: Run) -> Pictures:
-    """Evaluation images with masks that stay the same over the run."""
-    source = Subset(run.eval_source or run.train_source, run.config.eval.pictures)
-    transform = recipe.make_eval_transform(run.config)
+def _make_evaluation(run: Run, run_log: RunLog) -> Evaluation:
+    config = run.config
+    # Pictures show the same images under the same masks over the whole run.
+    source = Subset(run.eval_source or run.train_source, config.eval.pictures)
+    transform = recipe.make_eval_transform(config)
     batch = next(iter(ordered_batches(source, transform, len(source))))
     mask = run.task.draw_mask(jax.random.key(0), len(source))
-    return Pictures(run.task, batch["image"], mask, run.config.eval.stats)
+    return Evaluation(
+        task=run.task,
+        run_log=run_log,
+        workdir=run.workdir,
+        pictures=Pictures(run.task, batch["image"], mask, config.eval.stats),
+        knn=run.knn,
+        baseline_key=_keys(config)[0] if config.eval.knn_baselines else None,
+    )
 
 
-def _draw_picture(
-    run: Run, run_log: RunLog, pictures: Pictures, step: int, state: TrainState
-) -> Path:
-    picture = pictures.run(state.params)
-    path = run.workdir / "pictures" / f"step_{step:07d}.png"
-    save_png(path, picture)
-    run_log.image(step, "reconstruction", picture)
-    return path
-
-
-def _evaluation_hooks(run: Run, run_log: RunLog, pictures: Pictures) -> list[Hook]:
-    """What is evaluated while training goes on."""
+def _evaluation_hooks(run: Run, evaluation: Evaluation) -> list[Hook]:
+    knn_every = run.duration.steps(run.config.eval.knn_every_epochs)
+    pictures_every = run.duration.steps(run.config.eval.pictures_every_epochs)
     hooks = []
-    every = run.duration.steps(run.config.eval.knn_every_epochs)
-    if run.knn and every:
-        knn = run.knn
-
-        def evaluate_knn(step: int, state: TrainState) -> None:
-            found = knn.run({"knn_top1": _features(run, state.params)})
-            run_log.scalars(step, found)
-            log.info("step %d: k-NN top-1 %.3f", step, found["knn_top1"])
-
-        hooks.append(Hook(every, evaluate_knn))
-    every = run.duration.steps(run.config.eval.pictures_every_epochs)
-    if every:
-        hooks.append(Hook(every, partial(_draw_picture, run, run_log, pictures)))
+    if run.knn and knn_every:
+        hooks.append(Hook(knn_every, evaluation.measure_knn))
+    if pictures_every:
+        hooks.append(Hook(pictures_every, evaluation.draw_pictures))
     return hooks
-
-
-def _finish(run: Run, run_log: RunLog, pictures: Pictures, state: TrainState) -> None:
-    """The last evaluation, summary.json, and its table for people."""
-    step = int(state.step)
-    path = _draw_picture(run, run_log, pictures, step, state)
-    found = _final_knn(run, state) if run.knn else {}
-    if found:
-        run_log.scalars(step, found)
-    rates = [row["images_per_second"] for row in run_log.history if "images_per_second" in row]
-    losses = [row["loss"] for row in run_log.history if "loss" in row]
-    summary = found | {
-        "final_loss": losses[-1] if losses else None,
-        "images_per_second": float(np.median(rates)) if rates else None,
-        "steps": step,
-        "pictures": str(path),
-    }
-    write_json(run.workdir / "summary.json", summary)
-    rows = {
-        "k-NN top-1, this encoder": found.get("knn_top1"),
-        f"k-NN top-1, random encoder (mean of {RANDOM_ENCODERS})": found.get(
-            "knn_top1_random_init"
-        ),
-        "k-NN top-1, raw pixels": found.get("knn_top1_pixels"),
-        "loss": summary["final_loss"],
-        "images per second": summary["images_per_second"],
-        "pictures": str(path),
-        "numbers": str(run.workdir / "summary.json"),
-    }
-    print_table(f"After {step} steps", {name: value for name, value in rows.items() if value})
-
-
-def _final_knn(run: Run, state: TrainState) -> dict[str, float]:
-    """k-NN accuracies of the encoder and, where asked for, of the baselines by the same call."""
-    assert run.knn is not None
-    features = {"knn_top1": _features(run, state.params)}
-    if run.config.eval.knn_baselines:
-        features["knn_top1_pixels"] = lambda images: (
-            images.reshape(len(images), -1) / np.float32(255)
-        )
-        for number in range(RANDOM_ENCODERS):
-            key = jax.random.fold_in(_keys(run.config)[0], 1 + number)
-            features[f"random_{number}"] = _features(run, jax.jit(run.task.init)(key))
-    found = run.knn.run(features)
-    random = [found.pop(f"random_{i}") for i in range(RANDOM_ENCODERS) if f"random_{i}" in found]
-    return found | ({"knn_top1_random_init": float(np.mean(random))} if random else {})

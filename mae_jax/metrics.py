@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import numpy as np
 from rich.console import Console
 from rich.logging import RichHandler
@@ -22,14 +23,16 @@ log = logging.getLogger("mae_jax")
 
 
 def setup_logging() -> None:
-    """Sends this project's log to the console that also carries the progress bar."""
-    handler = RichHandler(
-        console=console, show_path=False, show_level=False, omit_repeated_times=False
-    )
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    """Sends this project's log to the console, above the progress bar where there is one."""
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells of every file it touches
+    absl.logging.set_verbosity("warning")  # orbax would tell of every file that it touches
 
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
@@ -98,7 +101,7 @@ class RunLog:
         self._every, self._flops, self._peak = every, flops_per_image, peak_flops
         self._window: list[Mapping[str, float]] = []
         self._started: float | None = None  # None until the first step has been compiled and run
-        self._waited = self._paused = 0.0
+        self._timed, self._waited, self._paused = 0, 0.0, 0.0  # steps and seconds since then
         columns = (TextColumn("{task.description}"), BarColumn(None))
         self._bar = Progress(*columns, console=console, auto_refresh=False, expand=True)
         self._task = self._bar.add_task("compiling", total=total_steps, completed=start_step)
@@ -112,6 +115,10 @@ class RunLog:
         self._file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def column(self, name: str) -> list[float]:
+        """All values of a metric so far, those from before an interruption included."""
+        return [row[name] for row in self.history if name in row]
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds a uint8 [h, w, 3] picture to TensorBoard."""
@@ -133,42 +140,47 @@ class RunLog:
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         """Notes a finished step, and writes a line of metrics where one is due."""
+        self._window.append(metrics)
         if self._started is None:
             self._restart_clock()
-            self._describe(step, metrics, None)
-            return
-        self._window.append(metrics)
-        rate = self._batch_size * len(self._window) / self._seconds()
-        self._describe(step, metrics, rate)
+        else:
+            self._timed += 1
+        rate = self._batch_size * self._timed / self._seconds()
+        self._describe(step, self._mean("loss"), rate)
         if step % self._every == 0 or step == self._total:
             self._write_window(step, rate)
+            self._window = []
+            self._restart_clock()
 
     def _seconds(self) -> float:
         assert self._started is not None
         return max(time.perf_counter() - self._started - self._paused, 1e-9)
 
     def _restart_clock(self) -> None:
-        self._window, self._started = [], time.perf_counter()
-        self._waited = self._paused = 0.0
+        self._started = time.perf_counter()
+        self._timed, self._waited, self._paused = 0, 0.0, 0.0
+
+    def _mean(self, name: str) -> float:
+        return float(np.mean([metrics[name] for metrics in self._window]))
 
     def _write_window(self, step: int, rate: float) -> None:
         values = {
-            "loss": float(np.mean([m["loss"] for m in self._window])),
-            "grad_norm": float(np.mean([m["grad_norm"] for m in self._window])),
+            "loss": self._mean("loss"),
+            "grad_norm": self._mean("grad_norm"),
             "learning_rate": float(self._window[-1]["learning_rate"]),
-            "images_per_second": round(rate, 2),
-            "data_wait": round(min(self._waited / self._seconds(), 1.0), 4),
         }
-        if self._peak:
+        if self._timed:
+            values["images_per_second"] = round(rate, 2)
+            values["data_wait"] = round(min(self._waited / self._seconds(), 1.0), 4)
+        if self._timed and self._peak:
             values["mfu"] = rate * self._flops / self._peak
         self.scalars(step, values)
         if not console.is_terminal:
             log.info("%s", self._bar.tasks[self._task].description)
-        self._restart_clock()
 
-    def _describe(self, step: int, metrics: Mapping[str, float], rate: float | None) -> None:
+    def _describe(self, step: int, loss: float, rate: float) -> None:
         text = f"step {step}/{self._total}  epoch {step / self._per_epoch:.2f}"
-        text += f"  loss {metrics['loss']:.4f}"
+        text += f"  loss {loss:.4f}"
         if rate:
             left = math.ceil((self._total - step) * self._batch_size / rate)
             text += (

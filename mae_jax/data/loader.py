@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Loader:
                 f"{len(self.source)} images"
             )
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: {"image": uint8 [b, h, w, c], "label": [b], "index": [b]}."""
         load = Load(self.source, self.transform, self.skip)
         dataset = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()

@@ -66,10 +66,8 @@ class TfdsSource:
             raise DataError(f"{name} has no split {split!r}; it has {', '.join(known) or 'none'}")
         self.name, self.split = name, split
         self.classes = tuple(features["label"].names) if "label" in features else ()
-        self._records = builder.as_data_source(
-            split,
-            decoders={"image": tfds.decode.SkipDecoding()},  # pyright: ignore
-        )
+        decoders: Any = {"image": tfds.decode.SkipDecoding()}
+        self._records = builder.as_data_source(split, decoders=decoders)
         shards = [Path(file) for file in known[split.split("[")[0]].filepaths]
         sizes = [f"{shard.name} {shard.stat().st_size}" for shard in shards]
         self._fingerprint = _digest([name, split, str(len(self)), *sizes])
@@ -89,7 +87,7 @@ class TfdsSource:
         return self._fingerprint
 
 
-def _builder(name: str, data_dir: str | None):
+def _builder(name: str, data_dir: str | None) -> Any:
     """The TFDS builder, prepared; an embedded data set is prepared where that is still to do."""
     import tensorflow_datasets as tfds
 
