@@ -82,7 +82,7 @@ def base() -> ConfigDict:
     evaluation.knn_baselines = False  # at the end, also raw pixels and 3 random encoders
     evaluation.pictures_every_epochs = 20.0  # 0.0 draws at the end only
     evaluation.pictures = 8  # images per picture
-    evaluation.stats = "visible"  # brightness and contrast of norm_pix pictures: "visible" or "gt"
+    evaluation.stats = "visible"  # brightness of norm_pix pictures: of "visible" patches or "gt"
     evaluation.batch_size = 256  # images
 
     config.log = ConfigDict()

@@ -21,6 +21,6 @@ def get_config():
     config.data.update(name="photo_crops", path="datasets", eval_split="test")
     config.data.update(workers=0, threads=2, eval_crop=1.0)
     config.eval.update(knn_every_epochs=2.5, pictures_every_epochs=2.5)
-    config.eval.update(knn_bank=3800, knn_baselines=True, stats="gt")
+    config.eval.update(knn_bank=3800, knn_baselines=True)
     config.checkpoint.every_steps = 200
     return config

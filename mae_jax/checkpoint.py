@@ -89,9 +89,13 @@ class Checkpointer:
         )
         return {"params": restored["params"], **restored["train"]}
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for saves in the background, and raises what went wrong in them."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and releases everything."""
+        self.wait()
         self._manager.close()
 
 

@@ -71,6 +71,7 @@ def build(config: Config, workdir: Path) -> Run:
       ConfigError, DataError: a value, a file or a folder is not as it should be.
     """
     try:
+        recipe.check_counts(config)
         mesh = sharding.make_mesh(config.mesh.fsdp)
         sharding.check_batch(config.batch_size, config.accumulate, mesh)
         task = recipe.make_task(config, mesh)

@@ -15,6 +15,7 @@ from mae_jax.data.loader import Loader, ordered_batches
 from mae_jax.data.sources import Source, Subset, make_source
 from mae_jax.data.transforms import EvalTransform, TrainTransform
 from mae_jax.evals.knn import Knn
+from mae_jax.evals.reconstruct import STATISTICS
 from mae_jax.models.layers import Execution
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_grid
@@ -36,6 +37,25 @@ class Duration:
     def steps(self, epochs: float) -> int | None:
         """A cadence in epochs as one in steps; None for 0 epochs, which means never."""
         return max(1, round(epochs * self.steps_per_epoch)) if epochs > 0 else None
+
+
+def check_counts(config: Config) -> None:
+    """ValueError unless what counts something is at least 1."""
+    flat = config.to_dict()
+    for group, key in (
+        ("log", "every_steps"),
+        ("checkpoint", "every_steps"),
+        ("checkpoint", "max_to_keep"),
+        ("eval", "pictures"),
+        ("eval", "batch_size"),
+        ("eval", "knn_k"),
+        ("eval", "knn_bank"),
+        ("eval", "knn_queries"),
+    ):
+        if flat[group][key] < 1:
+            raise ValueError(f"{group}.{key}={flat[group][key]} must be at least 1")
+    if config.eval.stats not in STATISTICS:
+        raise ValueError(f"eval.stats={config.eval.stats!r}; use one of {', '.join(STATISTICS)}")
 
 
 def make_size(config: Config) -> Size:
@@ -134,6 +154,9 @@ def make_knn(config: Config, train_source: Source, eval_source: Source | None) -
 
 def make_loader(config: Config, source: Source) -> Loader:
     data = config.data
+    low, high = data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"data.crop_scale={tuple(data.crop_scale)} must rise within 0 to 1")
     if data.on_bad not in ("raise", "skip"):
         raise ValueError(f"data.on_bad={data.on_bad!r}; use 'raise' or 'skip'")
     size, channels = tuple(config.model.image_size), config.model.channels

@@ -24,8 +24,10 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh, hosts: int = 1) -> None:
     """ValueError unless the batch splits over accumulation steps, devices and hosts."""
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1")
     parts = int(np.lcm(accumulate * mesh.size, hosts))
-    if accumulate < 1 or batch_size < 1 or batch_size % parts:
+    if batch_size < 1 or batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
         use = f"{below} or {above}" if below > 0 else f"{above}"
         raise ValueError(

@@ -22,3 +22,13 @@ def golden():
     from pathlib import Path
 
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def photo_crops(tmp_path_factory):
+    """Where the embedded data set is prepared."""
+    from mae_jax.data.sources import TfdsSource
+
+    folder = str(tmp_path_factory.mktemp("datasets"))
+    TfdsSource("photo_crops", "train", folder)
+    return folder

@@ -86,7 +86,8 @@ class Loader:
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: {"image": uint8 [b, h, w, c], "label": [b], "index": [b]}."""
         load = Load(self.source, self.transform, self.skip)
-        dataset = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+        dataset = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle()
+        dataset = dataset.repeat(10**9)  # epochs; a repeat without end overflows in batches of 1
         # Batching before slicing keeps the global batch the same row for row on any host count.
         dataset = dataset.random_map(load).batch(self.batch_size // self.hosts)
         dataset = dataset[start_step * self.hosts + self.host :: self.hosts]

@@ -15,7 +15,7 @@ from mae_jax.tasks.pretrain import Pretrain
 
 GREY = 128  # of a masked patch
 GAP = 6  # pixels between pictures
-STATISTICS = {"gt": "true patch statistics", "visible": "statistics of visible patches"}
+STATISTICS = {"gt": "true patch statistics", "visible": "statistics of visible neighbours"}
 MIN_SIDE = 112  # pixels; smaller images are enlarged by a whole factor
 
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mae_jax.models.mae import MAE
 from mae_jax.models.patches import patchify, take_patches, unpatchify
@@ -120,15 +121,22 @@ class Pretrain:
 
         Under norm_pix predictions have no brightness or contrast of their own. `stats` says where
         those come from: "gt", each patch's own true mean and deviation, which the model has never
-        seen; or "visible", the mean over the image's kept patches of their statistics.
+        seen; or "visible", those of the image's kept patches, near ones counting most.
         """
         patches = self.to_patches(images)
         pred = self.apply("predict", params, patches, *mask)
         if self.norm_pix:
             mean, std = patch_statistics(patches, self.norm_pix_eps)
             if stats == "visible":
-                mean, std = (take_patches(s, mask.keep).mean(1, keepdims=True) for s in (mean, std))
+                weights = self._nearness(mask.keep)
+                mean, std = (weights @ take_patches(x, mask.keep) for x in (mean, std))
             elif stats != "gt":
                 raise ValueError(f"stats={stats!r}; use 'gt' or 'visible'")
             pred = pred * std + mean
         return unnormalise(unpatchify(pred, self.patch, self.grid), self.mean, self.std)
+
+    def _nearness(self, keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
+        """Weights of the kept patches for every patch: a Gaussian of one patch, summing to 1."""
+        places = jnp.indices(self.grid).reshape(2, -1).T.astype(jnp.float32)
+        offsets = places[None, :, None] - places[keep][:, None]
+        return jax.nn.softmax(-jnp.square(offsets).sum(axis=-1) / 2, axis=-1)

@@ -1,0 +1,95 @@
+import json
+import logging
+
+import pytest
+
+from mae_jax.health import NonFiniteError, StopSignal, check_finite
+from mae_jax.metrics import RunLog, truncate_jsonl, write_json
+
+
+def make_log(workdir, start_step=0, **kwargs):
+    defaults = dict(total_steps=10, steps_per_epoch=5, batch_size=4, every=2)
+    defaults |= dict(flops_per_image=1e9, peak_flops=None)
+    return RunLog(workdir, start_step=start_step, **(defaults | kwargs))
+
+
+def steps(log, numbers):
+    for step in numbers:
+        with log.waiting():
+            pass
+        log.step_done(step, {"loss": float(step), "grad_norm": 1.0, "learning_rate": 0.1 * step})
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_carry_means_and_rates(tmp_path):
+    log = make_log(tmp_path, peak_flops=1e12)
+    steps(log, range(1, 5))
+    log.scalars(4, {"knn_top1": 0.5})
+    log.close()
+    first, second, third = rows(tmp_path)
+    assert [first["step"], first["epoch"], first["loss"]] == [2, 0.4, 1.5]
+    assert second["loss"] == 3.5
+    assert second["learning_rate"] == pytest.approx(0.4)
+    assert 0 <= second["data_wait"] <= 1
+    assert second["mfu"] == pytest.approx(second["images_per_second"] * 1e9 / 1e12, rel=1e-2)
+    assert third == {"step": 4, "epoch": 0.8, "knn_top1": 0.5}
+    assert log.column("loss") == [1.5, 3.5]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_no_mfu_where_the_peak_is_unknown(tmp_path):
+    log = make_log(tmp_path)
+    steps(log, range(1, 3))
+    log.close()
+    assert "mfu" not in rows(tmp_path)[0]
+
+
+def test_continuing_leaves_no_line_twice_and_none_out(tmp_path):
+    log = make_log(tmp_path)
+    steps(log, range(1, 9))
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # killed in the middle of a line
+    log = make_log(tmp_path, start_step=4)
+    assert log.column("loss") == [1.5, 3.5]
+    steps(log, range(5, 11))
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 10]
+
+
+def test_truncating_nothing(tmp_path):
+    assert truncate_jsonl(tmp_path / "none.jsonl", 3) == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_written_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"b": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_numbers_that_are_none(name):
+    good = {"loss": 1.0, "grad_norm": 1.0}
+    check_finite(3, good)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(NonFiniteError, match=f"{name} is {value} at step 3"):
+            check_finite(3, good | {name: value})
+
+
+def test_stop_signal_restores_what_was_there():
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+    assert signal.getsignal(signal.SIGTERM) is before
+    logging.getLogger("mae_jax")
