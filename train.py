@@ -37,9 +37,23 @@ def main(argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _fail(str(error.args[0] if error.args else error))
+        rest = flags.FLAGS(argv)
+        _ = CONFIG.value.items()  # a config file that is missing shows only now
+    except (AttributeError, KeyError) as error:
+        _fail(f"no such config key: {_reason(error)}")
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        _fail(_reason(error))
+    return rest
+
+
+def _reason(error: BaseException) -> str:
+    """The sentence of an error from the depths of flag parsing, without quotes and traceback."""
+    while isinstance(error.args[0] if error.args else None, BaseException):
+        error = error.args[0]
+    text = str(error.args[0] if error.args else error)
+    if "Traceback" in text:
+        text = text.strip().splitlines()[-1]
+    return text
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

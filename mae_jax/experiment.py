@@ -253,7 +253,7 @@ def _say_hello(run: Run, start_step: int) -> None:
     )
     peak = config.optim.base_lr * config.batch_size / 256
     log.info(
-        "learning rate %.4g = base_lr %.4g * batch_size %d / 256, after %g steps of warm-up",
+        "learning rate %.6g = base_lr %.6g * batch_size %d / 256, after %g steps of warm-up",
         peak,
         config.optim.base_lr,
         config.batch_size,
