@@ -1,15 +1,18 @@
 """Checkpoints with orbax, what they remember about their run, and who may write to a workdir."""
 
 import fcntl
+import itertools
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mae_jax.trees import differences
@@ -25,32 +28,28 @@ class Checkpointer:
     """Saves and restores states in `directory`, one numbered folder per step.
 
     The parameters are an item of their own, "params", so that other programs can read them alone.
-    "train" holds the rest of the state, "meta" the run's config and data fingerprint as JSON.
+    "train" holds the rest of the state, "meta" what the run wants to know on resuming, and the
+    digests by which a damaged checkpoint is recognised: orbax itself would restore flipped bytes.
     Saving goes on in the background; a step's folder appears only when it is complete.
     """
 
     def __init__(self, directory: Path, max_to_keep: int):
+        self.directory = directory
+        self._max_to_keep = max_to_keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            max_to_keep=self._max_to_keep, cleanup_tmp_directories=True
         )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "train": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(), options=options, item_handlers=handlers
+        return ocp.CheckpointManager(
+            self.directory.absolute(), options=options, item_handlers=handlers
         )
-        self.directory = directory
-
-    def latest_step(self) -> int | None:
-        """The newest complete step."""
-        return self._manager.latest_step()
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `meta`."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["meta"]
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Saves {"params": ..., other items of the state}; does nothing if the step is there."""
@@ -62,19 +61,64 @@ class Checkpointer:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state["params"]),
                 train=ocp.args.StandardSave(train),
-                meta=ocp.args.JsonSave(dict(meta)),
+                meta=ocp.args.JsonSave({**meta, "digests": digests(state)}),
             ),
         )
 
-    def restore(self, step: int, shapes: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict:
-        """The state of a step, laid out as `shardings`; CheckpointError names what does not fit."""
+    def restore_newest(
+        self,
+        shapes: Mapping[str, Any],
+        shardings: Mapping[str, Any],
+        accept: Callable[[dict[str, Any]], None],
+    ) -> tuple[int, dict[str, Any]] | None:
+        """The newest step that reads back as it was written, and its state; None if there is none.
+
+        Damaged steps are renamed to "<step>.damaged" and named in the log. `accept` is given the
+        meta of a step, and raises where the run must not continue from it.
+
+        Raises:
+          CheckpointError: a step does not fit the model, or all steps are damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                meta, stored = self._read_meta(step)
+            except Exception as error:  # orbax has no common class for what can go wrong
+                self._set_aside(step, error)
+                continue
+            accept(meta)
+            self._check_fits(step, shapes["params"], stored)
+            try:
+                return step, self._read_state(step, shapes, shardings, meta["digests"])
+            except Exception as error:
+                self._set_aside(step, error)
+        if steps:
+            raise CheckpointError(
+                f"every checkpoint in {self.directory} is damaged (renamed to *.damaged). To start "
+                "anew, use another --workdir"
+            )
+        return None
+
+    def _read_meta(self, step: int) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+            "meta"
+        ]
         stored = self._manager.item_metadata(step)["params"]
-        wrong = differences(shapes["params"], stored)
+        if stored is None or "digests" not in meta:
+            raise ValueError("it does not say what it holds")
+        return meta, stored.tree
+
+    def _check_fits(self, step: int, wanted: Mapping, stored: Mapping) -> None:
+        wrong = differences(wanted, stored)
         if wrong:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} does not fit the model:\n  "
                 + "\n  ".join(wrong)
             )
+
+    def _read_state(
+        self, step: int, shapes: Mapping, shardings: Mapping, expected: Mapping[str, int]
+    ) -> dict[str, Any]:
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             dict(shapes),
@@ -87,7 +131,26 @@ class Checkpointer:
                 params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(abstract)
             ),
         )
-        return {"params": restored["params"], **restored["train"]}
+        state = {"params": restored["params"], **restored["train"]}
+        found = digests(state)
+        changed = [name for name in found if found[name] != expected.get(name)]
+        if changed:
+            raise ValueError(f"{len(changed)} arrays are not what was saved, {changed[0]} for one")
+        return state
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        """Renames a damaged step; left in place it would count as the newest for ever."""
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        folder = self.directory / str(step)
+        kept = next(
+            path
+            for number in itertools.count()
+            if not (path := folder.with_name(f"{step}.damaged{number or ''}")).exists()
+        )
+        log.warning("checkpoint %s is damaged and renamed to %s: %s", folder, kept.name, reason)
+        self._manager.close()
+        folder.rename(kept)
+        self._manager = self._open()
 
     def wait(self) -> None:
         """Waits for saves in the background, and raises what went wrong in them."""
@@ -97,6 +160,14 @@ class Checkpointer:
         """Waits, and releases everything."""
         self.wait()
         self._manager.close()
+
+
+def digests(state: Mapping[str, Any]) -> dict[str, int]:
+    """CRC-32 of every array of a state, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(dict(state))
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves
+    }
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

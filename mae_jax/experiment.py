@@ -175,19 +175,21 @@ def _start(
     key, _ = _keys(run.config)
     shapes = jax.eval_shape(init, key)
     shardings = sharding.state_shardings(shapes, run.mesh)
-    step = checkpointer.latest_step()
-    if step is None:
+
+    def accept(old_meta: dict[str, Any]) -> None:
+        old, new = (
+            flatten(m["config"]) | {"data.fingerprint": m["data_fingerprint"]}
+            for m in (old_meta, meta)
+        )
+        allow = [key.strip() for key in run.config.resume.allow.split(",")]
+        check_resume(old, new, FREE, allow)
+
+    found = checkpointer.restore_newest(vars(shapes), vars(shardings), accept)
+    if found is None:
         # Each device makes only the part of the state that it holds.
         return jax.jit(init, out_shardings=shardings)(key), shardings
-    flat_old, flat_new = (
-        flatten(m["config"]) | {"data.fingerprint": m["data_fingerprint"]}
-        for m in (checkpointer.meta(step), meta)
-    )
-    allow = [key.strip() for key in run.config.resume.allow.split(",")]
-    check_resume(flat_old, flat_new, FREE, allow)
-    restored = checkpointer.restore(step, vars(shapes), vars(shardings))
-    log.info("continuing from step %d", step)
-    return TrainState(**restored), shardings
+    log.info("continuing from step %d", found[0])
+    return TrainState(**found[1]), shardings
 
 
 def _make_step(run: Run, shardings: TrainState):

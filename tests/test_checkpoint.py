@@ -1,5 +1,8 @@
+import os
+import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +46,17 @@ def saved(checkpointer, state, *steps):
         checkpointer.wait()
 
 
+def restore(checkpointer, state=STATE):
+    return checkpointer.restore_newest(*shapes_of(state), lambda meta: None)
+
+
 def test_round_trip_is_exact(checkpointer):
-    assert checkpointer.latest_step() is None
+    assert restore(checkpointer) is None
     saved(checkpointer, STATE, 7)
-    assert checkpointer.latest_step() == 7
-    assert checkpointer.meta(7) == META
-    restored = checkpointer.restore(7, *shapes_of(STATE))
+    metas = []
+    step, restored = checkpointer.restore_newest(*shapes_of(STATE), metas.append)
+    assert step == 7
+    assert META.items() <= metas[0].items()
     assert restored["ema"] is None
     jax.tree.map(np.testing.assert_array_equal, restored, STATE)
 
@@ -59,33 +67,89 @@ def test_only_the_newest_are_kept_and_saving_twice_is_harmless(checkpointer):
     assert folders == ["2", "3"]
 
 
-def test_donated_buffers_do_not_reach_a_save_in_the_background(tmp_path):
-    """The next step overwrites the state while the last save is still being written."""
-    checkpointer = Checkpointer(tmp_path, max_to_keep=2)
+def test_donated_buffers_do_not_reach_a_save_in_the_background(checkpointer):
+    """The next steps overwrite the state while the last save is still being written."""
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    state = {"params": {"w": jnp.zeros(2**20)}, "step": jnp.int32(0)}
-    checkpointer.save(1, state, META)
-    w = state["params"]["w"]
+    w = jnp.zeros(2**20)
+    checkpointer.save(1, {"params": {"w": w}, "step": jnp.int32(0)}, META)
     for _ in range(20):
         w = add(w)
     w.block_until_ready()
     checkpointer.wait()
-    shapes = jax.eval_shape(lambda: {"params": {"w": jnp.zeros(2**20)}, "step": jnp.int32(0)})
-    restored = checkpointer.restore(1, *shapes_of(shapes))
+    _, restored = restore(checkpointer, {"params": {"w": w}, "step": jnp.int32(0)})
     assert not np.asarray(restored["params"]["w"]).any()
-    checkpointer.close()
 
 
 def test_what_does_not_fit_is_named(checkpointer):
     saved(checkpointer, STATE, 7)
     params = {"encoder": {"w": jnp.zeros((2, 5))}, "extra": jnp.zeros(1)}
     with pytest.raises(CheckpointError) as error:
-        checkpointer.restore(7, *shapes_of(STATE | {"params": params}))
+        restore(checkpointer, STATE | {"params": params})
     message = str(error.value)
     assert "! encoder/w has shape (2, 3), the model needs (2, 5)" in message
     assert "- extra (1,) is missing" in message
     assert "+ bias (3,) is not part of the model" in message
     assert str(checkpointer.directory / "7") in message
+    assert (checkpointer.directory / "7").exists(), "nothing is wrong with it"
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_byte(folder):
+    """In the parameters themselves: orbax alone would not notice."""
+    for file in sorted((folder / "params").rglob("d/*")):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+
+
+def truncate(folder):
+    file = largest_file(folder / "params")
+    file.write_bytes(file.read_bytes()[:10])
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def lose_meta(folder):
+    shutil.rmtree(folder / "meta")
+
+
+def lose_train(folder):
+    shutil.rmtree(folder / "train")
+
+
+DAMAGES = [flip_a_byte, truncate, empty, lose_meta, lose_train]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_a_damaged_step_is_set_aside_for_the_one_before(tmp_path, caplog, damage):
+    with closing(Checkpointer(tmp_path, max_to_keep=3)) as writer:
+        saved(writer, STATE, 1, 2)
+    damage(tmp_path / "2")
+    with closing(Checkpointer(tmp_path, max_to_keep=3)) as reader:
+        step, restored = restore(reader)
+        assert step == 1
+        jax.tree.map(np.testing.assert_array_equal, restored, STATE)
+        assert f"checkpoint {tmp_path / '2'} is damaged and renamed to 2.damaged" in caplog.text
+        saved(reader, STATE, 2)  # the name is free again, and a save under it is not dropped
+        assert restore(reader)[0] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged"}
+
+
+def test_never_starts_anew_where_every_step_is_damaged(tmp_path):
+    with closing(Checkpointer(tmp_path, max_to_keep=3)) as writer:
+        saved(writer, STATE, 1)
+    empty(tmp_path / "1")
+    with (
+        closing(Checkpointer(tmp_path, max_to_keep=3)) as reader,
+        pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"),
+    ):
+        restore(reader)
 
 
 def test_flatten():
@@ -125,8 +189,6 @@ def test_a_workdir_in_use_is_refused_with_the_owner(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with locked_workdir(tmp_path):
-        import os
-
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert f"in use by process {os.getpid()} on" in out
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "free\n"
