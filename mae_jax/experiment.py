@@ -270,7 +270,8 @@ def _make_evaluation(run: Run, run_log: RunLog) -> Evaluation:
     # Pictures show the same images under the same masks over the whole run.
     source = Subset(run.eval_source or run.train_source, config.eval.pictures)
     transform = recipe.make_eval_transform(config)
-    batch = next(iter(ordered_batches(source, transform, len(source))))
+    skip = config.data.on_bad == "skip"
+    batch = next(iter(ordered_batches(source, transform, len(source), skip=skip)))
     mask = run.task.draw_mask(jax.random.key(0), len(source))
     return Evaluation(
         task=run.task,

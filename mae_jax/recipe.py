@@ -142,7 +142,8 @@ def make_knn(config: Config, train_source: Source, eval_source: Source | None) -
         ordered_batches,
         transform=make_eval_transform(config),
         batch_size=config.eval.batch_size,
-        threads=max(config.data.threads, 1),
+        threads=config.data.threads,
+        skip=config.data.on_bad == "skip",
     )
     return Knn(
         bank=partial(read, Subset(train_source, config.eval.knn_bank)),

@@ -204,5 +204,8 @@ def test_a_corrupt_image_ends_the_run_with_its_name(tiny, tmp_path):
     (tmp_path / "images" / "5.png").write_bytes(b"not an image")
     path = f"--config.data.path={tmp_path}/images"
     output = run(tiny, tmp_path / "run", path, code=2)
-    assert "images/5.png is bad" in output
+    assert "images/5.png is bad: its bytes are not an image" in output
     assert "Traceback" not in output
+    output = run(tiny, tmp_path / "run", path, "--config.data.on_bad=skip")
+    assert "skipped a bad image (1 so far)" in output
+    assert "After 24 steps" in output

@@ -126,10 +126,13 @@ class Loader:
 
 
 def ordered_batches(
-    source: Source, transform: Transform, batch_size: int, threads: int = 2
+    source: Source, transform: Transform, batch_size: int, threads: int = 2, skip: bool = False
 ) -> Iterator[Batch]:
-    """Every record once, in order; the last batch is filled up with copies marked "valid" False."""
-    load = Load(source, transform)
+    """Every record once, in order; the last batch is filled up with copies marked "valid" False.
+
+    With `skip` a bad record counts as the next good one.
+    """
+    load = Load(source, transform, skip)
     count = -(-len(source) // batch_size) * batch_size
     dataset = grain.MapDataset.range(count).map(lambda i: load(min(i, len(source) - 1)))
     dataset = dataset.batch(batch_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mae_jax.data.sources import DataError
 
@@ -25,9 +25,15 @@ def decode(encoded: bytes, channels: int) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(encoded)) as image:
                 return image.convert(MODES[channels])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
-        raise DataError(str(error).replace("<_io.BytesIO object", "<bytes")) from error
-    except Image.DecompressionBombError as error:
+    except UnidentifiedImageError:
+        raise DataError("its bytes are not an image") from None
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
         raise DataError(str(error)) from error
 
 
