@@ -151,6 +151,8 @@ class RunLog:
             self._write_window(step, rate)
             self._window = []
             self._restart_clock()
+        if step == self._total:
+            self._bar.stop()
 
     def _seconds(self) -> float:
         assert self._started is not None
