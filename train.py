@@ -21,12 +21,12 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}; overrides are written --config.key=value")
-    from mae_jax import experiment, metrics
+    from mae_jax import console, experiment
     from mae_jax.checkpoint import CheckpointError
     from mae_jax.data.sources import DataError
     from mae_jax.health import NonFiniteError
 
-    metrics.setup_logging()
+    console.setup_logging()
     try:
         experiment.run(CONFIG.value, Path(WORKDIR.value or ""))
     except (experiment.ConfigError, DataError, CheckpointError) as error:

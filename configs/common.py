@@ -21,6 +21,10 @@ def base() -> ConfigDict:
     config.epochs = 800.0  # length of the run in passes over the data ...
     config.steps = optional(int)  # ... or in optimizer steps, which wins where given
 
+    config.init = ConfigDict()
+    config.init.path = optional(str)  # checkpoint to start from: official, HF, timm or a workdir
+    config.init.ema = False  # of a workdir, the averaged parameters
+
     config.model = model = ConfigDict()
     model.image_size = (224, 224)  # height and width, pixels
     model.channels = 3  # 1 (grey) or 3 (RGB)
@@ -35,9 +39,7 @@ def base() -> ConfigDict:
     config.mask = mask = ConfigDict()
     mask.kind = "random"  # or "block", "grid" (paper Table 1f), "user"
     mask.ratio = 0.75  # share of patches hidden from the encoder
-    mask.path = optional(
-        str
-    )  # kind "user": .npy of bool [patches] or [batch, patches], True = hidden
+    mask.path = optional(str)  # kind "user": .npy of bool [patches] or [batch, patches]: hidden?
 
     config.target = target = ConfigDict()
     target.norm_pix = True  # predict pixels normalised per patch (paper Table 1d)
@@ -60,9 +62,7 @@ def base() -> ConfigDict:
     data.name = "imagenet2012"  # source "tfds": the data set
     data.path = optional(str)  # folder of images, or where TFDS data sets are; None is TFDS's own
     data.train_split = "train"
-    data.eval_split = (
-        "validation"  # of k-NN and pictures; where a folder has none, there is no k-NN
-    )
+    data.eval_split = "validation"  # of k-NN and pictures; a folder without one has no k-NN
     data.crop_scale = (0.2, 1.0)  # range of a random crop's share of the image
     data.flip = True  # mirror half of the training images
     data.eval_crop = 0.875  # share of an image's sides that evaluation looks at

@@ -162,6 +162,70 @@ class Checkpointer:
         self._manager.close()
 
 
+def read_run(
+    directory: Path, step: int | None = None, item: str = "params"
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """A step of a run, that step's parameters as numpy arrays, and its meta; changes nothing.
+
+    Args:
+      step: None takes the newest that reads back as it was written.
+      item: "params", or "ema" for the average of the parameters.
+
+    Raises:
+      CheckpointError: there is no such step or item, or it is damaged.
+    """
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(),
+        "train": ocp.PyTreeCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    with ocp.CheckpointManager(
+        directory.absolute(), options=options, item_handlers=handlers
+    ) as manager:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{directory} has no step {step}; it has {steps}")
+        for number in steps if step is None else [step]:
+            try:
+                return number, *_read_arrays(manager, number, item)
+            except CheckpointError:
+                raise
+            except Exception as error:  # orbax has no common class for what can go wrong
+                log.warning("checkpoint %s is damaged: %s", directory / str(number), error)
+    raise CheckpointError(f"{directory} holds no checkpoint that can be read")
+
+
+def _read_arrays(
+    manager: ocp.CheckpointManager, step: int, item: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    group = "params" if item == "params" else "train"
+    stored = manager.item_metadata(step)[group].tree
+    stored = stored if item == "params" else stored.get(item)
+    if not stored:
+        raise CheckpointError(f"step {step} in {manager.directory} keeps no {item}")
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    if item != "params":
+        wanted, as_numpy = {item: wanted}, {item: as_numpy}
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            **{
+                group: ocp.args.PyTreeRestore(
+                    wanted, restore_args=as_numpy, partial_restore=item != "params"
+                )
+            }
+        ),
+    )[group]
+    state = {"params": restored} if item == "params" else {item: restored[item]}
+    changed = [name for name, crc in digests(state).items() if crc != meta["digests"].get(name)]
+    if changed:
+        raise ValueError(f"{len(changed)} arrays are not what was saved, {changed[0]} for one")
+    return state[item], meta
+
+
 def digests(state: Mapping[str, Any]) -> dict[str, int]:
     """CRC-32 of every array of a state, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(state))

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from mae_jax.console import print_table
 from mae_jax.evals.knn import FeatureFn, Knn
 from mae_jax.evals.reconstruct import Pictures, save_png
-from mae_jax.metrics import RunLog, print_table, write_json
+from mae_jax.metrics import RunLog, write_json
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import TrainState
 

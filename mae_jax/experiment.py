@@ -1,5 +1,6 @@
 """A run from its config to its summary: set up, resume or start, train, evaluate, save."""
 
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -7,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from mae_jax import flops, recipe, sharding
 from mae_jax.checkpoint import Checkpointer, check_resume, flatten, locked_workdir
+from mae_jax.convert.info import ConvertError
 from mae_jax.data.loader import Loader, ordered_batches
 from mae_jax.data.sources import Source, Subset
 from mae_jax.evals.knn import Knn
@@ -28,6 +31,7 @@ log = logging.getLogger("mae_jax")
 # Keys (or groups, ending in ".") that may differ when a run is continued: they change how the
 # computation is laid out, watched and stored, but not what it computes.
 FREE = (
+    "init.",
     "model.remat",
     "model.scan_unroll",
     "data.path",
@@ -185,11 +189,25 @@ def _start(
         check_resume(old, new, FREE, allow)
 
     found = checkpointer.restore_newest(vars(shapes), vars(shardings), accept)
-    if found is None:
-        # Each device makes only the part of the state that it holds.
-        return jax.jit(init, out_shardings=shardings)(key), shardings
-    log.info("continuing from step %d", found[0])
-    return TrainState(**found[1]), shardings
+    if found:
+        log.info("continuing from step %d", found[0])
+        return TrainState(**found[1]), shardings
+    # Each device makes only the part of the state that it holds.
+    state = jax.jit(init, out_shardings=shardings)(key)
+    if run.config.init.path in (None, "random"):
+        return state, shardings
+    return _warm(run.config, state, shardings), shardings
+
+
+def _warm(config: Config, state: TrainState, shardings: TrainState) -> TrainState:
+    """The first state with the parameters that init.path has for it."""
+    try:
+        start = recipe.make_warm_start(config, state.params)
+    except ConvertError as error:
+        raise ConfigError(f"init.path: {error}") from error
+    params = jax.tree.map(jax.device_put, start.params, shardings.params)
+    ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
+    return dataclasses.replace(state, params=params, ema=ema)
 
 
 def _make_step(run: Run, shardings: TrainState):

@@ -10,44 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import numpy as np
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from tensorboardX import SummaryWriter
 
-console = Console(stderr=True)
+from mae_jax.console import console
+from mae_jax.whole import whole
+
 log = logging.getLogger("mae_jax")
-
-
-def setup_logging() -> None:
-    """Sends this project's log to the console, above the progress bar where there is one."""
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, show_level=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
-    absl.logging.set_verbosity("warning")  # orbax would tell of every file that it touches
-
-
-def print_table(title: str, rows: Mapping[str, Any]) -> None:
-    """Prints names and values, floats to three digits, to the standard output."""
-    table = Table(title=title, show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
-    Console().print(table)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
+    with whole(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -62,9 +38,8 @@ def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
             continue
         if row["step"] <= last_step:
             kept.append(row)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mae_jax import sharding
+from mae_jax import sharding, warm_start
+from mae_jax.convert import weights
 from mae_jax.data.loader import Loader, ordered_batches
 from mae_jax.data.sources import Source, Subset, make_source
 from mae_jax.data.transforms import EvalTransform, TrainTransform
@@ -22,6 +23,7 @@ from mae_jax.models.patches import patch_grid
 from mae_jax.optim import adamw, warmup_cosine
 from mae_jax.sizes import Size
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.warm_start import WarmStart
 
 Config = Any  # an ml_collections.ConfigDict, whose keys no type checker knows
 
@@ -113,6 +115,30 @@ def make_user_mask(config: Config) -> np.ndarray | None:
         return np.load(config.mask.path)
     except OSError as error:
         raise ValueError(f"mask.path={config.mask.path!r} cannot be read: {error}") from error
+
+
+def make_warm_start(config: Config, params: Any) -> WarmStart:
+    """Fresh parameters with those of init.path in their place."""
+    init, model, data = config.init, config.model, config.data
+    found = weights.read(
+        init.path, ema=init.ema, heads=model.heads, decoder_heads=model.decoder_heads
+    )
+    now = {
+        "layer_norm_eps": model.layer_norm_eps,
+        "target": "normalized" if config.target.norm_pix else "pixels",
+        "mean": tuple(data.mean)[: model.channels],
+        "std": tuple(data.std)[: model.channels],
+    }
+    warm_start.warn_of_changes(init.path, found.info, now)
+    found = warm_start.adapt(
+        found,
+        image_size=tuple(model.image_size),
+        channels=model.channels,
+        position=model.position,
+    )
+    start = warm_start.graft(params, found)
+    warm_start.report(init.path, start)
+    return start
 
 
 def make_train_source(config: Config) -> Source:

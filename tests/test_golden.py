@@ -22,7 +22,6 @@ from mae_jax.trees import differences, named_leaves
 MODELS = [
     "p0_plain",
     "p1_normpix",
-    "p2_r90",
     "p3_patch4_r50",
     "p4_gray",
     "p5_gray_normpix",
@@ -73,6 +72,7 @@ def case(request, golden):
     io = load_file(folder / "io.safetensors")
     task = make_task(config)
     params = to_ours(load_file(folder / "state_dict.safetensors"), config["rand_pos"])
+    grads = folder / "grads.safetensors"
     return SimpleNamespace(
         config=config,
         io=io,
@@ -80,7 +80,7 @@ def case(request, golden):
         params=params,
         patches=patchify(nhwc(io["images"]), config["patch_size"]),
         mask=masking.from_noise(jnp.asarray(io["noise"]), config["len_keep"]),
-        grads=load_file(folder / "grads.safetensors"),
+        grads=grads.exists() and load_file(grads),
     )
 
 
@@ -140,8 +140,12 @@ def test_loss_and_gradients(case):
         case.params, case.patches, case.mask
     )
     np.testing.assert_allclose(loss, case.io["loss"], atol=2e-6, rtol=2e-6)
-    ours = named_leaves(grads)
-    expected = named_leaves(to_ours(case.grads, learned_positions=False))
+    if case.grads:
+        check_gradients(named_leaves(grads), case.grads)
+
+
+def check_gradients(ours, theirs):
+    expected = named_leaves(to_ours(theirs, learned_positions=False))
     assert set(ours) - set(expected) <= {"encoder/pos_embed/table", "decoder/pos_embed/table"}
     for name, theirs in expected.items():
         grad = np.asarray(ours[name])

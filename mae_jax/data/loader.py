@@ -31,6 +31,7 @@ class Load:
     source: Source
     transform: Transform
     skip: bool = False
+    advice: str = "Mend or remove it"
 
     def __call__(self, index: int, rng: Any = None) -> dict[str, Any]:
         """{"image", "label", "index": the record asked for, "skipped": bad ones from there on}."""
@@ -42,8 +43,7 @@ class Load:
             except DataError as error:
                 if not self.skip:
                     raise DataError(
-                        f"{self.source.key(number)} is bad: {error}. Mend or remove it, or set "
-                        "data.on_bad=skip"
+                        f"{self.source.key(number)} is bad: {error}. {self.advice}"
                     ) from error
                 continue
             return {
@@ -85,7 +85,8 @@ class Loader:
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: {"image": uint8 [b, h, w, c], "label": [b], "index": [b]}."""
-        load = Load(self.source, self.transform, self.skip)
+        advice = "Mend or remove it, or set data.on_bad=skip"
+        load = Load(self.source, self.transform, self.skip, advice)
         dataset = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle()
         dataset = dataset.repeat(10**9)  # epochs; a repeat without end overflows in batches of 1
         # Batching before slicing keeps the global batch the same row for row on any host count.

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -142,10 +143,7 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Record:
-        try:
-            image = (self.root / self.files[index]).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {self.key(index)}: {error.strerror}") from error
+        image = _read(self.root / self.files[index])
         return {"image": image, "label": self.labels[index], "key": self.key(index)}
 
     def key(self, index: int) -> str:
@@ -153,6 +151,13 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         return _digest([f"{name} {(self.root / name).stat().st_size}" for name in self.files])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _walk(root: Path) -> list[str]:
@@ -172,6 +177,40 @@ def _walk(root: Path) -> list[str]:
             if os.path.isfile(path):  # not a dangling link
                 found.append(os.path.relpath(path, root))
     return found
+
+
+class FileSource:
+    """Images named one by one; a folder among them stands for all images in it.
+
+    Raises:
+      DataError: a path does not exist, or there is no image at all.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, paths: Sequence[str | Path]):
+        self.files: list[Path] = []
+        for path in map(Path, paths):
+            if path.is_dir():
+                self.files += [path / name for name in sorted(_walk(path), key=os.fsencode)]
+            elif path.is_file():
+                self.files.append(path)
+            else:
+                raise DataError(f"{path} does not exist")
+        if not self.files:
+            raise DataError(f"no images in {', '.join(map(str, paths))}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Record:
+        return {"image": _read(self.files[index]), "label": -1, "key": self.key(index)}
+
+    def key(self, index: int) -> str:
+        return str(self.files[index])
+
+    def fingerprint(self) -> str:
+        return _digest([f"{file} {file.stat().st_size}" for file in self.files])
 
 
 class Subset:

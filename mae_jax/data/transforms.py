@@ -62,8 +62,10 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def _resize(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "h w c"]:
-    resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+def _resize(
+    image: Image.Image, size: tuple[int, int], interpolation: str = "bicubic"
+) -> UInt8[np.ndarray, "h w c"]:
+    resized = image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()])
     array = np.asarray(resized)
     return array[..., None] if array.ndim == 2 else array
 
@@ -91,18 +93,23 @@ class TrainTransform:
 class EvalTransform:
     """The central part of the image: its largest crop of the wanted aspect, of which `crop` stays.
 
-    224 / 256 = .875 is the usual "resize to 256, crop 224"; 1.0 is the whole crop.
+    224 / 256 = .875 is the usual "resize to 256, crop 224"; 1.0 is the whole crop. With `squash`
+    the whole image is resized, whatever its aspect.
     """
 
     image_size: tuple[int, int]
     channels: int
     crop: float = 0.875
+    squash: bool = False
+    interpolation: str = "bicubic"
 
     def __call__(self, encoded: bytes, rng: object = None) -> UInt8[np.ndarray, "h w c"]:
         image = decode(encoded, self.channels)
         height, width = self.image_size
+        if self.squash:
+            return _resize(image, self.image_size, self.interpolation)
         scale = max(height / image.height, width / image.width) / self.crop
         shape = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-        array = _resize(image, shape)
+        array = _resize(image, shape, self.interpolation)
         top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
         return array[top : top + height, left : left + width]

@@ -100,4 +100,4 @@ class Pictures:
 def save_png(path: Path, picture: UInt8[np.ndarray, "y x 3"]) -> None:
     """Writes a picture, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(picture).save(path, "PNG")  # whatever the name

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,20 +59,40 @@ def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
     return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
+class Observed(NamedTuple):
+    """What one block does, or with a leading axis what each does.
+
+    tokens: that it gives; attention: of the first token, cls, to every one, mean over the heads.
+    """
+
+    tokens: Float[Array, "*depth b t d"]
+    attention: Float[Array, "*depth b t"]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection to queries, keys and values."""
+    """Multi-head self-attention with one fused projection to queries, keys and values.
+
+    With `observe` it also gives the first token's attention weights, mean over the heads.
+    """
 
     heads: int
     dtype: Any
+    observe: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t"] | None]:
         width = x.shape[-1]
         # As in the reference: qkv is one xavier-initialised (d, 3d) matrix, laid out q, k, v.
         qkv = dense("qkv", 3 * width, self.dtype)(x)
         q, k, v = rearrange(qkv, "b t (three h e) -> three b t h e", three=3, h=self.heads)
         x = jax.nn.dot_product_attention(q, k, v)
-        return dense("proj", width, self.dtype)(rearrange(x, "b t h e -> b t (h e)"))
+        x = dense("proj", width, self.dtype)(rearrange(x, "b t h e -> b t (h e)"))
+        if not self.observe:
+            return x, None
+        scores = jnp.einsum("bhe,bthe->bht", q[:, 0], k).astype(jnp.float32)
+        return x, jax.nn.softmax(scores * q.shape[-1] ** -0.5).mean(axis=1)
 
 
 class Mlp(nn.Module):
@@ -96,22 +116,32 @@ class Block(nn.Module):
     mlp_ratio: float
     layer_norm_eps: float
     execution: Execution
+    observe: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], _: None) -> tuple[Float[Array, "b t d"], None]:
+    def __call__(
+        self, x: Float[Array, "b t d"], _: None
+    ) -> tuple[Float[Array, "b t d"], Observed | None]:
         dtype, constrain = self.execution.dtype, self.execution.constrain
-        hidden = int(x.shape[-1] * self.mlp_ratio)
+        # A ratio like 29 / 49 times 49 may come out a hair below 29.
+        hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)
         x = constrain(x)
         y = layer_norm("norm1", self.layer_norm_eps, dtype)(x)
-        x = x + Attention(self.heads, dtype, name="attn")(y)
+        y, attention = Attention(self.heads, dtype, self.observe, name="attn")(y)
+        x = x + y
         y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
-        x = x + Mlp(hidden, dtype, name="mlp")(y)
-        return constrain(x), None
+        x = constrain(x + Mlp(hidden, dtype, name="mlp")(y))
+        return x, None if attention is None else Observed(x, attention)
 
 
 def make_blocks(
-    depth: int, heads: int, mlp_ratio: float, layer_norm_eps: float, execution: Execution
-) -> Layer:
+    depth: int,
+    heads: int,
+    mlp_ratio: float,
+    layer_norm_eps: float,
+    execution: Execution,
+    observe: bool = False,
+) -> Callable[[Float[Array, "b t d"]], tuple[Float[Array, "b t d"], Observed | None]]:
     """`depth` blocks as one scanned module named "blocks", its parameters stacked [depth, ...]."""
     block = Block
     if execution.remat != "none":
@@ -127,5 +157,5 @@ def make_blocks(
         split_rngs={"params": True},
         length=depth,
         unroll=min(execution.scan_unroll, depth),
-    )(heads, mlp_ratio, layer_norm_eps, execution, name="blocks")
-    return lambda x: blocks(x, None)[0]
+    )(heads, mlp_ratio, layer_norm_eps, execution, observe, name="blocks")
+    return lambda x: blocks(x, None)

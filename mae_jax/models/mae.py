@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax.models.layers import Execution, dense, layer_norm, make_blocks
 from mae_jax.models.patches import take_patches
-from mae_jax.models.vit import POSITIONS, Encoder, PositionTable
+from mae_jax.models.vit import POSITIONS, Encoder, PositionTable, check_width
 from mae_jax.sizes import Size
 
 
@@ -49,9 +49,10 @@ class Decoder(nn.Module):
         places = jnp.pad(places, ((0, 0), (1, 0)))  # row 0 of the table is the cls token's
         x = constrain(x + jnp.take(positions[0], places, axis=0).astype(dtype))
 
-        x = make_blocks(
+        blocks = make_blocks(
             self.depth, self.heads, self.mlp_ratio, self.layer_norm_eps, self.execution
-        )(x)
+        )
+        x, _ = blocks(x)
         x = constrain(x[:, 1 + first :])
         x = layer_norm("norm", self.layer_norm_eps, dtype)(x)
         return constrain(dense("head", self.patch_values, dtype)(x)).astype(jnp.float32)
@@ -95,34 +96,29 @@ def make_mae(
     grid: tuple[int, int],
     channels: int = 3,
     mlp_ratio: float = 4.0,
+    decoder_mlp_ratio: float | None = None,
     position: str = "sincos",
     layer_norm_eps: float = 1e-6,
     execution: Execution = Execution(),
 ) -> MAE:
-    """An MAE of a size, for images of `grid` rows and columns of patches."""
-    for name, width, heads in (
-        ("", size.width, size.heads),
-        ("decoder_", size.decoder_width, size.decoder_heads),
-    ):
-        if width % heads:
-            raise ValueError(f"model.{name}width={width} does not divide by {name}heads={heads}")
-        if width % 4:
-            raise ValueError(f"model.{name}width={width} must be a multiple of 4")
+    """An MAE of a size, for images of `grid` rows and columns of patches.
+
+    The decoder has the encoder's mlp_ratio unless it is given its own.
+    """
+    check_width("model.width", size.width, size.heads)
+    check_width("model.decoder_width", size.decoder_width, size.decoder_heads)
     if position not in POSITIONS:
         raise ValueError(f"model.position={position!r}; use one of {', '.join(POSITIONS)}")
     shared: dict[str, Any] = dict(
-        grid=grid,
-        mlp_ratio=mlp_ratio,
-        position=position,
-        layer_norm_eps=layer_norm_eps,
-        execution=execution,
+        grid=grid, position=position, layer_norm_eps=layer_norm_eps, execution=execution
     )
-    encoder = Encoder(size.width, size.depth, size.heads, **shared)
+    encoder = Encoder(size.width, size.depth, size.heads, mlp_ratio=mlp_ratio, **shared)
     decoder = Decoder(
         size.patch**2 * channels,
         size.decoder_width,
         size.decoder_depth,
         size.decoder_heads,
+        mlp_ratio=mlp_ratio if decoder_mlp_ratio is None else decoder_mlp_ratio,
         **shared,
     )
     return MAE(encoder=encoder, decoder=decoder)

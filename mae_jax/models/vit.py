@@ -1,10 +1,13 @@
-"""The encoder: a Vision Transformer that sees only the patches it is given."""
+"""The encoder: a Vision Transformer that sees only the patches it is given; and a classifier."""
 
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from mae_jax.models.layers import Execution, dense, layer_norm, make_blocks
+from mae_jax.models.layers import Execution, Observed, dense, layer_norm, make_blocks
 from mae_jax.models.patches import sincos_position_table, take_patches
 
 POSITIONS = ("sincos", "learned")
@@ -42,7 +45,7 @@ class Encoder(nn.Module):
     """ViT over the kept patches (paper section 3, "MAE encoder").
 
     `grid` is rows and columns of patches. Parameters: patch_embed, cls_token, pos_embed (learned
-    positions only), blocks (stacked over depth), norm.
+    positions only), blocks (stacked over depth), norm (unless `final_norm` is False).
     """
 
     width: int
@@ -52,9 +55,9 @@ class Encoder(nn.Module):
     mlp_ratio: float = 4.0
     position: str = "sincos"
     layer_norm_eps: float = 1e-6
+    final_norm: bool = True
     execution: Execution = Execution()
 
-    @nn.compact
     def __call__(
         self, patches: Float[Array, "b n p"], keep: Int[Array, "b k"] | None = None
     ) -> Float[Array, "b t d"]:
@@ -62,6 +65,14 @@ class Encoder(nn.Module):
 
         Without `keep` every patch is encoded, in image order.
         """
+        return self._encode(patches, keep, observe=False)[0]
+
+    def observe(self, patches: Float[Array, "b n p"]) -> tuple[Float[Array, "b t d"], Observed]:
+        """Tokens of every patch, and what each block does; its tokens too take the final norm."""
+        return self._encode(patches, None, observe=True)
+
+    @nn.compact
+    def _encode(self, patches: Any, keep: Any, *, observe: bool) -> tuple[Any, Any]:
         dtype, constrain = self.execution.dtype, self.execution.constrain
         positions = PositionTable(self.position, self.grid, self.width, name="pos_embed")()
         cls_position, positions = positions[:, :1], positions[:, 1:]
@@ -75,7 +86,80 @@ class Encoder(nn.Module):
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls = (cls + cls_position).astype(dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
-        x = make_blocks(
-            self.depth, self.heads, self.mlp_ratio, self.layer_norm_eps, self.execution
-        )(x)
-        return layer_norm("norm", self.layer_norm_eps, dtype)(x)
+        blocks = make_blocks(
+            self.depth, self.heads, self.mlp_ratio, self.layer_norm_eps, self.execution, observe
+        )
+        x, observed = blocks(x)
+        if self.final_norm:
+            norm = layer_norm("norm", self.layer_norm_eps, dtype)
+            x = norm(x)
+            observed = observed and observed._replace(tokens=norm(observed.tokens))
+        return x, observed
+
+
+class BatchNorm(nn.Module):
+    """Normalises features by running statistics [d], without a learned scale or bias.
+
+    As in the reference's linear probe: eps 1e-6, and the running variance is the unbiased one.
+    """
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+        shape = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        var = self.variable("batch_stats", "var", jnp.ones, shape)
+        self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)  # batches seen
+        return (x - mean.value) * jax.lax.rsqrt(var.value + self.eps)
+
+
+POOLS = ("cls", "mean")
+
+
+class Outputs(NamedTuple):
+    """tokens: of the encoder, cls first; pooled: what the head takes, float32.
+
+    logits: None without a head. observed: what each block does, where that was asked for.
+    """
+
+    tokens: Float[Array, "b t d"]
+    pooled: Float[Array, "b d"]
+    logits: Float[Array, "b classes"] | None
+    observed: Observed | None
+
+
+class Classifier(nn.Module):
+    """An encoder of whole images, its pooled tokens and, with `num_classes`, a linear head.
+
+    pool: the "cls" token, or "mean" of the patches. fc_norm: normalise after pooling instead of
+    before (the reference's fine-tuning). head_norm: a BatchNorm before the head (its probe).
+    """
+
+    encoder: Encoder
+    num_classes: int = 0
+    pool: str = "cls"
+    fc_norm: bool = False
+    head_norm: bool = False
+
+    @nn.compact
+    def __call__(self, patches: Float[Array, "b n p"], observe: bool = False) -> Outputs:
+        encode = self.encoder.observe if observe else lambda x: (self.encoder(x), None)
+        tokens, observed = encode(patches)
+        pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(axis=1)
+        pooled = pooled.astype(jnp.float32)
+        if self.fc_norm:
+            pooled = layer_norm("fc_norm", self.encoder.layer_norm_eps, jnp.float32)(pooled)
+        logits = None
+        if self.num_classes:
+            x = BatchNorm(name="head_norm")(pooled) if self.head_norm else pooled
+            logits = nn.Dense(self.num_classes, name="head")(x)
+        return Outputs(tokens, pooled, logits, observed)
+
+
+def check_width(name: str, width: int, heads: int) -> None:
+    """ValueError unless a width suits its number of heads and a 2-D sine-cosine table."""
+    if heads < 1 or width % heads:
+        raise ValueError(f"{name}={width} does not divide by its number of heads, {heads}")
+    if width % 4:
+        raise ValueError(f"{name}={width} must be a multiple of 4")

@@ -1,0 +1,59 @@
+"""What a person sees: the log, tables, and the progress of long work."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import absl.logging
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True)
+log = logging.getLogger("mae_jax")
+
+T = TypeVar("T")
+
+
+def setup_logging() -> None:
+    """Sends this project's log to the console, above the progress bar where there is one."""
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    absl.logging.set_verbosity("error")  # orbax would tell of every file that it touches
+
+
+def print_table(title: str, rows: Mapping[str, Any]) -> None:
+    """Prints names and values, floats to three digits, to the standard output."""
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def progress(batches: Iterable[T], total: int, count: Any, what: str = "images") -> Iterator[T]:
+    """Passes batches on, with a bar of how many of `total` things are done, how fast, time left.
+
+    Args:
+      count: how many things a batch has: a function of the batch.
+    """
+    columns = (
+        TextColumn(what),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, speed="")
+        for batch in batches:
+            yield batch
+            bar.advance(task, count(batch))
+            speed = bar.tasks[task].speed
+            bar.update(task, speed=f"{speed:,.0f} {what}/s" if speed else "")

@@ -1,0 +1,138 @@
+"""Converts MAE weights between mae_jax, the official code, HuggingFace and timm.
+
+python -m mae_jax.convert SRC DST --to {mae_jax,official,hf,timm}
+python -m mae_jax.convert inspect SRC
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from mae_jax import command_line
+from mae_jax.console import print_table
+from mae_jax.convert import weights
+from mae_jax.convert.mapping import DIALECTS
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["inspect"]:
+        inspect(argv[1:])
+    else:
+        convert(argv)
+
+
+def convert(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mae_jax.convert",
+        description="Converts MAE weights between mae_jax, the official code, HuggingFace, timm.",
+        epilog="`python -m mae_jax.convert inspect SRC` says what a file is.",
+    )
+    parser.add_argument("src", help="a weights file or directory, or a workdir of ours")
+    parser.add_argument(
+        "dst", type=Path, help="one file if it ends in .safetensors or .pth, else a directory"
+    )
+    parser.add_argument("--to", choices=DIALECTS, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace DST where it exists")
+    parser.add_argument(
+        "--image-size",
+        type=command_line.pair,
+        metavar="H,W",
+        help="resample the position tables to images of this size (bicubic, as in the reference)",
+    )
+    parser.add_argument(
+        "--channels",
+        type=int,
+        help="of images: 1 sums the patch embedding over the old channels; more repeat them in "
+        "order, scaled by old / new",
+    )
+    parser.add_argument("--encoder-only", action="store_true", help="leave the decoder behind")
+    command_line.add_reading(parser)
+    arguments = parser.parse_args(argv)
+    weights.check_free(arguments.dst, overwrite=arguments.overwrite)
+    found = weights.read(arguments.src, **command_line.reading(arguments))
+    if arguments.encoder_only:
+        found = weights.encoder_only(found)
+    if arguments.channels is not None:
+        found = weights.with_channels(found, arguments.channels)
+    if arguments.image_size:
+        found = weights.with_image_size(found, arguments.image_size)
+    weights.write(found, arguments.dst, arguments.to, overwrite=arguments.overwrite)
+
+
+def inspect(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mae_jax.convert inspect", description="Says what a checkpoint is."
+    )
+    parser.add_argument("src", help="a weights file or directory, or a workdir of ours")
+    command_line.add_reading(parser)
+    arguments = parser.parse_args(argv)
+    found = weights.read(arguments.src, need_heads=False, **command_line.reading(arguments))
+    print_table(str(arguments.src), describe(found))
+
+
+def describe(found: weights.Weights) -> dict[str, str]:
+    """What a person wants to know of a checkpoint, by name."""
+    info = found.info
+    size = f"{info.width} features x {info.depth} blocks, {_heads(info.heads)}"
+    decoder, head = "none", "none"
+    if info.decoder_depth:
+        decoder = (
+            f"{_count(found, 'decoder/')}: {info.decoder_width} features x "
+            f"{info.decoder_depth} blocks, {_heads(info.decoder_heads)}"
+        )
+    if info.num_classes:
+        head = f"{info.num_classes} classes, {'named' if info.class_names else 'without names'}"
+        head += ", after a BatchNorm" if info.head_norm else ""
+    pool = "cls token" if info.pool == "cls" else "mean of the patches"
+    dtypes = Counter(array.dtype.name for array in found.arrays.values())
+    return {
+        "dialect": info.dialect,
+        "size": info.size_name,
+        "encoder": f"{_count(found, 'encoder/')}: {size}",
+        "decoder": decoder,
+        "head": head,
+        "pooling": f"{pool}, {'then fc_norm' if info.fc_norm else 'after the final norm'}",
+        "images": f"{info.image_size[0]} x {info.image_size[1]} x {info.channels}, "
+        f"patches of {info.patch}",
+        "preparation": _preparation(info),
+        "mean, std": f"{_numbers(info.mean)}, {_numbers(info.std)}",
+        "target": f"{info.target} (norm_pix_eps {info.norm_pix_eps:g})"
+        if info.decoder_depth
+        else "none",
+        "layer_norm_eps": f"{info.layer_norm_eps:g}",
+        "dtype": ", ".join(f"{name} ({count} arrays)" for name, count in dtypes.items()),
+        "good for": ", ".join(_uses(info)),
+        "converts to": ", ".join(weights.holders(info)),
+    }
+
+
+def _count(found: weights.Weights, part: str) -> str:
+    number = found.count(part)
+    return f"{number / 1e6:.1f} M parameters" if number >= 1e6 else f"{number:,} parameters"
+
+
+def _heads(count: int) -> str:
+    return f"{count} heads" if count else "heads unknown (--num-heads, --decoder-num-heads)"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+
+
+def _preparation(info: weights.Info) -> str:
+    if info.resize == "squash":
+        return f"whole image resized, {info.interpolation}"
+    return f"central {info.crop:.4g} of the sides, {info.interpolation}"
+
+
+def _uses(info: weights.Info) -> list[str]:
+    uses = ["features", "warm start"]
+    if info.decoder_depth:
+        uses.append("reconstruction" + (" (--target needed)" * (info.target == "unknown")))
+    if info.num_classes:
+        uses.append("prediction")
+    return uses
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,97 @@
+"""Files of torch.save; the only module that imports torch, and only when such a file comes by."""
+
+import argparse
+import importlib.util
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mae_jax.convert.info import ConvertError
+
+# Where training programs keep the weights among other things; the first that is there counts.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+
+
+def _torch() -> Any:
+    if importlib.util.find_spec("torch") is None:
+        raise ConvertError(
+            "reading and writing .pth needs torch: pip install 'mae_jax[torch]'. Files that end in "
+            ".safetensors do without"
+        )
+    import torch  # pyright: ignore[reportMissingImports]
+
+    return torch
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The weights in a file, and whatever else it holds.
+
+    Raises:
+      ConvertError: no torch, no checkpoint, a truncated one, or one that would run code.
+    """
+    torch = _torch()
+    try:
+        # Official training checkpoints carry their command line as a Namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except pickle.UnpicklingError as error:
+        raise ConvertError(_why_refused(path, str(error))) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ConvertError(
+            f"{path} is truncated, damaged or no checkpoint: {reason[:200]}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConvertError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    weights, rest = content, {}
+    if wrapper:
+        weights = content[wrapper]
+        rest = {key: value for key, value in content.items() if key != wrapper}
+    rest |= {key: value for key, value in weights.items() if not torch.is_tensor(value)}
+    return {
+        key: _to_numpy(torch, key, value)
+        for key, value in weights.items()
+        if torch.is_tensor(value)
+    }, rest
+
+
+def _why_refused(path: Path, message: str) -> str:
+    found = re.search(r"(?:Unsupported (?:global|class): |GLOBAL )(\S+)", message)
+    if found:
+        return (
+            f"{path} is refused: opening it would run code of {found[1].rstrip('.,')}. If you "
+            "trust it, load it with torch.load(..., weights_only=False) and save its state dict"
+        )
+    return f"{path} is no checkpoint: {message.strip().splitlines()[0][:200]}"
+
+
+def _to_numpy(torch: Any, name: str, tensor: Any) -> np.ndarray:
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ConvertError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}, not a plain one")
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def save(path: Path, tensors: dict[str, np.ndarray], rest: dict[str, Any] | None) -> None:
+    """Writes {"model": tensors, **rest}, or the tensors alone where `rest` is None."""
+    torch = _torch()
+    weights = {name: _to_torch(torch, array) for name, array in tensors.items()}
+    torch.save(weights if rest is None else {"model": weights, **rest}, path)
+
+
+def _to_torch(torch: Any, array: np.ndarray) -> Any:
+    if not array.flags.writeable:
+        array = array.copy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,91 @@
+"""Writes the encoder's features of images, nothing masked, to a .npz file.
+
+python -m mae_jax.features IMAGE_OR_DIR... --checkpoint ANY --out features.npz
+"""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from mae_jax import command_line
+from mae_jax.convert.info import ConvertError
+from mae_jax.data.sources import FileSource
+from mae_jax.evals.reconstruct import figure, save_png
+from mae_jax.whole import whole
+
+DESCRIPTION = "Writes the encoder's features of images, nothing masked, to a .npz file."
+SHOWN = 16  # images at most in the picture of attention
+
+
+def main(argv: list[str]) -> None:
+    parser = command_line.image_parser("mae_jax.features", DESCRIPTION)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help=".npz of `files`, `cls` and `mean` [n, d], and what else is asked for",
+    )
+    parser.add_argument(
+        "--layers",
+        type=command_line.integers,
+        default=[],
+        metavar="3,6,9",
+        help="also cls_3, mean_3, ... after these blocks, counted from 1, with the final norm",
+    )
+    parser.add_argument(
+        "--grid", action="store_true", help="also `grid` [n, rows, columns, d], dense features"
+    )
+    parser.add_argument(
+        "--attention",
+        type=Path,
+        metavar="PNG",
+        help="draw where the cls token looks in the last block, mean over heads; also `attention`",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.out.suffix != ".npz":
+        raise ConvertError(f"--out {arguments.out} must end in .npz")
+    source = FileSource(arguments.images)
+    model, params = command_line.load_model(arguments)
+    options = dict(
+        layers=tuple(arguments.layers),
+        grid=arguments.grid,
+        attention=arguments.attention is not None,
+    )
+    extract = jax.jit(partial(model.features, **options))
+    batches = command_line.over_images(
+        model, source, arguments.batch_size, lambda images: extract(params, images)
+    )
+    parts = list(batches)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    found = {"files": np.array([source.key(i) for i in range(len(source))]), **found}
+
+    with whole(arguments.out) as part, part.open("wb") as file:
+        np.savez(file, allow_pickle=False, **found)
+    for name, array in found.items():
+        print(f"{name:12} {array.dtype} {list(array.shape)}")
+    if arguments.attention:
+        images = model.read_images(source.files[:SHOWN])
+        picture = attention_figure(images, found["attention"][:SHOWN])
+        with whole(arguments.attention) as part:
+            save_png(part, picture)
+    print(f"{arguments.out}: {len(source)} images")
+
+
+def attention_figure(
+    images: UInt8[np.ndarray, "b h w c"], attention: Float[np.ndarray, "b y x"]
+) -> UInt8[np.ndarray, "v u 3"]:
+    """Images beside their attention, white where it is largest, and lit by it."""
+    patch = images.shape[1] // attention.shape[1]
+    light = attention / attention.max(axis=(1, 2), keepdims=True)
+    light = light.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
+    lit = (images * (0.15 + 0.85 * light)).astype(np.uint8)
+    return figure(
+        [images, (255 * light).astype(np.uint8), lit], ["image", "attention of cls", "both"]
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,227 @@
+"""A checkpoint of any dialect as a model that runs: features, reconstructions, classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, UInt8
+
+from mae_jax.convert import weights
+from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
+from mae_jax.data.loader import ordered_batches
+from mae_jax.data.sources import FileSource
+from mae_jax.data.transforms import EvalTransform
+from mae_jax.models.layers import Execution
+from mae_jax.models.patches import patchify
+from mae_jax.models.vit import Outputs
+from mae_jax.pixels import normalise
+from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.trees import from_named
+
+Params = dict[str, Any]
+
+
+def load(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    dtype: str = "float32",
+    **reading: Any,
+) -> tuple["Pretrained", Params]:
+    """A model and its parameters (float32) from a checkpoint of any dialect.
+
+    Args:
+      path: a file or directory: official, HuggingFace, timm, or a run of ours.
+      image_size: side, or height and width, in pixels; the checkpoint's own unless given. Position
+        tables are resampled as in the reference.
+      channels: of the images; the checkpoint's own unless given.
+      dtype: "float32" or "bfloat16", of activations.
+      reading: what the file does not tell, as in `mae_jax.convert.weights.read`.
+
+    Raises:
+      mae_jax.convert.info.ConvertError: the checkpoint cannot be read; says why and what to do.
+
+    Example:
+      model, params = mae_jax.load("mae_pretrain_vit_base_full.pth")
+      images = model.read_images(["cat.jpg", "dog.jpg"])
+      features = model.features(params, images)["mean"]    # [2, 768]
+      pictures = model.reconstruct(params, images)         # uint8 [2, 224, 224, 3]
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ConvertError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
+    found = weights.read(path, **reading)
+    if channels is not None:
+        found = weights.with_channels(found, channels)
+    if image_size is not None:
+        pair = (image_size, image_size) if isinstance(image_size, int) else image_size
+        found = weights.with_image_size(found, pair)
+    params = {
+        name: jnp.asarray(np.asarray(array, np.float32)) for name, array in found.arrays.items()
+    }
+    return Pretrained(found.info, Execution(dtype=jnp.dtype(dtype)), str(path)), from_named(params)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model from a checkpoint. Its methods take the parameters, and work under `jax.jit`.
+
+    Images are uint8 [b, h, w, c] of `info.image_size`, as `read_images` gives them.
+    """
+
+    info: Info
+    execution: Execution
+    path: str
+
+    def outputs(
+        self, params: Params, images: UInt8[Array, "b h w c"], *, observe: bool = False
+    ) -> Outputs:
+        """Everything that the encoder, and the head if there is one, make of whole images."""
+        patches = patchify(normalise(images, self.info.mean, self.info.std), self.info.patch)
+        network = make_classifier(self.info, self.execution)
+        return network.apply(variables(params), patches, observe)  # type: ignore[return-value]
+
+    def features(
+        self,
+        params: Params,
+        images: UInt8[Array, "b h w c"],
+        *,
+        layers: Sequence[int] = (),
+        grid: bool = False,
+        attention: bool = False,
+    ) -> dict[str, Float[Array, "b ..."]]:
+        """Features of whole images, nothing masked, float32.
+
+        "cls" [b, d]: the cls token; "mean" [b, d]: the mean of the patches. Both after the final
+        norm; a model with fc_norm has none, and normalises only the mean.
+        layers: also "cls_3", "mean_3" and so on after block 3, counted from 1, final norm included.
+        grid: also "grid" (and "grid_3") [b, rows, columns, d], the token of every patch.
+        attention: also "attention" [b, rows, columns]: of the cls token in the last block, mean
+          over the heads.
+        """
+        depth = self.info.depth
+        for layer in layers:
+            if not 1 <= layer <= depth:
+                raise ConvertError(f"there is no layer {layer}: {self.path} has 1 to {depth}")
+        made = self.outputs(params, images, observe=bool(layers) or attention)
+        found = self._of_tokens(made.tokens, "", grid)
+        if self.info.fc_norm:
+            found["mean"] = made.pooled
+        for layer in layers:
+            assert made.observed is not None
+            found |= self._of_tokens(made.observed.tokens[layer - 1], f"_{layer}", grid)
+        if attention:
+            assert made.observed is not None
+            found["attention"] = self._as_grid(made.observed.attention[-1][..., None])[..., 0]
+        return found
+
+    def _of_tokens(self, tokens: Array, suffix: str, grid: bool) -> dict[str, Array]:
+        tokens = tokens.astype(jnp.float32)
+        found = {f"cls{suffix}": tokens[:, 0], f"mean{suffix}": tokens[:, 1:].mean(axis=1)}
+        if grid:
+            found[f"grid{suffix}"] = self._as_grid(tokens)
+        return found
+
+    def _as_grid(self, tokens: Array) -> Array:
+        return rearrange(tokens[:, 1:], "b (y x) d -> b y x d", y=self.info.grid[0])
+
+    def logits(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b classes"]:
+        """What the head of a fine-tuned or probed model makes of images.
+
+        Raises:
+          ConvertError: the checkpoint has no head.
+        """
+        if not self.info.num_classes:
+            raise ConvertError(
+                f"{self.path} has no classification head: classes take a fine-tuned checkpoint, "
+                "such as the official mae_finetuned_vit_base.pth"
+            )
+        logits = self.outputs(params, images).logits
+        assert logits is not None
+        return logits
+
+    def task(
+        self, *, mask: str = "random", mask_ratio: float = 0.75, user_mask: np.ndarray | None = None
+    ) -> Pretrain:
+        """The pretraining objective of a checkpoint with a decoder.
+
+        Raises:
+          ConvertError: it has none, or does not tell what its decoder predicts.
+        """
+        info = self.info
+        if not info.decoder_depth:
+            size = {"vit_b16": "base", "vit_l16": "large", "vit_h14": "huge"}.get(info.size_name)
+            size = size or "base"
+            raise ConvertError(
+                f"{self.path} holds no decoder, so it cannot reconstruct. Of the official files, "
+                f"mae_pretrain_vit_{size}_full.pth (normalised pixels) and "
+                f"mae_visualize_vit_{size}.pth (pixels) have one"
+            )
+        if info.target == "unknown":
+            raise ConvertError(
+                f"{self.path} does not tell whether its decoder predicts pixels or normalised "
+                "pixels; say it with --target pixels or --target normalized (in Python, target=)"
+            )
+        return Pretrain(
+            model=make_autoencoder(info, self.execution),
+            grid=info.grid,
+            patch=info.patch,
+            mean=info.mean,
+            std=info.std,
+            mask=mask,
+            mask_ratio=mask_ratio,
+            user_mask=user_mask,
+            norm_pix=info.target == "normalized",
+            norm_pix_eps=info.norm_pix_eps,
+        )
+
+    def reconstruct(
+        self,
+        params: Params,
+        images: UInt8[Array, "b h w c"],
+        *,
+        mask: str = "random",
+        mask_ratio: float = 0.75,
+        seed: int = 0,
+        stats: str = "visible",
+    ) -> UInt8[Array, "b h w c"]:
+        """The model's picture of each image from the patches that a random mask leaves.
+
+        `stats` is where the brightness of patches comes from if the model predicts normalised
+        pixels: "visible" neighbours, or "gt", the truth. See `task` for errors.
+        """
+        task = self.task(mask=mask, mask_ratio=mask_ratio)
+        drawn = task.draw_mask(jax.random.key(seed), len(images))
+        return task.reconstruct(params, jnp.asarray(images), drawn, stats)
+
+    @property
+    def transform(self) -> EvalTransform:
+        """How an encoded image becomes an array for this model."""
+        info = self.info
+        if info.channels not in (1, 3):
+            raise ConvertError(
+                f"{self.path} is for images of {info.channels} channels; image files are grey or "
+                "RGB: --channels 1 or 3 (in Python, channels=) converts it"
+            )
+        return EvalTransform(
+            info.image_size,
+            info.channels,
+            info.crop,
+            squash=info.resize == "squash",
+            interpolation=info.interpolation,
+        )
+
+    def read_images(self, paths: Sequence[str | Path]) -> UInt8[np.ndarray, "b h w c"]:
+        """Image files, and those in folders, resized as this model is used to.
+
+        Raises:
+          mae_jax.data.sources.DataError: names the file that is missing or no image.
+        """
+        source = FileSource(paths)
+        batches = ordered_batches(source, self.transform, len(source))
+        return next(iter(batches))["image"]

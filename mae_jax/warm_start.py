@@ -1,0 +1,89 @@
+"""Parameters for a run from a checkpoint of any dialect, and what became of each array."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mae_jax.convert import weights
+from mae_jax.convert.info import ConvertError, Info
+from mae_jax.convert.weights import Weights
+from mae_jax.models.patches import sincos_position_table
+from mae_jax.trees import differences, from_named, named_leaves
+
+log = logging.getLogger("mae_jax")
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """params: of the whole model. The lists hold names of arrays.
+
+    loaded: taken from the checkpoint; fresh: as they were initialised; unused: the checkpoint has
+    them, the model does not.
+    """
+
+    params: dict[str, Any]
+    loaded: list[str]
+    fresh: list[str]
+    unused: list[str]
+
+
+def adapt(found: Weights, *, image_size: tuple[int, int], channels: int, position: str) -> Weights:
+    """The checkpoint for the model of a run: of its image size, channels and kind of positions.
+
+    Raises:
+      ConvertError: sine-cosine positions are wanted and the checkpoint's are others.
+    """
+    if position == "sincos":
+        tables = [name for name in found.arrays if name.endswith("pos_embed/table")]
+        for name in tables:
+            table = found.arrays[name][0].astype(np.float32)
+            sincos = sincos_position_table(table.shape[1], found.info.grid)
+            if not np.allclose(table, sincos, atol=1e-3):
+                raise ConvertError(
+                    f"{name} of the checkpoint is not the sine-cosine table; to keep it, train it "
+                    "on with --config.model.position=learned"
+                )
+    found = weights.with_image_size(weights.with_channels(found, channels), image_size)
+    if position == "sincos":  # computed, not a parameter
+        arrays = {n: x for n, x in found.arrays.items() if not n.endswith("pos_embed/table")}
+        found = Weights(arrays, found.info)
+    return found
+
+
+def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
+    """A tree of fresh parameters with the checkpoint's in their place; its encoder must be whole.
+
+    Raises:
+      ConvertError: lists every array that is missing from the encoder or of another shape.
+    """
+    leaves = named_leaves(params)
+    loaded = [name for name in leaves if name in found.arrays]
+    fresh = [name for name in leaves if name not in found.arrays]
+    unused = [name for name in found.arrays if name not in leaves]
+    needed = {
+        name: x for name, x in leaves.items() if name in loaded or name.startswith("encoder/")
+    }
+    wrong = differences(needed, {name: found.arrays[name] for name in loaded})
+    if wrong:
+        raise ConvertError("it does not fit the model of this run:\n  " + "\n  ".join(wrong))
+    merged = leaves | {name: found.arrays[name].astype(np.float32) for name in loaded}
+    return WarmStart(from_named(merged), loaded, fresh, unused)
+
+
+def report(path: str, start: WarmStart) -> None:
+    """Logs what became of every array."""
+    log.info("warm start from %s: %d arrays loaded", path, len(start.loaded))
+    for what, names in (("initialised at random", start.fresh), ("not used", start.unused)):
+        if names:
+            log.info("  %s: %s", what, ", ".join(names))
+
+
+def warn_of_changes(path: str, info: Info, now: Mapping[str, Any]) -> None:
+    """Warns of what was otherwise when the checkpoint was trained than it is `now`, by field."""
+    for name, value in now.items():
+        before = vars(info)[name]
+        if before not in (value, "unknown"):
+            log.warning("%s was trained with %s=%s, this run has %s", path, name, before, value)

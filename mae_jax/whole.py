@@ -1,0 +1,34 @@
+"""Files and folders that are there whole or not at all, whatever stops their writing."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to write to, a file or a folder, which takes the path's place after.
+
+    Folders above are created. In a folder that is there already other files stay. Where anything
+    is raised, the temporary neighbour is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    _remove(part)
+    try:
+        yield part
+        if path.is_dir() and part.is_dir():
+            for file in part.iterdir():
+                file.replace(path / file.name)
+        else:
+            part.replace(path)
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
