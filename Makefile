@@ -4,7 +4,7 @@ VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-torch lint clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -15,13 +15,16 @@ demo: $(VENV)/.demo  ## pretrain on real photographs in five minutes, with pictu
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-torch: .venv-torch/.peers  ## run the tests against torch, transformers and timm themselves
+	HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/peers $(ARGS)
+
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
 clean:  ## remove the virtual environments and the demo's run
-	rm -rf .venv .venv-py* runs/demo
+	rm -rf .venv .venv-py* .venv-torch runs/demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,4 +35,13 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev$(CUDA)]'
+	touch $@
+
+# torchvision would break transformers beside the CPU build of torch, and timm insists on it: the
+# two lie in a folder of their own, which only the tests of timm look into.
+.venv-torch/.peers: pyproject.toml
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 transformers --editable '.[demo,dev]'
+	.venv-torch/bin/python -m pip install --quiet --no-deps --upgrade --target .venv-torch/timm \
+		timm==1.0.31 torchvision==0.28.0
 	touch $@

@@ -229,9 +229,11 @@ def _read_arrays(
 def digests(state: Mapping[str, Any]) -> dict[str, int]:
     """CRC-32 of every array of a state, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(state))
-    return {
-        jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path): _crc32(np.asarray(leaf)) for path, leaf in leaves}
+
+
+def _crc32(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -209,3 +209,28 @@ def test_a_corrupt_image_ends_the_run_with_its_name(tiny, tmp_path):
     output = run(tiny, tmp_path / "run", path, "--config.data.on_bad=skip")
     assert "skipped a bad image (1 so far)" in output
     assert "After 24 steps" in output
+
+
+def test_warm_start(tiny, tmp_path):
+    """A learning rate of 0 shows that a run begins with another's parameters, by any dialect."""
+    source, converted = tmp_path / "source", tmp_path / "hf"
+    run(tiny, source, "--config.steps=2", "--config.optim.warmup_steps=1")
+    convert = [sys.executable, "-m", "mae_jax.convert", str(source), str(converted), "--to", "hf"]
+    subprocess.run(convert, check=True, env=environment(tmp_path), cwd=ROOT)
+    flags = ["--config.steps=1", "--config.optim.warmup_steps=0", "--config.optim.base_lr=0.0"]
+    output = run(tiny, tmp_path / "b", *flags, f"--config.init.path={converted}")
+    assert "arrays loaded" in output
+    from mae_jax.convert import weights
+
+    before, after = (weights.read(path) for path in (source, tmp_path / "b"))
+    for name, array in before.arrays.items():
+        np.testing.assert_array_equal(after.arrays[name], array)
+    output = run(tiny, tmp_path / "b", *flags, "--config.init.path=gone.pth")
+    assert "already complete" in output  # a run that has begun needs its init.path no more
+
+
+def test_warm_start_from_nothing(tiny, tmp_path):
+    flags = command(tiny, tmp_path / "run", "--config.init.path=gone.pth")
+    made = subprocess.run(flags, capture_output=True, text=True, env=environment(tmp_path))
+    assert made.returncode == 2
+    assert made.stderr.splitlines()[-1] == "error: init.path: gone.pth does not exist"

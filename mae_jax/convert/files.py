@@ -22,6 +22,7 @@ log = logging.getLogger("mae_jax")
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WRITTEN = (".safetensors", ".pth")  # any other name is a directory
+WRAPPINGS = ("_orig_mod.", "module.", "_orig_mod.")  # by torch.compile, DistributedDataParallel
 METADATA = "mae_jax"  # the key of an Info in JSON, in safetensors headers and beside "model"
 
 
@@ -42,16 +43,16 @@ def load(path: Path, *, ema: bool = False) -> Found:
     Raises:
       ConvertError: there is nothing of the kind, or it is damaged.
     """
-    if path.is_dir():
-        if (steps := _run_steps(path)) is not None:
-            return _load_run(*steps, ema=ema)
-        found = _load_directory(path)
-    elif path.is_file():
-        found = _load_file(path)
-    else:
+    if not path.exists():
         raise ConvertError(f"{path} does not exist")
+    if path.is_dir() and (steps := _run_steps(path)) is not None:
+        return _load_run(*steps, ema=ema)
     if ema:
         raise ConvertError(f"{path} is no run of mae_jax: only those keep an average apart")
+    found = _load_directory(path) if path.is_dir() else _load_file(path)
+    for prefix in WRAPPINGS:
+        if all(name.startswith(prefix) for name in found.tensors):
+            found.tensors = {n.removeprefix(prefix): x for n, x in found.tensors.items()}
     return found
 
 
@@ -182,7 +183,9 @@ def _load_run(folder: Path, step: int | None, *, ema: bool) -> Found:
         "norm_pix_eps": target["norm_pix_eps"],
         "mean": tuple(data["mean"])[: model["channels"]],
         "std": tuple(data["std"])[: model["channels"]],
+        "resize": "crop",
         "crop": data["eval_crop"],
+        "interpolation": "bicubic",
     }
     tensors = named_leaves(params)
     # Sine-cosine tables are no parameters of a run, but part of every file.

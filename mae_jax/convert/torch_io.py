@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import pickle
 import re
-import zipfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,9 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     torch = _torch()
     try:
         # Official training checkpoints carry their command line as a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are none of torch's
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConvertError(_why_refused(path, str(error))) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:

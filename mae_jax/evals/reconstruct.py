@@ -39,7 +39,7 @@ def figure(
     columns: Sequence[UInt8[np.ndarray, "b h w c"]], labels: Sequence[str]
 ) -> UInt8[np.ndarray, "y x 3"]:
     """A grid of pictures, one column of images under each label; grey images become RGB."""
-    count, height, width, channels = columns[0].shape
+    count, height, width, _ = columns[0].shape
     scale = max(1, -(-MIN_SIDE // min(height, width)))
     height, width = height * scale, width * scale
     font = ImageFont.load_default(14)
@@ -55,7 +55,7 @@ def figure(
         left = GAP + x * (width + GAP)
         draw.multiline_text((left, GAP), "\n".join(text), fill="black", font=font)
         for y, image in enumerate(column):
-            shown = image if channels == 3 else image[..., :1].repeat(3, axis=-1)
+            shown = image if image.shape[-1] == 3 else image[..., :1].repeat(3, axis=-1)
             tile = Image.fromarray(np.ascontiguousarray(shown))
             tile = tile.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (left, top + GAP + y * (height + GAP)))

@@ -1,0 +1,151 @@
+"""The commands that take a checkpoint and images: what they write, and what they refuse."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+from test_convert import HEADS, OFFICIAL
+
+import mae_jax
+from mae_jax import features, predict, reconstruct
+from mae_jax.convert import weights
+from mae_jax.convert.info import ConvertError
+from mae_jax.data.sources import DataError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of five small pictures."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        pixels = rng.integers(0, 256, (40, 50 + number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def heads():
+    return ["--num-heads", "2", "--decoder-num-heads", "2"]
+
+
+def test_reconstruct(golden, images, heads, tmp_path, capsys):
+    def run(name, *extra):
+        out = tmp_path / "new" / name
+        argv = [str(images), "--checkpoint", str(golden / OFFICIAL), "--out", str(out), *heads]
+        reconstruct.main([*argv, "--target", "normalized", *extra])
+        with Image.open(out) as picture:
+            return np.asarray(picture)
+
+    first = run("a.png")
+    assert "a.png: 5 images" in capsys.readouterr().out
+    np.testing.assert_array_equal(run("b.png"), first)
+    assert not np.array_equal(run("c.png", "--seed", "1"), first)
+    assert not np.array_equal(run("d.png", "--stats", "gt", "--mask", "grid"), first)
+    with pytest.raises(ConvertError, match=r"mask.ratio=1.5"):
+        run("e.png", "--mask-ratio", "1.5")
+    assert run("wide.png", "--image-size", "64,32").shape[0] > first.shape[0]
+
+
+def test_features(golden, images, tmp_path, capsys):
+    checkpoint = golden / "hf" / "hf_tiny" / "pretrained_v5"
+    out, picture = tmp_path / "f.npz", tmp_path / "attention.png"
+    argv = [str(images), "--checkpoint", str(checkpoint), "--batch-size", "2", "--grid"]
+    features.main([*argv, "--layers", "1,2", "--attention", str(picture), "--out", str(out)])
+    assert "mean         float32 [5, 32]" in capsys.readouterr().out
+    with np.load(out) as file:
+        found = dict(file)
+    assert [name.rsplit("/")[-1] for name in found["files"]] == [f"{i}.png" for i in range(5)]
+    np.testing.assert_allclose(found["grid"].mean(axis=(1, 2)), found["mean"], atol=1e-6)
+    np.testing.assert_array_equal(found["cls_2"], found["cls"])  # the last block of two
+    assert (found["cls_1"] != found["cls"]).any()
+    assert found["attention"].shape == (5, 4, 4)
+    assert (found["attention"] > 0).all()
+    assert (found["attention"].sum(axis=(1, 2)) < 1).all()  # the rest is the cls token's own
+    with Image.open(picture) as image:
+        assert image.size[1] > 5 * 112
+
+    model, params = mae_jax.load(checkpoint)
+    alone = model.features(params, model.read_images([images / "3.png"]))
+    np.testing.assert_allclose(alone["mean"][0], found["mean"][3], atol=1e-5)
+    with pytest.raises(ConvertError, match="no layer 3: .* has 1 to 2"):
+        features.main([*argv, "--layers", "3", "--out", str(out)])
+
+
+def test_features_after_fc_norm(golden, images):
+    """What the head of a fine-tuned model takes is its "mean"."""
+    model, params = mae_jax.load(golden / "vit/v0_gap/state_dict.safetensors", heads=2)
+    pixels = model.read_images([images])
+    head = params["head"]
+    logits = model.features(params, pixels)["mean"] @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(logits, model.logits(params, pixels), atol=1e-5)
+
+
+def test_predict(golden, images, tmp_path, capsys):
+    checkpoint = tmp_path / "named.safetensors"
+    found = weights.read(golden / "vit/v0_gap/state_dict.safetensors", heads=2)
+    weights.write(found, checkpoint, "mae_jax")
+    out, names = tmp_path / "p.csv", tmp_path / "names.txt"
+    names.write_text("\n".join(f"animal {i}" for i in range(10)) + "\n")
+    argv = [str(images), "--checkpoint", str(checkpoint), "--out", str(out)]
+    predict.main([*argv, "--class-names", str(names), "--batch-size", "3"])
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert len(rows) == 5 * 5
+    assert rows[0]["name"] == f"animal {rows[0]['class']}"
+    assert rows[0]["name"] in printed
+    model, params = mae_jax.load(checkpoint)
+    logits = np.asarray(model.logits(params, model.read_images([images])))
+    first = [int(row["class"]) for row in rows if row["rank"] == "1"]
+    assert first == logits.argmax(axis=1).tolist()
+    names.write_text("one\n")
+    with pytest.raises(ConvertError, match="has 1 lines for 10 classes"):
+        predict.main([*argv, "--class-names", str(names)])
+
+
+def test_no_head(golden, images, heads, tmp_path):
+    argv = [str(images), "--checkpoint", str(golden / OFFICIAL), *heads]
+    with pytest.raises(ConvertError, match="no classification head.*mae_finetuned_vit_base.pth"):
+        predict.main([*argv, "--out", str(tmp_path / "p.csv")])
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_bad_images_are_named_and_nothing_is_written(golden, images, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"not a picture")
+    argv = ["--checkpoint", str(golden / "hf/hf_tiny/pretrained_v4"), "--out"]
+    with pytest.raises(DataError, match=r"bad.jpg is bad: its bytes are not an image"):
+        features.main([str(images), str(tmp_path / "bad.jpg"), *argv, str(tmp_path / "f.npz")])
+    with pytest.raises(DataError, match="nowhere.jpg does not exist"):
+        features.main([str(tmp_path / "nowhere.jpg"), *argv, str(tmp_path / "f.npz")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images in"):
+        features.main([str(tmp_path / "empty"), *argv, str(tmp_path / "f.npz")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jpg", "empty"]
+
+
+def test_preparation_is_the_checkpoint_s_own(golden, images):
+    """transformers squashes the whole image, bilinear; ours and the official code crop, bicubic."""
+    with Image.open(images / "4.png") as file:
+        picture = file.convert("RGB")
+    model, _ = mae_jax.load(golden / "hf/hf_tiny/pretrained_v4")
+    squashed = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(model.read_images([images / "4.png"])[0], squashed)
+    model, _ = mae_jax.load(golden / OFFICIAL, **HEADS)
+    scale = 32 / 0.875 / picture.height
+    size = round(picture.width * scale), round(picture.height * scale)
+    whole = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    top, left = (whole.shape[0] - 32) // 2, (whole.shape[1] - 32) // 2
+    central = whole[top : top + 32, left : left + 32]
+    np.testing.assert_array_equal(model.read_images([images / "4.png"])[0], central)
+
+
+def test_channels_that_no_image_file_has(golden, tmp_path):
+    found = weights.read(golden / OFFICIAL, **HEADS)
+    weights.write(weights.with_channels(found, 4), tmp_path / "four.safetensors", "mae_jax")
+    model, _ = mae_jax.load(tmp_path / "four.safetensors")
+    with pytest.raises(ConvertError, match="images of 4 channels.*--channels"):
+        _ = model.transform
+    kernel = load_file(tmp_path / "four.safetensors")["encoder/patch_embed/kernel"]
+    assert kernel.shape == (8 * 8 * 4, 32)
