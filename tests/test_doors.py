@@ -1,6 +1,8 @@
 """The commands that take a checkpoint and images: what they write, and what they refuse."""
 
 import csv
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +151,14 @@ def test_channels_that_no_image_file_has(golden, tmp_path):
         _ = model.transform
     kernel = load_file(tmp_path / "four.safetensors")["encoder/patch_embed/kernel"]
     assert kernel.shape == (8 * 8 * 4, 32)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/checkpoints.md"])
+def test_the_example_in_the_documentation(golden, page):
+    root = Path(__file__).parent.parent
+    (code,) = re.findall(r"```python\n(.*?)```", (root / page).read_text(), re.DOTALL)
+    code = code.replace("runs/demo", str(golden / "hf/hf_tiny/pretrained_v5"))
+    names = {}
+    exec(code.replace("docs/demo.png", str(root / "docs/demo.png")), names)  # noqa: S102
+    assert names["picture"].dtype == np.uint8
+    assert names["picture"].shape == names["images"].shape
