@@ -24,6 +24,7 @@ def base() -> ConfigDict:
     config.init = ConfigDict()
     config.init.path = optional(str)  # checkpoint to start from: official, HF, timm or a workdir
     config.init.ema = False  # of a workdir, the averaged parameters
+    config.init.encoder_only = False  # leave a decoder in it out
 
     config.model = model = ConfigDict()
     model.image_size = (224, 224)  # height and width, pixels

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -132,10 +133,7 @@ class Checkpointer:
             ),
         )
         state = {"params": restored["params"], **restored["train"]}
-        found = digests(state)
-        changed = [name for name in found if found[name] != expected.get(name)]
-        if changed:
-            raise ValueError(f"{len(changed)} arrays are not what was saved, {changed[0]} for one")
+        _check_digests(state, expected)
         return state
 
     def _set_aside(self, step: int, error: Exception) -> None:
@@ -174,15 +172,7 @@ def read_run(
     Raises:
       CheckpointError: there is no such step or item, or it is damaged.
     """
-    handlers = {
-        "params": ocp.PyTreeCheckpointHandler(),
-        "train": ocp.PyTreeCheckpointHandler(),
-        "meta": ocp.JsonCheckpointHandler(),
-    }
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
-    with ocp.CheckpointManager(
-        directory.absolute(), options=options, item_handlers=handlers
-    ) as manager:
+    with _read_only_manager(directory) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
             raise CheckpointError(f"{directory} has no step {step}; it has {steps}")
@@ -193,37 +183,57 @@ def read_run(
                 raise
             except Exception as error:  # orbax has no common class for what can go wrong
                 log.warning("checkpoint %s is damaged: %s", directory / str(number), error)
-    raise CheckpointError(f"{directory} holds no checkpoint that can be read")
+    which = "holds no checkpoint" if step is None else f"has a step {step}, but none"
+    raise CheckpointError(f"{directory} {which} that can be read; its steps are {steps}")
+
+
+@contextmanager
+def _read_only_manager(directory: Path) -> Iterator[ocp.CheckpointManager]:
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(),
+        "train": ocp.PyTreeCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    # Read only, it leaves alone what a run may be writing there just now.
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity("error")  # it would warn that it is read only
+    try:
+        with ocp.CheckpointManager(
+            directory.absolute(), options=options, item_handlers=handlers
+        ) as manager:
+            yield manager
+    finally:
+        absl.logging.set_verbosity(verbosity)
 
 
 def _read_arrays(
     manager: ocp.CheckpointManager, step: int, item: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    group = "params" if item == "params" else "train"
-    stored = manager.item_metadata(step)[group].tree
-    stored = stored if item == "params" else stored.get(item)
-    if not stored:
-        raise CheckpointError(f"step {step} in {manager.directory} keeps no {item}")
+    metadata = manager.item_metadata(step)
+    if item == "params":
+        group, stored = "params", metadata["params"].tree
+    else:
+        group, stored = "train", {item: metadata["train"].tree.get(item)}
+    if group == "train" and not stored[item]:
+        raise CheckpointError(
+            f"step {step} in {manager.directory} keeps no {item}: read it without"
+        )
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    if item != "params":
-        wanted, as_numpy = {item: wanted}, {item: as_numpy}
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            **{
-                group: ocp.args.PyTreeRestore(
-                    wanted, restore_args=as_numpy, partial_restore=item != "params"
-                )
-            }
-        ),
-    )[group]
-    state = {"params": restored} if item == "params" else {item: restored[item]}
-    changed = [name for name, crc in digests(state).items() if crc != meta["digests"].get(name)]
+    arguments = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+    restored = manager.restore(step, args=ocp.args.Composite(**{group: arguments}))[group]
+    state = {"params": restored} if item == "params" else restored
+    _check_digests(state, meta["digests"])
+    return state[item], meta
+
+
+def _check_digests(state: Mapping[str, Any], expected: Mapping[str, int]) -> None:
+    """ValueError unless the arrays of a state are those that were saved."""
+    changed = [name for name, crc in digests(state).items() if crc != expected.get(name)]
     if changed:
         raise ValueError(f"{len(changed)} arrays are not what was saved, {changed[0]} for one")
-    return state[item], meta
 
 
 def digests(state: Mapping[str, Any]) -> dict[str, int]:

@@ -1,39 +1,67 @@
 """What the commands that take a checkpoint and images have in common."""
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mae_jax import console
 from mae_jax.convert.info import TARGETS, ConvertError
-from mae_jax.convert.mapping import DIALECTS
-from mae_jax.data.loader import ordered_batches
+from mae_jax.convert.layouts import DIALECTS
 from mae_jax.data.sources import DataError, FileSource
 from mae_jax.pretrained import Params, Pretrained, load
+
+# Errors from below name config keys; here the same values are flags.
+FLAGS = {
+    "mask.ratio=": "--mask-ratio ",
+    "mask.kind=": "--mask ",
+    "model.image_size=": "--image-size ",
+    "model.patch=": "",
+    "model.": "",
+}
+
+
+def count(text: str) -> int:
+    """A number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def pair(text: str) -> tuple[int, int]:
     """ "224" or "224,160": height and width, or rows and columns."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or two with a comma between")
+    numbers = integers(text)
+    if len(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor two")
     return numbers[0], numbers[-1]
 
 
 def integers(text: str) -> list[int]:
-    """ "3,6,9" as a list."""
+    """ "3,6,9" as a list of numbers from 1 up."""
+    return [count(part) for part in text.split(",")]
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
     try:
-        return [int(part) for part in text.split(",")]
+        number = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers, as in 3,6,9"
-        ) from None
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def make_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser that describes itself by the first line of a module's docstring."""
+    description = str(doc).splitlines()[0]
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, allow_abbrev=False
+    )
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +70,16 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--from", dest="dialect", choices=DIALECTS, help="its dialect (recognised unless given)"
     )
-    group.add_argument("--num-heads", dest="heads", type=int, help="of the encoder")
-    group.add_argument("--decoder-num-heads", dest="decoder_heads", type=int)
-    group.add_argument("--layer-norm-eps", type=float)
+    group.add_argument("--num-heads", dest="heads", type=count, help="of the encoder")
+    group.add_argument("--decoder-num-heads", dest="decoder_heads", type=count)
+    group.add_argument("--layer-norm-eps", type=positive)
     group.add_argument("--target", choices=TARGETS, help="what its decoder predicts")
     group.add_argument(
-        "--grid-size", type=pair, metavar="ROWS,COLUMNS", help="of patches, if they are not square"
+        "--grid-size",
+        dest="grid_size",
+        type=pair,
+        metavar="ROWS,COLUMNS",
+        help="of patches, if they are not square",
     )
     group.add_argument("--ema", action="store_true", help="of a run, the averaged parameters")
 
@@ -58,9 +90,9 @@ def reading(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: vars(arguments)[name] for name in names} | {"grid": arguments.grid_size}
 
 
-def image_parser(module: str, description: str) -> argparse.ArgumentParser:
+def image_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser with images, --checkpoint and all that goes with them."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser = make_parser(module, doc)
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument(
         "--checkpoint", required=True, help="official, HuggingFace or timm, or a workdir of ours"
@@ -68,17 +100,19 @@ def image_parser(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-size", type=pair, metavar="H,W", help="pixels; the checkpoint's unless given"
     )
-    parser.add_argument("--channels", type=int, help="of images; the checkpoint's unless given")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at once (32)")
+    parser.add_argument("--channels", type=count, help="of images; the checkpoint's unless given")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add_reading(parser)
     return parser
 
 
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """--batch-size, for commands that take any number of images."""
+    parser.add_argument("--batch-size", type=count, default=32, help="images at once (32)")
+
+
 def load_model(arguments: argparse.Namespace) -> tuple[Pretrained, Params]:
     """The model that the arguments of an `image_parser` ask for."""
-    if arguments.batch_size < 1:
-        raise ConvertError(f"--batch-size {arguments.batch_size} must be at least 1")
     return load(
         arguments.checkpoint,
         image_size=arguments.image_size,
@@ -93,13 +127,32 @@ def over_images(
     source: FileSource,
     batch_size: int,
     function: Callable[[np.ndarray], dict[str, Any]],
-) -> Iterator[dict[str, np.ndarray]]:
-    """function's arrays for batches of images, without the rows that only fill up the last one."""
-    batches = ordered_batches(source, model.transform, min(batch_size, len(source)))
-    batches = console.progress(batches, len(source), lambda batch: batch["valid"].sum())
-    for batch in batches:
+) -> dict[str, np.ndarray]:
+    """function's arrays for all images of a source, computed in batches, with a progress bar."""
+    batches = model.batches(source, min(batch_size, len(source)))
+    parts = []
+    for batch in console.progress(batches, len(source), lambda batch: batch["valid"].sum()):
         made = function(batch["image"])
-        yield {name: np.asarray(array)[batch["valid"]] for name, array in made.items()}
+        parts.append({name: np.asarray(x)[batch["valid"]] for name, x in made.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def check_output(flag: str, path: Path, suffix: str) -> None:
+    """ConvertError, before any work is done, unless a file of that name can be written."""
+    if path.suffix != suffix:
+        raise ConvertError(f"{flag} {path} must end in {suffix}")
+    if path.is_dir():
+        raise ConvertError(f"{flag} {path} is a directory")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConvertError(f"{flag} {path}: {above} is a file, not a directory")
+    if not os.access(above, os.W_OK):
+        raise ConvertError(f"{flag} {path}: {above} may not be written to")
+
+
+def images_said(number: int) -> str:
+    """ "1 image", "2 images"."""
+    return f"{number} image{'' if number == 1 else 's'}"
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -107,11 +160,14 @@ def run(main: Callable[[list[str]], None]) -> None:
     console.setup_logging()
     try:
         main(sys.argv[1:])
-    except (ConvertError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConvertError, DataError, OSError) as error:
+        message = str(error)
+        for key, flag in FLAGS.items():
+            message = message.replace(key, flag)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+    except MemoryError:
+        print("error: there is not enough memory for this", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,12 +1,13 @@
 """What a person sees: the log, tables, and the progress of long work."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import absl.logging
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -31,29 +32,29 @@ def setup_logging() -> None:
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
     """Prints names and values, floats to three digits, to the standard output."""
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     for name, value in rows.items():
-        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else escape(str(value)))
     Console().print(table)
 
 
-def progress(batches: Iterable[T], total: int, count: Any, what: str = "images") -> Iterator[T]:
-    """Passes batches on, with a bar of how many of `total` things are done, how fast, time left.
+def progress(batches: Iterable[T], total: int, count: Callable[[T], int]) -> Iterator[T]:
+    """Passes batches on, with a bar of how many of `total` images are done, how fast, time left.
 
     Args:
-      count: how many things a batch has: a function of the batch.
+      count: how many images a batch has.
     """
     columns = (
-        TextColumn(what),
+        TextColumn("images"),
         BarColumn(None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, speed="")
+        task = bar.add_task("", total=total, speed="")
         for batch in batches:
             yield batch
             bar.advance(task, count(batch))
             speed = bar.tasks[task].speed
-            bar.update(task, speed=f"{speed:,.0f} {what}/s" if speed else "")
+            bar.update(task, speed=f"{speed:,.0f} images/s" if speed else "")

@@ -128,6 +128,7 @@ def _train(run: Run, stop: StopSignal) -> None:
     if start_step == total and (summary := summary_of(run.workdir, total)):
         log.info("this run is already complete")
         print_summary(summary)
+        checkpointer.close()
         return
     write_json(run.workdir / "config.json", plain)
     _say_hello(run, start_step)
@@ -194,7 +195,7 @@ def _start(
         return TrainState(**found[1]), shardings
     # Each device makes only the part of the state that it holds.
     state = jax.jit(init, out_shardings=shardings)(key)
-    if run.config.init.path in (None, "random"):
+    if run.config.init.path is None:
         return state, shardings
     return _warm(run.config, state, shardings), shardings
 
@@ -206,6 +207,7 @@ def _warm(config: Config, state: TrainState, shardings: TrainState) -> TrainStat
     except ConvertError as error:
         raise ConfigError(f"init.path: {error}") from error
     params = jax.tree.map(jax.device_put, start.params, shardings.params)
+    # A copy, since a step donates its state and may not be given the same buffer twice.
     ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
     return dataclasses.replace(state, params=params, ema=ema)
 

@@ -3,6 +3,7 @@
 python -m mae_jax.features IMAGE_OR_DIR... --checkpoint ANY --out features.npz
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -11,17 +12,18 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from mae_jax import command_line
-from mae_jax.convert.info import ConvertError
 from mae_jax.data.sources import FileSource
 from mae_jax.evals.reconstruct import figure, save_png
 from mae_jax.whole import whole
 
-DESCRIPTION = "Writes the encoder's features of images, nothing masked, to a .npz file."
+log = logging.getLogger("mae_jax")
+
 SHOWN = 16  # images at most in the picture of attention
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line.image_parser("mae_jax.features", DESCRIPTION)
+    parser = command_line.image_parser("mae_jax.features", __doc__)
+    command_line.add_batch_size(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -45,8 +47,9 @@ def main(argv: list[str]) -> None:
         help="draw where the cls token looks in the last block, mean over heads; also `attention`",
     )
     arguments = parser.parse_args(argv)
-    if arguments.out.suffix != ".npz":
-        raise ConvertError(f"--out {arguments.out} must end in .npz")
+    command_line.check_output("--out", arguments.out, ".npz")
+    if arguments.attention:
+        command_line.check_output("--attention", arguments.attention, ".png")
     source = FileSource(arguments.images)
     model, params = command_line.load_model(arguments)
     options = dict(
@@ -55,11 +58,12 @@ def main(argv: list[str]) -> None:
         attention=arguments.attention is not None,
     )
     extract = jax.jit(partial(model.features, **options))
-    batches = command_line.over_images(
+    found = command_line.over_images(
         model, source, arguments.batch_size, lambda images: extract(params, images)
     )
-    parts = list(batches)
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name, array in found.items():
+        if not np.isfinite(array).all():
+            log.warning("%s holds numbers that are not finite: the weights may be damaged", name)
     found = {"files": np.array([source.key(i) for i in range(len(source))]), **found}
 
     with whole(arguments.out) as part, part.open("wb") as file:
@@ -69,9 +73,8 @@ def main(argv: list[str]) -> None:
     if arguments.attention:
         images = model.read_images(source.files[:SHOWN])
         picture = attention_figure(images, found["attention"][:SHOWN])
-        with whole(arguments.attention) as part:
-            save_png(part, picture)
-    print(f"{arguments.out}: {len(source)} images")
+        save_png(arguments.attention, picture)
+    print(f"{arguments.out}: {command_line.images_said(len(source))}")
 
 
 def attention_figure(

@@ -14,31 +14,35 @@ from mae_jax.convert.info import ConvertError
 from mae_jax.data.sources import FileSource
 from mae_jax.whole import whole
 
-DESCRIPTION = "Names the classes that a fine-tuned or probed checkpoint sees in images."
-
 
 def main(argv: list[str]) -> None:
-    parser = command_line.image_parser("mae_jax.predict", DESCRIPTION)
+    parser = command_line.image_parser("mae_jax.predict", __doc__)
+    command_line.add_batch_size(parser)
     parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="predictions.csv")
-    parser.add_argument("--top", type=int, default=5, help="classes per image (5)")
+    parser.add_argument(
+        "--top",
+        type=command_line.count,
+        default=5,
+        help="classes per image, as far as there are so many (5)",
+    )
     parser.add_argument(
         "--class-names", type=Path, help="a file with a name per line, if the checkpoint has none"
     )
     arguments = parser.parse_args(argv)
+    command_line.check_output("--out", arguments.out, ".csv")
     source = FileSource(arguments.images)
     model, params = command_line.load_model(arguments)
+    model.check_head()
     names = _class_names(arguments.class_names, model.info.class_names, model.info.num_classes)
-    if not arguments.top >= 1:
-        raise ConvertError(f"--top {arguments.top} must be at least 1")
 
     @jax.jit
     def classify(params, images):
         return {"probability": jax.nn.softmax(model.logits(params, images))}
 
-    batches = command_line.over_images(
+    made = command_line.over_images(
         model, source, arguments.batch_size, lambda images: classify(params, images)
     )
-    probability = np.concatenate([batch["probability"] for batch in batches])
+    probability = made["probability"]
     best = np.argsort(-probability, axis=1, kind="stable")[:, : arguments.top]
 
     with whole(arguments.out) as part, part.open("w", newline="") as file:
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> None:
         print(source.key(number))
         for label in row:
             print(f"  {probability[number, label]:6.1%}  {names[label]}")
-    print(f"{arguments.out}: {len(source)} images")
+    print(f"{arguments.out}: {command_line.images_said(len(source))}")
 
 
 def _class_names(path: Path | None, known: tuple[str, ...], count: int) -> tuple[str, ...]:
@@ -62,7 +66,7 @@ def _class_names(path: Path | None, known: tuple[str, ...], count: int) -> tuple
     try:
         names = tuple(path.read_text().splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConvertError(f"cannot read --class-names {path}: {error}") from error
+        raise ConvertError(f"--class-names: {error}") from error
     if len(names) != count:
         raise ConvertError(f"{path} has {len(names)} lines for {count} classes")
     return names

@@ -1,6 +1,6 @@
 """A checkpoint of any dialect as a model that runs: features, reconstructions, classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,9 @@ def load(
     """
     if dtype not in ("float32", "bfloat16"):
         raise ConvertError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
-    found = weights.read(path, **reading)
-    if channels is not None:
-        found = weights.with_channels(found, channels)
-    if image_size is not None:
-        pair = (image_size, image_size) if isinstance(image_size, int) else image_size
-        found = weights.with_image_size(found, pair)
+    found = weights.read(path, need_heads=("encoder",), **reading)
+    pair = None if image_size is None else np.broadcast_to(np.asarray(image_size, int), 2).tolist()
+    found = weights.adapted(found, channels=channels, image_size=pair and (pair[0], pair[1]))
     params = {
         name: jnp.asarray(np.asarray(array, np.float32)) for name, array in found.arrays.items()
     }
@@ -82,6 +79,7 @@ class Pretrained:
         self, params: Params, images: UInt8[Array, "b h w c"], *, observe: bool = False
     ) -> Outputs:
         """Everything that the encoder, and the head if there is one, make of whole images."""
+        self._check(images)
         patches = patchify(normalise(images, self.info.mean, self.info.std), self.info.patch)
         network = make_classifier(self.info, self.execution)
         return network.apply(variables(params), patches, observe)  # type: ignore[return-value]
@@ -136,14 +134,18 @@ class Pretrained:
         Raises:
           ConvertError: the checkpoint has no head.
         """
+        self.check_head()
+        logits = self.outputs(params, images).logits
+        assert logits is not None
+        return logits
+
+    def check_head(self) -> None:
+        """ConvertError unless the checkpoint has a classification head."""
         if not self.info.num_classes:
             raise ConvertError(
                 f"{self.path} has no classification head: classes take a fine-tuned checkpoint, "
                 "such as the official mae_finetuned_vit_base.pth"
             )
-        logits = self.outputs(params, images).logits
-        assert logits is not None
-        return logits
 
     def task(
         self, *, mask: str = "random", mask_ratio: float = 0.75, user_mask: np.ndarray | None = None
@@ -155,8 +157,8 @@ class Pretrained:
         """
         info = self.info
         if not info.decoder_depth:
-            size = {"vit_b16": "base", "vit_l16": "large", "vit_h14": "huge"}.get(info.size_name)
-            size = size or "base"
+            names = {"vit_b16": "base", "vit_l16": "large", "vit_h14": "huge"}
+            size = names.get(info.size_name, "base")
             raise ConvertError(
                 f"{self.path} holds no decoder, so it cannot reconstruct. Of the official files, "
                 f"mae_pretrain_vit_{size}_full.pth (normalised pixels) and "
@@ -166,6 +168,11 @@ class Pretrained:
             raise ConvertError(
                 f"{self.path} does not tell whether its decoder predicts pixels or normalised "
                 "pixels; say it with --target pixels or --target normalized (in Python, target=)"
+            )
+        if not info.decoder_heads:
+            raise ConvertError(
+                f"{self.path} does not tell how many attention heads its decoder has: say it with "
+                "--decoder-num-heads (in Python, decoder_heads=)"
             )
         return Pretrain(
             model=make_autoencoder(info, self.execution),
@@ -195,9 +202,18 @@ class Pretrained:
         `stats` is where the brightness of patches comes from if the model predicts normalised
         pixels: "visible" neighbours, or "gt", the truth. See `task` for errors.
         """
+        self._check(images)
         task = self.task(mask=mask, mask_ratio=mask_ratio)
         drawn = task.draw_mask(jax.random.key(seed), len(images))
         return task.reconstruct(params, jnp.asarray(images), drawn, stats)
+
+    def _check(self, images: Any) -> None:
+        wanted = (*self.info.image_size, self.info.channels)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != wanted:
+            raise ValueError(
+                f"images are {images.dtype} {list(images.shape)}, and this model takes uint8 "
+                f"[b, {wanted[0]}, {wanted[1]}, {wanted[2]}], as read_images gives them"
+            )
 
     @property
     def transform(self) -> EvalTransform:
@@ -205,8 +221,8 @@ class Pretrained:
         info = self.info
         if info.channels not in (1, 3):
             raise ConvertError(
-                f"{self.path} is for images of {info.channels} channels; image files are grey or "
-                "RGB: --channels 1 or 3 (in Python, channels=) converts it"
+                f"the model is for images of {info.channels} channels, and image files are grey or "
+                f"RGB: load {self.path} with --channels 1 or 3 (in Python, channels=)"
             )
         return EvalTransform(
             info.image_size,
@@ -216,12 +232,17 @@ class Pretrained:
             interpolation=info.interpolation,
         )
 
-    def read_images(self, paths: Sequence[str | Path]) -> UInt8[np.ndarray, "b h w c"]:
+    def read_images(self, paths: str | Path | Sequence[str | Path]) -> UInt8[np.ndarray, "b h w c"]:
         """Image files, and those in folders, resized as this model is used to.
 
         Raises:
           mae_jax.data.sources.DataError: names the file that is missing or no image.
         """
-        source = FileSource(paths)
-        batches = ordered_batches(source, self.transform, len(source))
-        return next(iter(batches))["image"]
+        source = FileSource([paths] if isinstance(paths, (str, Path)) else paths)
+        (batch,) = self.batches(source, len(source))
+        return batch["image"]
+
+    def batches(self, source: FileSource, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """The images of a source in order; see `ordered_batches`."""
+        advice = "Mend it, or leave it out"
+        return ordered_batches(source, self.transform, batch_size, advice=advice)

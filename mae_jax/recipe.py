@@ -112,30 +112,36 @@ def make_user_mask(config: Config) -> np.ndarray | None:
     if config.mask.path is None:
         return None
     try:
-        return np.load(config.mask.path)
-    except OSError as error:
+        mask = np.load(config.mask.path)
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"mask.path={config.mask.path!r} cannot be read: {error}") from error
+    if not isinstance(mask, np.ndarray):
+        raise ValueError(f"mask.path={config.mask.path!r} is an .npz; save one array as .npy")
+    return mask
 
 
 def make_warm_start(config: Config, params: Any) -> WarmStart:
     """Fresh parameters with those of init.path in their place."""
     init, model, data = config.init, config.model, config.data
-    found = weights.read(
-        init.path, ema=init.ema, heads=model.heads, decoder_heads=model.decoder_heads
-    )
+    if init.encoder_only:
+        found = weights.read(init.path, ema=init.ema, heads=model.heads, need_heads=("encoder",))
+        found = weights.encoder_only(found)
+    else:
+        heads = dict(heads=model.heads, decoder_heads=model.decoder_heads)
+        found = weights.read(init.path, ema=init.ema, **heads)
     now = {
         "layer_norm_eps": model.layer_norm_eps,
         "target": "normalized" if config.target.norm_pix else "pixels",
         "mean": tuple(data.mean)[: model.channels],
         "std": tuple(data.std)[: model.channels],
     }
-    warm_start.warn_of_changes(init.path, found.info, now)
     found = warm_start.adapt(
         found,
         image_size=tuple(model.image_size),
         channels=model.channels,
         position=model.position,
     )
+    warm_start.warn_of_changes(init.path, found.info, now)
     start = warm_start.graft(params, found)
     warm_start.report(init.path, start)
     return start

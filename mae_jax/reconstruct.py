@@ -13,18 +13,18 @@ from mae_jax.convert.info import ConvertError
 from mae_jax.data.sources import FileSource
 from mae_jax.evals.reconstruct import Pictures, save_png
 from mae_jax.tasks.masking import SAMPLERS
-from mae_jax.whole import whole
 
-DESCRIPTION = "Draws the paper's figure 2 for images of yours."
 MOST = 64  # images in one picture
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line.image_parser("mae_jax.reconstruct", DESCRIPTION)
+    parser = command_line.image_parser("mae_jax.reconstruct", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png")
     parser.add_argument("--mask", choices=SAMPLERS, default="random")
     parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    parser.add_argument(
+        "--seed", type=int, choices=range(2**32), metavar="N", default=0, help="of the masks"
+    )
     parser.add_argument(
         "--stats",
         choices=("gt", "visible"),
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
         help="brightness of normalised patches: their true one, or of visible neighbours (default)",
     )
     arguments = parser.parse_args(argv)
+    command_line.check_output("--out", arguments.out, ".png")
     source = FileSource(arguments.images)
     if len(source) > MOST:
         raise ConvertError(f"{len(source)} images are too many for one picture: {MOST} at most")
@@ -43,9 +44,8 @@ def main(argv: list[str]) -> None:
     images = model.read_images(arguments.images)
     mask = task.draw_mask(jax.random.key(arguments.seed), len(images))
     picture = Pictures(task, np.asarray(images), mask, arguments.stats).run(params)
-    with whole(arguments.out) as part:
-        save_png(part, picture)
-    print(f"{arguments.out}: {len(images)} images")
+    save_png(arguments.out, picture)
+    print(f"{arguments.out}: {command_line.images_said(len(images))}")
 
 
 if __name__ == "__main__":

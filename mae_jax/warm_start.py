@@ -1,5 +1,6 @@
 """Parameters for a run from a checkpoint of any dialect, and what became of each array."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,23 +35,30 @@ def adapt(found: Weights, *, image_size: tuple[int, int], channels: int, positio
     """The checkpoint for the model of a run: of its image size, channels and kind of positions.
 
     Raises:
-      ConvertError: sine-cosine positions are wanted and the checkpoint's are others.
+      ConvertError: sine-cosine positions are wanted and the checkpoint's are others, or it has
+        lost its final norm in fine-tuning.
     """
-    if position == "sincos":
-        tables = [name for name in found.arrays if name.endswith("pos_embed/table")]
-        for name in tables:
-            table = found.arrays[name][0].astype(np.float32)
-            sincos = sincos_position_table(table.shape[1], found.info.grid)
-            if not np.allclose(table, sincos, atol=1e-3):
-                raise ConvertError(
-                    f"{name} of the checkpoint is not the sine-cosine table; to keep it, train it "
-                    "on with --config.model.position=learned"
-                )
-    found = weights.with_image_size(weights.with_channels(found, channels), image_size)
+    if found.info.fc_norm:
+        raise ConvertError(
+            "it is fine-tuned with fc_norm, and so has no final norm, which pretraining needs: "
+            "start from the pretrained checkpoint that it came from"
+        )
     if position == "sincos":  # computed, not a parameter
-        arrays = {n: x for n, x in found.arrays.items() if not n.endswith("pos_embed/table")}
-        found = Weights(arrays, found.info)
-    return found
+        found = _without_tables(found)
+    return weights.adapted(found, channels=channels, image_size=image_size)
+
+
+def _without_tables(found: Weights) -> Weights:
+    arrays = dict(found.arrays)
+    for name in [name for name in arrays if name.endswith("pos_embed/table")]:
+        table = arrays.pop(name)[0].astype(np.float32)
+        sincos = sincos_position_table(table.shape[1], found.info.grid)
+        if not np.allclose(table, sincos, atol=1e-3):  # float16 files are as far off
+            raise ConvertError(
+                f"{name} of the checkpoint is not the sine-cosine table; to keep it, train it on "
+                "with --config.model.position=learned"
+            )
+    return dataclasses.replace(found, arrays=arrays)
 
 
 def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
@@ -68,7 +76,11 @@ def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
     }
     wrong = differences(needed, {name: found.arrays[name] for name in loaded})
     if wrong:
-        raise ConvertError("it does not fit the model of this run:\n  " + "\n  ".join(wrong))
+        listed = "\n  ".join(wrong)
+        raise ConvertError(
+            f"it does not fit the model of this run:\n  {listed}\nIf only the decoder is another, "
+            "--config.init.encoder_only=True leaves it out"
+        )
     merged = leaves | {name: found.arrays[name].astype(np.float32) for name in loaded}
     return WarmStart(from_named(merged), loaded, fresh, unused)
 

@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all, whatever stops their writing."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """A temporary neighbour to write to, a file or a folder, which takes the path's place after.
 
-    Folders above are created. In a folder that is there already other files stay. Where anything
-    is raised, the temporary neighbour is removed.
+    Folders above are created. In a folder that is there already files are replaced one by one, and
+    others stay. Where anything is raised, the temporary neighbour is removed.
     """
+    path = Path(os.path.abspath(path))  # "." has no name of its own
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     _remove(part)
     try:
         yield part

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax.convert import mapping
+from mae_jax.convert.layouts import LAYOUTS
 from mae_jax.trees import from_named
 
-(LAYOUT,) = (o for o in mapping.LAYOUTS if o.dialect == "official" and not o.form)
+(LAYOUT,) = (o for o in LAYOUTS if o.dialect == "official" and not o.form)
 
 
 def our_names(names) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,9 @@ from mae_jax.checkpoint import Checkpointer
 from mae_jax.convert import __main__ as command
 from mae_jax.convert import mapping, weights
 from mae_jax.convert.files import Found
+from mae_jax.convert.identify import identify
 from mae_jax.convert.info import ConvertError, make_autoencoder
+from mae_jax.convert.layouts import LAYOUTS
 from mae_jax.models.layers import Execution
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patchify, resample_position_table
@@ -81,7 +84,7 @@ def test_every_name_and_shape_of_the_paper_s_sizes(golden, tmp_path, file, model
     sets = list(tensors_of(golden, file, model))
     assert sets
     for name, tensors in sets:
-        layout, info, shapes = weights.identify(Found(dict(tensors)), tmp_path)
+        layout, info, shapes = identify(Found(dict(tensors)), tmp_path)
         assert layout.dialect == ("hf" if file.startswith("hf") else "official")
         assert (info.size_name, info.heads) == (size, SIZES[size].heads)
         full = "full" in file or name == "ViTMAEForPreTraining"
@@ -158,7 +161,7 @@ def test_all_three_layouts_of_huggingface(golden, tmp_path):
     folder = golden / "hf" / "hf_tiny"
     four = weights.read(folder / "pretrained_v4")
     assert_same(weights.read(folder / "pretrained_v5").arrays, four.arrays)
-    (in_memory,) = (o for o in mapping.LAYOUTS if o.form == "5.x in memory")
+    (in_memory,) = (o for o in LAYOUTS if o.form == "5.x in memory")
     tensors = mapping.to_theirs(in_memory, dict(four.arrays), four.info.patch)
     assert "vit.layers.0.attention.q_proj.weight" in tensors
     save_file(tensors, tmp_path / "memory.safetensors")
@@ -273,15 +276,16 @@ def test_another_image_size_resamples_both_tables(golden, image_size):
 
 def test_non_square_weights_travel_and_are_asked_for_where_they_cannot(golden, tmp_path):
     found = weights.with_image_size(weights.read(golden / OFFICIAL, **HEADS), (48, 24))
-    with pytest.raises(ConvertError, match="square images only"):
-        weights.write(found, tmp_path / "o.safetensors", "official")
-    weights.write(found, tmp_path / "hf", "hf")
-    assert weights.read(tmp_path / "hf").info.image_size == (48, 24)
-    bare = load_file(tmp_path / "hf" / "model.safetensors")
+    for to in ("official", "hf"):
+        with pytest.raises(ConvertError, match="square images only"):
+            weights.write(found, tmp_path / to, to)
+    weights.write(found, tmp_path / "timm", "timm")
+    assert weights.read(tmp_path / "timm").info.image_size == (48, 24)
+    bare = load_file(tmp_path / "timm" / "model.safetensors")
     save_file(bare, tmp_path / "bare.safetensors")
-    with pytest.raises(ConvertError, match="18 patches, which are not 4 x 4.*--grid"):
-        weights.read(tmp_path / "bare.safetensors", **HEADS)
-    found = weights.read(tmp_path / "bare.safetensors", grid=(6, 3), **HEADS)
+    with pytest.raises(ConvertError, match="18 patches, which are not 4 x 4.*--grid-size"):
+        weights.read(tmp_path / "bare.safetensors", heads=2)
+    found = weights.read(tmp_path / "bare.safetensors", grid=(6, 3), heads=2)
     assert found.info.image_size == (48, 24)
 
 
@@ -344,7 +348,7 @@ def test_a_run_by_any_of_its_folders(run):
         found = model.features(loaded, images)["mean"]
         np.testing.assert_allclose(found, expected, atol=1e-5)
     info = model.info
-    assert (info.dialect, info.target, info.norm_pix_eps) == ("mae_jax", "normalized", 1e-2)
+    assert (info.source, info.target, info.norm_pix_eps) == ("mae_jax", "normalized", 1e-2)
     assert (info.image_size, info.crop, info.layer_norm_eps) == ((16, 24), 1.0, 1e-5)
     assert info.mean == (0.5,) * 3
     _, averaged = mae_jax.load(workdir, ema=True)
@@ -370,13 +374,21 @@ def test_a_run_reconstructs_as_it_did_in_training(run):
     assert np.abs(found - expected).max() <= 1  # of 255: rounding
 
 
+def _umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 def test_a_run_to_huggingface_and_timm(run, tmp_path, caplog):
     workdir, _, _ = run
     before = weights.read(workdir)
-    weights.write(weights.read(workdir), tmp_path / "hf", "hf")
-    after = weights.read(tmp_path / "hf")
+    square = weights.with_image_size(before, (16, 16))
+    weights.write(square, tmp_path / "hf", "hf")
+    before, after = square, weights.read(tmp_path / "hf")
     assert_same(after.arrays, before.arrays)
     assert after.info == before.info
+    assert (tmp_path / "hf" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
     with caplog.at_level(logging.WARNING):
         weights.write(weights.read(workdir), tmp_path / "timm", "timm")
     assert "layer_norm_eps=1e-05, which timm cannot hold" in caplog.text
@@ -458,9 +470,17 @@ def test_files_that_are_none(golden, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "empty.safetensors").write_bytes(b"")
-    for name in ("cut", "text", "empty"):
+    for name in ("cut", "text"):
         with pytest.raises(ConvertError, match=f"{name}.safetensors is truncated, damaged or no"):
             weights.read(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ConvertError, match="empty.safetensors is empty"):
+        weights.read(tmp_path / "empty.safetensors")
+    (tmp_path / "zip.safetensors").write_bytes(b"PK\x03\x04" + b"0" * 100)
+    with pytest.raises(ConvertError, match="is a file of torch.save or a zip: name it .pth"):
+        weights.read(tmp_path / "zip.safetensors")
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(ConvertError, match="git lfs pull"):
+        weights.read(tmp_path / "lfs.pth")
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(ConvertError, match="is not a checkpoint by its name"):
         weights.read(tmp_path / "readme.txt")
@@ -476,6 +496,80 @@ def test_ours_without_metadata(golden, tmp_path):
     save_file(load_file(tmp_path / "o.safetensors"), tmp_path / "bare.safetensors")
     with pytest.raises(ConvertError, match="lost its metadata"):
         weights.read(tmp_path / "bare.safetensors")
+
+
+def test_odd_metadata(golden, tmp_path):
+    found = weights.read(golden / OFFICIAL, **HEADS)
+    weights.write(found, tmp_path / "good.safetensors", "mae_jax")
+    tensors = load_file(tmp_path / "good.safetensors")
+    for name, value, message in (
+        ("depth", None, "lost its metadata: depth"),
+        ("image_size", "32", "image_size='32', which is not height and width"),
+        ("image_size", [32, 40], "encoder/pos_embed/table has shape"),
+        ("patch", 0, "patch=0, which is not a number from 1 up"),
+        ("heads", "two", "heads='two', which is not a number"),
+        ("layer_norm_eps", -1.0, "layer_norm_eps=-1.0, which is not a positive"),
+        ("crop", 0.0, "crop=0.0"),
+        ("pool", "max", "pool='max', which is not one of"),
+        ("std", [0.0, 1.0, 1.0], "std="),
+    ):
+        facts = json.loads(found.info.to_json()) | {name: value}
+        facts = {key: x for key, x in facts.items() if x is not None}
+        save_file(tensors, tmp_path / "odd.safetensors", {"mae_jax": json.dumps(facts)})
+        with pytest.raises(ConvertError) as raised:
+            weights.read(tmp_path / "odd.safetensors")
+        assert message in str(raised.value)
+
+
+def test_odd_config_json(golden, tmp_path):
+    import shutil
+
+    folder = tmp_path / "hf"
+    shutil.copytree(golden / "hf/hf_tiny/pretrained_v4", folder)
+    good = json.loads((folder / "config.json").read_text())
+    for changes, message in (
+        ({"image_size": "32"}, "which is not height and width"),
+        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps='1e-6', which is not a positive number"),
+        ({"id2label": {"a": "cat"}}, "holds odd values"),
+        ({"hidden_act": "gelu_new"}, "hidden_act='gelu_new'"),
+    ):
+        (folder / "config.json").write_text(json.dumps(good | changes))
+        with pytest.raises(ConvertError, match=message):
+            weights.read(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ConvertError, match="is not a JSON object"):
+        weights.read(folder)
+    (folder / "config.json").write_text(json.dumps(good))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    with pytest.raises(ConvertError, match="names model-2.safetensors, which is not there"):
+        weights.read(folder)
+
+
+def test_tensors_that_are_no_floats(golden, tmp_path):
+    change = lambda tensors: tensors.update({"norm.bias": np.zeros(32, np.int8)})  # noqa: E731
+    with pytest.raises(ConvertError, match=r"not floating point: norm.bias \(int8\)"):
+        weights.read(spoil(golden, tmp_path, change), **HEADS)
+
+
+def test_a_stray_block_is_unexpected_and_does_not_make_the_others_missing(golden, tmp_path):
+    change = lambda tensors: tensors.update(  # noqa: E731
+        {"blocks.9.norm1.weight": np.zeros(32, np.float32)}
+    )
+    with pytest.raises(ConvertError) as raised:
+        weights.read(spoil(golden, tmp_path, change), **HEADS)
+    assert str(raised.value).count("\n") == 1
+    assert "+ blocks.9.norm1.weight (32,) is not part of the model" in str(raised.value)
+
+
+def test_another_dialect_s_directory_is_not_overwritten(golden, tmp_path):
+    """Its old weights or config.json would be read together with the new ones."""
+    found = weights.read(golden / OFFICIAL, **HEADS)
+    weights.write(found, tmp_path / "hf", "hf")
+    weights.write(found, tmp_path / "hf", "hf", overwrite=True)
+    with pytest.raises(ConvertError, match="also holds config.json, preprocessor_config.json"):
+        weights.write(found, tmp_path / "hf", "mae_jax", overwrite=True)
 
 
 def test_nan_is_named(golden, tmp_path, caplog):
@@ -503,7 +597,7 @@ def test_destinations(golden, tmp_path):
     assert file.read_bytes() == before
     assert (folder / "mine.txt").read_text() == "kept"
     with pytest.raises(ConvertError, match="exists and is a file"):
-        weights.check_free(tmp_path / "folder" / "mine.txt", overwrite=True)
+        weights.check_free(tmp_path / "folder" / "mine.txt", "mae_jax", overwrite=True)
     (tmp_path / "b.safetensors").mkdir()
     with pytest.raises(ConvertError, match="exists and is a directory"):
         write(tmp_path / "b.safetensors", overwrite=True)

@@ -107,6 +107,43 @@ def test_predict(golden, images, tmp_path, capsys):
         predict.main([*argv, "--class-names", str(names)])
 
 
+def test_outputs_are_checked_before_any_work(golden, images, tmp_path):
+    argv = [str(images), "--checkpoint", "nowhere", "--out"]
+    (tmp_path / "d.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        ("d.npz", "is a directory"),
+        ("f.txt", "must end in .npz"),
+        ("file/f.npz", "is a file, not a directory"),
+    ):
+        with pytest.raises(ConvertError, match=message):
+            features.main([*argv, str(tmp_path / out)])
+
+
+def test_images_of_the_wrong_kind(golden):
+    model, params = mae_jax.load(golden / OFFICIAL, target="pixels", **HEADS)
+    for images in (
+        np.zeros((1, 16, 16, 3), np.uint8),
+        np.zeros((1, 32, 32, 1), np.uint8),
+        np.zeros((1, 32, 32, 3), np.float32),
+    ):
+        for method in (model.features, model.reconstruct):
+            with pytest.raises(ValueError, match=r"this model takes uint8 \[b, 32, 32, 3\]"):
+                method(params, images)
+
+
+def test_sixteen_bits(golden, tmp_path):
+    """Scaled, not clipped at 255; what has no known range is refused."""
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a.png")
+    model, _ = mae_jax.load(golden / "hf/hf_tiny/pretrained_v4")
+    (pixels,) = model.read_images(tmp_path / "a.png")
+    np.testing.assert_allclose(pixels[..., 0], ramp / 257, atol=1)
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "b.tiff")
+    with pytest.raises(DataError, match="b.tiff is bad: its pixels are 32-bit numbers"):
+        model.read_images(tmp_path / "b.tiff")
+
+
 def test_no_head(golden, images, heads, tmp_path):
     argv = [str(images), "--checkpoint", str(golden / OFFICIAL), *heads]
     with pytest.raises(ConvertError, match="no classification head.*mae_finetuned_vit_base.pth"):

@@ -4,14 +4,13 @@ python -m mae_jax.convert SRC DST --to {mae_jax,official,hf,timm}
 python -m mae_jax.convert inspect SRC
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
 from mae_jax import command_line
 from mae_jax.console import print_table
 from mae_jax.convert import weights
-from mae_jax.convert.mapping import DIALECTS
+from mae_jax.convert.layouts import DIALECTS
 
 
 def main(argv: list[str]) -> None:
@@ -22,11 +21,8 @@ def main(argv: list[str]) -> None:
 
 
 def convert(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_jax.convert",
-        description="Converts MAE weights between mae_jax, the official code, HuggingFace, timm.",
-        epilog="`python -m mae_jax.convert inspect SRC` says what a file is.",
-    )
+    parser = command_line.make_parser("mae_jax.convert", __doc__)
+    parser.epilog = "`python -m mae_jax.convert inspect SRC` says what a file is."
     parser.add_argument("src", help="a weights file or directory, or a workdir of ours")
     parser.add_argument(
         "dst", type=Path, help="one file if it ends in .safetensors or .pth, else a directory"
@@ -41,44 +37,39 @@ def convert(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--channels",
-        type=int,
+        type=command_line.count,
         help="of images: 1 sums the patch embedding over the old channels; more repeat them in "
         "order, scaled by old / new",
     )
     parser.add_argument("--encoder-only", action="store_true", help="leave the decoder behind")
     command_line.add_reading(parser)
     arguments = parser.parse_args(argv)
-    weights.check_free(arguments.dst, overwrite=arguments.overwrite)
+    weights.check_free(arguments.dst, arguments.to, overwrite=arguments.overwrite)
     found = weights.read(arguments.src, **command_line.reading(arguments))
     if arguments.encoder_only:
         found = weights.encoder_only(found)
-    if arguments.channels is not None:
-        found = weights.with_channels(found, arguments.channels)
-    if arguments.image_size:
-        found = weights.with_image_size(found, arguments.image_size)
+    found = weights.adapted(found, channels=arguments.channels, image_size=arguments.image_size)
     weights.write(found, arguments.dst, arguments.to, overwrite=arguments.overwrite)
 
 
 def inspect(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_jax.convert inspect", description="Says what a checkpoint is."
-    )
+    parser = command_line.make_parser("mae_jax.convert inspect", "Says what a checkpoint is.")
     parser.add_argument("src", help="a weights file or directory, or a workdir of ours")
     command_line.add_reading(parser)
     arguments = parser.parse_args(argv)
-    found = weights.read(arguments.src, need_heads=False, **command_line.reading(arguments))
+    found = weights.read(arguments.src, need_heads=(), **command_line.reading(arguments))
     print_table(str(arguments.src), describe(found))
 
 
 def describe(found: weights.Weights) -> dict[str, str]:
     """What a person wants to know of a checkpoint, by name."""
     info = found.info
-    size = f"{info.width} features x {info.depth} blocks, {_heads(info.heads)}"
+    size = f"{info.width} features x {info.depth} deep, {_heads(info.heads)}"
     decoder, head = "none", "none"
     if info.decoder_depth:
         decoder = (
             f"{_count(found, 'decoder/')}: {info.decoder_width} features x "
-            f"{info.decoder_depth} blocks, {_heads(info.decoder_heads)}"
+            f"{info.decoder_depth} deep, {_heads(info.decoder_heads)}"
         )
     if info.num_classes:
         head = f"{info.num_classes} classes, {'named' if info.class_names else 'without names'}"
@@ -86,7 +77,8 @@ def describe(found: weights.Weights) -> dict[str, str]:
     pool = "cls token" if info.pool == "cls" else "mean of the patches"
     dtypes = Counter(array.dtype.name for array in found.arrays.values())
     return {
-        "dialect": info.dialect,
+        "names": found.layout,
+        "weights from": info.source,
         "size": info.size_name,
         "encoder": f"{_count(found, 'encoder/')}: {size}",
         "decoder": decoder,
@@ -126,9 +118,12 @@ def _preparation(info: weights.Info) -> str:
 
 
 def _uses(info: weights.Info) -> list[str]:
-    uses = ["features", "warm start"]
+    uses = ["features"]
+    if not info.fc_norm:  # pretraining needs the final norm that such an encoder has lost
+        uses.append("warm start")
     if info.decoder_depth:
-        uses.append("reconstruction" + (" (--target needed)" * (info.target == "unknown")))
+        known = info.target != "unknown"
+        uses.append("reconstruction" if known else "reconstruction (--target needed)")
     if info.num_classes:
         uses.append("prediction")
     return uses

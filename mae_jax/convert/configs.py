@@ -3,13 +3,15 @@
 from typing import Any
 
 from mae_jax.convert.info import ConvertError, Info
+from mae_jax.models.layers import hidden_width
 
 Json = dict[str, Any]
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width
 
 
 def hf_facts(config: Json, preprocessor: Json) -> Json:
@@ -40,10 +42,10 @@ def _preprocessing(preprocessor: Json) -> Json:
         facts["interpolation"] = RESAMPLING[preprocessor["resample"]]
     size, crop = preprocessor.get("size"), preprocessor.get("crop_size")
     shortest = size.get("shortest_edge") if isinstance(size, dict) else None
-    if shortest and isinstance(crop, dict) and preprocessor.get("do_center_crop"):
-        facts |= {"resize": "crop", "crop": crop["height"] / shortest}
-    elif shortest:
-        facts |= {"resize": "crop", "crop": 1.0}
+    if shortest:
+        cropped = crop["height"] if isinstance(crop, dict) else crop
+        cropped = cropped if preprocessor.get("do_center_crop") else None
+        facts |= {"resize": "crop", "crop": (cropped or shortest) / shortest}
     return facts
 
 
@@ -59,7 +61,7 @@ def hf_config(info: Info) -> Json:
         "hidden_size": info.width,
         "image_size": info.image_size[0] if square else list(info.image_size),
         "initializer_range": 0.02,
-        "intermediate_size": round(info.width * info.mlp_ratio),
+        "intermediate_size": hidden_width(info.width, info.mlp_ratio),
         "layer_norm_eps": info.layer_norm_eps,
         "num_attention_heads": info.heads,
         "num_channels": info.channels,
@@ -79,7 +81,7 @@ def hf_config(info: Info) -> Json:
     if info.decoder_depth:
         config |= {
             "decoder_hidden_size": info.decoder_width,
-            "decoder_intermediate_size": round(info.decoder_width * info.decoder_mlp_ratio),
+            "decoder_intermediate_size": hidden_width(info.decoder_width, info.decoder_mlp_ratio),
             "decoder_num_attention_heads": info.decoder_heads,
             "decoder_num_hidden_layers": info.decoder_depth,
         }
@@ -107,9 +109,11 @@ def timm_facts(config: Json) -> Json:
     facts: Json = {}
     pretrained = config.get("pretrained_cfg", {})
     arguments = config.get("model_args", {})
-    for ours, theirs in (("mean", "mean"), ("std", "std")):
-        if theirs in pretrained:
-            facts[ours] = tuple(pretrained[theirs])
+    for name in ("mean", "std"):
+        if name in pretrained:
+            facts[name] = tuple(pretrained[name])
+    if pretrained.get("crop_mode") == "squash":
+        facts["resize"] = "squash"
     if "crop_pct" in pretrained:
         facts["crop"] = float(pretrained["crop_pct"])
     if pretrained.get("interpolation") in RESAMPLING.values():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,27 +12,30 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mae_jax.checkpoint import CheckpointError, read_run
 from mae_jax.convert import configs, torch_io
 from mae_jax.convert.info import ConvertError, Info, facts_from_json
-from mae_jax.models.patches import patch_grid, sincos_position_table
-from mae_jax.trees import named_leaves
+from mae_jax.convert.runs import load_run, run_steps
 from mae_jax.whole import whole
 
 log = logging.getLogger("mae_jax")
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WRITTEN = (".safetensors", ".pth")  # any other name is a directory
-WRAPPINGS = ("_orig_mod.", "module.", "_orig_mod.")  # by torch.compile, DistributedDataParallel
+# Of torch.compile, DistributedDataParallel, Lightning.
+WRAPPINGS = ("_orig_mod.", "module.", "model.", "_orig_mod.")
 METADATA = "mae_jax"  # the key of an Info in JSON, in safetensors headers and beside "model"
 
 
 @dataclass
 class Found:
-    """tensors: by their own names; facts: fields of an `Info` that are told beside them."""
+    """tensors: by their own names; facts: fields of an `Info` that are told beside them.
+
+    dialect: where something beside the tensors tells it.
+    """
 
     tensors: dict[str, np.ndarray]
     facts: dict[str, Any] = field(default_factory=dict)
+    dialect: str | None = None
 
 
 def load(path: Path, *, ema: bool = False) -> Found:
@@ -45,8 +49,8 @@ def load(path: Path, *, ema: bool = False) -> Found:
     """
     if not path.exists():
         raise ConvertError(f"{path} does not exist")
-    if path.is_dir() and (steps := _run_steps(path)) is not None:
-        return _load_run(*steps, ema=ema)
+    if path.is_dir() and (steps := run_steps(path)) is not None:
+        return Found(*load_run(*steps, ema=ema))
     if ema:
         raise ConvertError(f"{path} is no run of mae_jax: only those keep an average apart")
     found = _load_directory(path) if path.is_dir() else _load_file(path)
@@ -57,14 +61,32 @@ def load(path: Path, *, ema: bool = False) -> Found:
 
 
 def _load_file(path: Path) -> Found:
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
-        return _load_torch(path)
+    suffix = path.suffix.lower()
+    if suffix in (".safetensors", *TORCH_SUFFIXES):
+        _check_beginning(path, suffix)
+        return _load_safetensors(path) if suffix == ".safetensors" else _load_torch(path)
     raise ConvertError(
         f"{path} is not a checkpoint by its name: .safetensors, {', '.join(TORCH_SUFFIXES)} "
         "are read, and directories"
     )
+
+
+def _check_beginning(path: Path, suffix: str) -> None:
+    """ConvertError where the first bytes show that a file is not what its name says."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ConvertError(f"cannot read {path}: {error.strerror}") from error
+    is_torch = head.startswith((b"PK\x03\x04", b"\x80"))
+    if not head:
+        raise ConvertError(f"{path} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ConvertError(f"{path} is a pointer of git-lfs, not the file itself: git lfs pull")
+    if is_torch and suffix == ".safetensors" and head[8:9] != b"{":
+        raise ConvertError(f"{path} is a file of torch.save or a zip: name it .pth")
+    if not is_torch and suffix != ".safetensors":
+        raise ConvertError(f"{path} is not a checkpoint: torch.save writes nothing like it")
 
 
 def _load_safetensors(path: Path) -> Found:
@@ -72,8 +94,12 @@ def _load_safetensors(path: Path) -> Found:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise ConvertError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
         raise ConvertError(f"{path} is truncated, damaged or no checkpoint: {error}") from error
+    except (TypeError, AttributeError) as error:  # safetensors looks the type up in numpy
+        raise ConvertError(f"{path} holds tensors of a type that numpy lacks: {error}") from error
     facts = facts_from_json(metadata[METADATA], str(path)) if METADATA in metadata else {}
     return Found(tensors, facts)
 
@@ -81,7 +107,8 @@ def _load_safetensors(path: Path) -> Found:
 def _load_torch(path: Path) -> Found:
     tensors, rest = torch_io.load(path)
     facts = _facts_of_name(path)
-    arguments = vars(rest["args"]) if hasattr(rest.get("args"), "__dict__") else {}
+    arguments = rest.get("args", {})
+    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
     if "norm_pix_loss" in arguments:
         facts["target"] = "normalized" if arguments["norm_pix_loss"] else "pixels"
     if isinstance(rest.get(METADATA), str):
@@ -102,22 +129,30 @@ def _facts_of_name(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConvertError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConvertError(f"{path} is not a JSON object, but a {type(content).__name__}")
+    return content
 
 
 def _load_directory(path: Path) -> Found:
     found = _merge([_load_file(file) for file in _weight_files(path)])
     config = _read_json(path / "config.json")
-    if "architecture" in config:
-        found.facts = configs.timm_facts(config) | found.facts
-    elif config.get("model_type") in ("vit_mae", "vit"):
-        preprocessor = _read_json(path / "preprocessor_config.json")
-        found.facts = configs.hf_facts(config, preprocessor) | found.facts
-    elif config:
+    preprocessor = _read_json(path / "preprocessor_config.json")
+    try:
+        if "architecture" in config:
+            found.dialect = "timm"
+            found.facts = configs.timm_facts(config) | found.facts
+        elif config.get("model_type") in ("vit_mae", "vit"):
+            found.facts = configs.hf_facts(config, preprocessor) | found.facts
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        # Its values may be of any type; what is told here is checked once more as an Info.
+        raise ConvertError(f"{path / 'config.json'} holds odd values: {error}") from error
+    if config and config.get("model_type", "vit") not in ("vit_mae", "vit"):
         log.warning(
             "%s says model_type=%r, which is neither vit_mae nor vit; it is not used",
             path / "config.json",
@@ -133,15 +168,31 @@ def _weight_files(path: Path) -> list[Path]:
             return [path / name]
         index = path / f"{name}.index.json"
         if index.is_file():
-            return [path / part for part in sorted(set(_read_json(index)["weight_map"].values()))]
+            return _shards(index)
+    if (path / "checkpoints").is_dir():
+        raise ConvertError(f"{path} is a run without a checkpoint yet")
+    found = weight_names(path)
+    if len(found) == 1:
+        return [path / found[0]]
+    named = f" ({', '.join(found[:5])}): name one of them" if found else ": name a weights file"
+    raise ConvertError(f"{path} is no run and holds {len(found) or 'no'} weights files{named}")
+
+
+def weight_names(path: Path) -> list[str]:
+    """Names of the files in a directory that hold weights, by their suffixes."""
     suffixes = (".safetensors", *TORCH_SUFFIXES)
-    files = [file for file in sorted(path.iterdir()) if file.suffix in suffixes]
-    if len(files) == 1:
-        return files
-    raise ConvertError(
-        f"{path} is no run and holds {len(files) or 'no'} weights files"
-        + (f" ({', '.join(file.name for file in files[:5])}): name one" if files else "")
-    )
+    return sorted(file.name for file in path.iterdir() if file.suffix.lower() in suffixes)
+
+
+def _shards(index: Path) -> list[Path]:
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ConvertError(f"{index} has no weight_map: it does not say where the tensors are")
+    shards = [index.parent / name for name in sorted(set(names.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise ConvertError(f"{index} names {shard.name}, which is not there")
+    return shards
 
 
 def _merge(parts: list[Found]) -> Found:
@@ -152,50 +203,6 @@ def _merge(parts: list[Found]) -> Found:
     return merged
 
 
-def _run_steps(path: Path) -> tuple[Path, int | None] | None:
-    """The folder of checkpoints and the step that a path means; None if it is no run."""
-    if (path / "params").is_dir() and path.name.isdigit():
-        return path.parent, int(path.name)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [child for child in folder.iterdir() if child.name.isdigit() and child.is_dir()]
-    return (folder, None) if steps else None
-
-
-def _load_run(folder: Path, step: int | None, *, ema: bool) -> Found:
-    try:
-        step, params, meta = read_run(folder, step, item="ema" if ema else "params")
-    except CheckpointError as error:
-        raise ConvertError(str(error)) from error
-    log.info("read step %d of %s", step, folder)
-    model, target, data = (meta["config"][group] for group in ("model", "target", "data"))
-    facts = {
-        name: model[name]
-        for name in (
-            *("width", "depth", "heads", "mlp_ratio", "patch", "channels", "layer_norm_eps"),
-            *("decoder_width", "decoder_depth", "decoder_heads"),
-        )
-    }
-    facts |= {
-        "dialect": "mae_jax",
-        "decoder_mlp_ratio": model["mlp_ratio"],
-        "image_size": tuple(model["image_size"]),
-        "target": "normalized" if target["norm_pix"] else "pixels",
-        "norm_pix_eps": target["norm_pix_eps"],
-        "mean": tuple(data["mean"])[: model["channels"]],
-        "std": tuple(data["std"])[: model["channels"]],
-        "resize": "crop",
-        "crop": data["eval_crop"],
-        "interpolation": "bicubic",
-    }
-    tensors = named_leaves(params)
-    # Sine-cosine tables are no parameters of a run, but part of every file.
-    grid = patch_grid(facts["image_size"], facts["patch"])
-    for part, width in (("encoder", facts["width"]), ("decoder", facts["decoder_width"])):
-        table = sincos_position_table(width, grid)[None]
-        tensors.setdefault(f"{part}/pos_embed/table", table)
-    return Found(tensors, facts)
-
-
 def save(path: Path, dialect: str, tensors: dict[str, np.ndarray], info: Info) -> None:
     """Writes one file, or a directory where the name has no suffix of a weights file."""
     try:
@@ -204,26 +211,37 @@ def save(path: Path, dialect: str, tensors: dict[str, np.ndarray], info: Info) -
                 _save_file(part, path.suffix, dialect, tensors, info)
             else:
                 _save_directory(part, dialect, tensors, info)
-    except OSError as error:
-        raise ConvertError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch's, of a full disk
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConvertError(f"cannot write {path}: {reason}") from error
 
 
 def _save_directory(path: Path, dialect: str, tensors: dict[str, np.ndarray], info: Info) -> None:
     path.mkdir()
-    # The official code opens nothing but torch's files.
-    name, suffix = ("checkpoint", ".pth") if dialect == "official" else ("model", ".safetensors")
-    _save_file(path / f"{name}{suffix}", suffix, dialect, tensors, info)
-    for file, content in _configs(dialect, info).items():
+    name = weights_name(dialect)
+    _save_file(path / name, Path(name).suffix, dialect, tensors, info)
+    for file, content in zip(CONFIG_NAMES[dialect], _configs(dialect, info)):
         (path / file).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _configs(dialect: str, info: Info) -> dict[str, Any]:
+def weights_name(dialect: str) -> str:
+    """The weights file in a directory; the official code opens nothing but torch's files."""
+    return "checkpoint.pth" if dialect == "official" else "model.safetensors"
+
+
+CONFIG_NAMES = {
+    "mae_jax": (),
+    "official": (),
+    "timm": ("config.json",),
+    "hf": ("config.json", "preprocessor_config.json"),
+}
+
+
+def _configs(dialect: str, info: Info) -> list[dict[str, Any]]:
+    """Contents of the files called CONFIG_NAMES."""
     if dialect == "hf":
-        return {
-            "config.json": configs.hf_config(info),
-            "preprocessor_config.json": configs.hf_preprocessor(info),
-        }
-    return {"config.json": configs.timm_config(info)} if dialect == "timm" else {}
+        return [configs.hf_config(info), configs.hf_preprocessor(info)]
+    return [configs.timm_config(info)] if dialect == "timm" else []
 
 
 def _save_file(
@@ -233,6 +251,9 @@ def _save_file(
         # transformers insists on a format; with one entry alone the bytes are always the same.
         metadata = {"format": "pt"} if dialect == "hf" else {}
         save_file(tensors, path, metadata | {METADATA: info.to_json()})
+        umask = os.umask(0)  # there is no other way to ask for it
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
     elif dialect in ("official", "mae_jax"):
         torch_io.save(path, tensors, {METADATA: info.to_json()})
     else:  # these are loaded as a bare state dict

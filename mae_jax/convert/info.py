@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from mae_jax.models.layers import Execution
 from mae_jax.models.mae import MAE, make_mae
 from mae_jax.models.patches import patch_grid
-from mae_jax.models.vit import Classifier, Encoder, check_width
+from mae_jax.models.vit import POOLS, Classifier, Encoder, check_width
 from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mae_jax.sizes import SIZES, Size
 from mae_jax.trees import named_leaves
@@ -29,14 +30,17 @@ class ConvertError(Exception):
 class Info:
     """What a checkpoint is, and how its images are prepared.
 
-    dialect: that the weights came from. heads: 0 where unknown. decoder_depth: 0 without decoder.
-    image_size: height and width, pixels. num_classes: 0 without a head; fc_norm and head_norm as
-    in `Classifier`. target: what the decoder predicts, "pixels", "normalized" or "unknown".
+    source: the dialect that the weights first came from.
+    heads: 0 where unknown; decoder_depth: 0 without decoder; num_classes: 0 without a head.
+    image_size: height and width, pixels.
+    pool, fc_norm, head_norm: as in `Classifier`.
+    target: what the decoder predicts, "pixels", "normalized" or "unknown".
     resize: "crop" takes the central `crop` of the sides, "squash" the whole image whatever its
-    aspect; interpolation: "bicubic" or "bilinear". mean, std: per channel, of values 0..1.
+      aspect; interpolation: "bicubic" or "bilinear".
+    mean, std: per channel, of values 0..1.
     """
 
-    dialect: str
+    source: str
     width: int
     depth: int
     heads: int
@@ -62,6 +66,33 @@ class Info:
     crop: float = 0.875
     interpolation: str = "bicubic"
 
+    def __post_init__(self):
+        """ValueError for values that nothing could be computed with."""
+        for name, kind in (("source", str), ("fc_norm", bool), ("head_norm", bool)):
+            _check(name, vars(self)[name], isinstance(vars(self)[name], kind), kind.__name__)
+        counts = ("width", "depth", "patch", "channels")
+        for name in (*counts, "heads", "num_classes", *_DECODER):
+            value = vars(self)[name]
+            least = 1 if name in counts else 0
+            _check(name, value, type(value) is int and value >= least, f"a number from {least} up")
+        for name in ("mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "crop"):
+            value = vars(self)[name]
+            good = isinstance(value, (int, float)) and 0 < value < math.inf
+            _check(name, value, good, "a positive number")
+        _check("crop", self.crop, self.crop <= 1, "at most 1")
+        good = isinstance(self.norm_pix_eps, (int, float)) and 0 <= self.norm_pix_eps < math.inf
+        _check("norm_pix_eps", self.norm_pix_eps, good, "a number from 0 up")
+        size = self.image_size
+        good = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)
+        _check("image_size", size, good, "height and width")
+        for name, allowed in _CHOICES.items():
+            _check(name, vars(self)[name], vars(self)[name] in allowed, f"one of {allowed}")
+        for name, low in (("mean", -math.inf), ("std", 0)):
+            values = vars(self)[name]
+            good = isinstance(values, tuple) and len(values) == self.channels
+            good = good and all(isinstance(x, (int, float)) and low < x < math.inf for x in values)
+            _check(name, values, good, f"a number for each of {self.channels} channels")
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
@@ -78,7 +109,22 @@ class Info:
         return json.dumps(dataclasses.asdict(self))
 
 
-FIELDS = {field.name for field in dataclasses.fields(Info)}
+_DECODER = ("decoder_width", "decoder_depth", "decoder_heads")
+_CHOICES = {
+    "pool": POOLS,
+    "target": TARGETS,
+    "resize": ("crop", "squash"),
+    "interpolation": ("bicubic", "bilinear"),
+}
+
+
+def _check(name: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value!r}, which is not {wanted}")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Info)}
+REQUIRED = {name for name, field in FIELDS.items() if field.default is dataclasses.MISSING}
 
 # What files of a dialect leave unsaid. A layer_norm_eps of 1e-12 is transformers' own default.
 _COMMON: dict[str, Any] = dict(

@@ -42,10 +42,11 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConvertError(_why_refused(path, str(error))) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except OSError as error:
+        raise ConvertError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch raises whatever its readers stumble over
         raise ConvertError(
-            f"{path} is truncated, damaged or no checkpoint: {reason[:200]}"
+            f"{path} is truncated or damaged: torch cannot read it ({first_line(error)})"
         ) from error
     if not isinstance(content, dict):
         raise ConvertError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
@@ -54,22 +55,25 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if wrapper:
         weights = content[wrapper]
         rest = {key: value for key, value in content.items() if key != wrapper}
+    tensors = {str(key): value for key, value in weights.items() if torch.is_tensor(value)}
     rest |= {key: value for key, value in weights.items() if not torch.is_tensor(value)}
-    return {
-        key: _to_numpy(torch, key, value)
-        for key, value in weights.items()
-        if torch.is_tensor(value)
-    }, rest
+    return {name: _to_numpy(torch, name, value) for name, value in tensors.items()}, rest
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message; its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
 def _why_refused(path: Path, message: str) -> str:
-    found = re.search(r"(?:Unsupported (?:global|class): |GLOBAL )(\S+)", message)
-    if found:
-        return (
-            f"{path} is refused: opening it would run code of {found[1].rstrip('.,')}. If you "
-            "trust it, load it with torch.load(..., weights_only=False) and save its state dict"
-        )
-    return f"{path} is no checkpoint: {message.strip().splitlines()[0][:200]}"
+    found = re.search(r"GLOBAL (\S+)", message)
+    if found is None:
+        return f"{path} is a pickle, but not one of torch.save"
+    return (
+        f"{path} is refused: opening it would run code of {found[1]}. If you trust who made it, "
+        "save its state dict alone: torch.save(model.state_dict(), ...)"
+    )
 
 
 def _to_numpy(torch: Any, name: str, tensor: Any) -> np.ndarray:
@@ -78,7 +82,10 @@ def _to_numpy(torch: Any, name: str, tensor: Any) -> np.ndarray:
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    try:
+        return tensor.numpy()
+    except TypeError as error:
+        raise ConvertError(f"{name} is a tensor of {tensor.dtype}, which numpy lacks") from error
 
 
 def save(path: Path, tensors: dict[str, np.ndarray], rest: dict[str, Any] | None) -> None:

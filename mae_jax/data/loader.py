@@ -21,6 +21,7 @@ from mae_jax.data.sources import DataError, Source
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[bytes, Any], np.ndarray]
+SKIP_ADVICE = "Mend or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
 
 
@@ -31,7 +32,7 @@ class Load:
     source: Source
     transform: Transform
     skip: bool = False
-    advice: str = "Mend or remove it"
+    advice: str = SKIP_ADVICE
 
     def __call__(self, index: int, rng: Any = None) -> dict[str, Any]:
         """{"image", "label", "index": the record asked for, "skipped": bad ones from there on}."""
@@ -85,8 +86,7 @@ class Loader:
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: {"image": uint8 [b, h, w, c], "label": [b], "index": [b]}."""
-        advice = "Mend or remove it, or set data.on_bad=skip"
-        load = Load(self.source, self.transform, self.skip, advice)
+        load = Load(self.source, self.transform, self.skip)
         dataset = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle()
         dataset = dataset.repeat(10**9)  # epochs; a repeat without end overflows in batches of 1
         # Batching before slicing keeps the global batch the same row for row on any host count.
@@ -127,13 +127,18 @@ class Loader:
 
 
 def ordered_batches(
-    source: Source, transform: Transform, batch_size: int, threads: int = 2, skip: bool = False
+    source: Source,
+    transform: Transform,
+    batch_size: int,
+    threads: int = 2,
+    skip: bool = False,
+    advice: str = SKIP_ADVICE,
 ) -> Iterator[Batch]:
     """Every record once, in order; the last batch is filled up with copies marked "valid" False.
 
-    With `skip` a bad record counts as the next good one.
+    With `skip` a bad record counts as the next good one; `advice` ends the error about it.
     """
-    load = Load(source, transform, skip)
+    load = Load(source, transform, skip, advice)
     count = -(-len(source) // batch_size) * batch_size
     dataset = grain.MapDataset.range(count).map(lambda i: load(min(i, len(source) - 1)))
     dataset = dataset.batch(batch_size)

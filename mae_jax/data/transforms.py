@@ -24,7 +24,7 @@ def decode(encoded: bytes, channels: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(encoded)) as image:
-                return image.convert(MODES[channels])
+                return _eight_bit(image).convert(MODES[channels])
     except UnidentifiedImageError:
         raise DataError("its bytes are not an image") from None
     except (
@@ -35,6 +35,19 @@ def decode(encoded: bytes, channels: int) -> Image.Image:
         Image.DecompressionBombWarning,
     ) as error:
         raise DataError(str(error)) from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The picture with 16-bit values scaled down; Pillow's own conversion would clip them at 255.
+
+    Raises:
+      DataError: values of 32 bits, of which nobody knows the range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"its pixels are 32-bit numbers (mode {image.mode}); save it with 8 bits")
+    return image
 
 
 def random_crop_box(

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax.tasks.masking import Mask
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.whole import whole
 
 GREY = 128  # of a masked patch
 GAP = 6  # pixels between pictures
@@ -99,5 +100,5 @@ class Pictures:
 
 def save_png(path: Path, picture: UInt8[np.ndarray, "y x 3"]) -> None:
     """Writes a picture, and the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, "PNG")  # whatever the name
+    with whole(path) as part:
+        Image.fromarray(picture).save(part, "PNG")

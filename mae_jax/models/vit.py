@@ -93,7 +93,8 @@ class Encoder(nn.Module):
         if self.final_norm:
             norm = layer_norm("norm", self.layer_norm_eps, dtype)
             x = norm(x)
-            observed = observed and observed._replace(tokens=norm(observed.tokens))
+            if observed is not None:
+                observed = observed._replace(tokens=norm(observed.tokens))
         return x, observed
 
 
@@ -144,8 +145,10 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, patches: Float[Array, "b n p"], observe: bool = False) -> Outputs:
-        encode = self.encoder.observe if observe else lambda x: (self.encoder(x), None)
-        tokens, observed = encode(patches)
+        if observe:
+            tokens, observed = self.encoder.observe(patches)
+        else:
+            tokens, observed = self.encoder(patches), None
         pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(axis=1)
         pooled = pooled.astype(jnp.float32)
         if self.fc_norm:

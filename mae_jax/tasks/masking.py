@@ -29,12 +29,14 @@ class Mask(NamedTuple):
 
 def len_keep(num_patches: int, mask_ratio: float) -> int:
     """Number of kept patches; ValueError where nothing is kept or nothing is masked."""
+    if not 0 <= mask_ratio <= 1:
+        raise ValueError(f"mask.ratio={mask_ratio} must lie between 0 and 1, like the paper's .75")
     # As in the reference: this very float expression, so 100 patches at .9 keep 9 and not 10.
     kept = int(num_patches * (1 - mask_ratio))
-    if not (0 <= mask_ratio < 1 and 0 < kept < num_patches):
+    if not 0 < kept < num_patches:
         raise ValueError(
             f"mask.ratio={mask_ratio} keeps {kept} of {num_patches} patches; at least one must "
-            f"be kept and one masked. The paper's .75 keeps {num_patches // 4}."
+            "be kept and one masked"
         )
     return kept
 

@@ -54,8 +54,9 @@ class Pretrain:
         if self.user_mask is not None:
             masking.check_user_mask(self.user_mask, self.num_patches)
             return
-        if self.num_kept and self.mask == "grid":
-            masking.check_grid(self.grid, self.num_kept)
+        kept = masking.len_keep(self.num_patches, self.mask_ratio)
+        if self.mask == "grid":
+            masking.check_grid(self.grid, kept)
 
     @property
     def num_patches(self) -> int:
