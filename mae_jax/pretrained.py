@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def load(
     return Pretrained(found.info, Execution(dtype=jnp.dtype(dtype)), str(path)), from_named(params)
 
 
+@partial(jax.jit, static_argnames=("info", "execution", "observe"))
+def _outputs(
+    info: Info, execution: Execution, params: Params, images: Array, observe: bool
+) -> Outputs:
+    patches = patchify(normalise(images, info.mean, info.std), info.patch)
+    network = make_classifier(info, execution)
+    return network.apply(variables(params), patches, observe)  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A model from a checkpoint. Its methods take the parameters, and work under `jax.jit`.
@@ -80,9 +90,7 @@ class Pretrained:
     ) -> Outputs:
         """Everything that the encoder, and the head if there is one, make of whole images."""
         self._check(images)
-        patches = patchify(normalise(images, self.info.mean, self.info.std), self.info.patch)
-        network = make_classifier(self.info, self.execution)
-        return network.apply(variables(params), patches, observe)  # type: ignore[return-value]
+        return _outputs(self.info, self.execution, params, images, observe)
 
     def features(
         self,
@@ -205,7 +213,8 @@ class Pretrained:
         self._check(images)
         task = self.task(mask=mask, mask_ratio=mask_ratio)
         drawn = task.draw_mask(jax.random.key(seed), len(images))
-        return task.reconstruct(params, jnp.asarray(images), drawn, stats)
+        reconstruct = jax.jit(task.reconstruct, static_argnames="stats")
+        return reconstruct(params, jnp.asarray(images), drawn, stats=stats)
 
     def _check(self, images: Any) -> None:
         wanted = (*self.info.image_size, self.info.channels)

@@ -1,8 +1,14 @@
 """Test weather: 4 virtual CPU devices, exact matmuls, shape annotations enforced."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the time goes into compiling, and many tests, and the runs that they start as processes of
+# their own, compile the same: what this session has compiled once it finds again.
+_compiled = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import jaxtyping

@@ -212,10 +212,11 @@ def test_a_corrupt_image_ends_the_run_with_its_name(tiny, tmp_path):
 
 
 def test_warm_start(tiny, tmp_path):
-    """A learning rate of 0 shows that a run begins with another's parameters, by any dialect."""
-    source, converted = tmp_path / "source", tmp_path / "hf"
+    """A learning rate of 0 shows that a run begins with another's parameters."""
+    source, converted = tmp_path / "source", tmp_path / "converted"
     run(tiny, source, "--config.steps=2", "--config.optim.warmup_steps=1")
-    convert = [sys.executable, "-m", "mae_jax.convert", str(source), str(converted), "--to", "hf"]
+    convert = [sys.executable, "-m", "mae_jax.convert", str(source), str(converted)]
+    convert += ["--to", "mae_jax"]
     subprocess.run(convert, check=True, env=environment(tmp_path), cwd=ROOT)
     flags = ["--config.steps=1", "--config.optim.warmup_steps=0", "--config.optim.base_lr=0.0"]
     output = run(tiny, tmp_path / "b", *flags, f"--config.init.path={converted}")

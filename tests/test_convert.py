@@ -196,9 +196,10 @@ def test_huggingface_s_forward_pass(golden, folder):
     patches = patchify(nhwc(io["pixel_values"]), model.info.patch)
     mask = masking.from_noise(jnp.asarray(io["noise"]), int((io["mask"][0] == 0).sum()))
     task = model.task()
-    assert_close(task.apply("predict", params, patches, *mask), io["logits"])
-    assert_close(task.apply("encode", params, patches, mask.keep), io["encoder_last_hidden_state"])
-    loss = task.loss_of_patches(params, patches, mask)
+    run = jax.jit(task.apply, static_argnums=0)
+    assert_close(run("predict", params, patches, *mask), io["logits"])
+    assert_close(run("encode", params, patches, mask.keep), io["encoder_last_hidden_state"])
+    loss = jax.jit(task.loss_of_patches)(params, patches, mask)
     np.testing.assert_allclose(loss, io["loss"], atol=2e-6, rtol=2e-6)
 
 
@@ -207,7 +208,7 @@ def outputs_of(model, params, images):
     from mae_jax.convert.info import make_classifier, variables
 
     patches = patchify(nhwc(images), model.info.patch)
-    return make_classifier(model.info).apply(variables(params), patches)
+    return jax.jit(make_classifier(model.info).apply)(variables(params), patches)
 
 
 def test_timm_s_forward_pass(golden):
@@ -331,7 +332,7 @@ def run(tmp_path_factory):
     config = {"model": model, "data": data, "target": target}
     checkpointer = Checkpointer(workdir / "checkpoints", max_to_keep=3)
     for step in (5, 10):
-        params = task.init(jax.random.key(step))
+        params = jax.jit(task.init)(jax.random.key(step))
         ema = jax.tree.map(lambda x: x / 2, params)
         state = {"params": params, "ema": ema, "step": jnp.int32(step), "opt_state": ()}
         checkpointer.save(step, state, {"config": config, "data_fingerprint": ""})
@@ -342,7 +343,7 @@ def run(tmp_path_factory):
 def test_a_run_by_any_of_its_folders(run):
     workdir, task, params = run
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
-    expected = task.features(params, jnp.asarray(images))
+    expected = jax.jit(task.features)(params, jnp.asarray(images))
     for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "10"):
         model, loaded = mae_jax.load(path)
         found = model.features(loaded, images)["mean"]

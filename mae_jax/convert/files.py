@@ -146,9 +146,12 @@ def _load_directory(path: Path) -> Found:
     try:
         if "architecture" in config:
             found.dialect = "timm"
-            found.facts = configs.timm_facts(config) | found.facts
+            found.facts |= configs.timm_facts(config)
         elif config.get("model_type") in ("vit_mae", "vit"):
-            found.facts = configs.hf_facts(config, preprocessor) | found.facts
+            told = configs.hf_facts(config, preprocessor)
+            if found.facts.get("target") == "unknown":  # which config.json cannot say
+                del told["target"]
+            found.facts |= told
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         # Its values may be of any type; what is told here is checked once more as an Info.
         raise ConvertError(f"{path / 'config.json'} holds odd values: {error}") from error

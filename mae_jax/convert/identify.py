@@ -77,18 +77,6 @@ def _refuse(path: Path, layout: Layout, lines: list[str]) -> None:
         raise ConvertError(f"{path} does not fit {layout}; nothing was read from it:\n  {listed}")
 
 
-# The arrays whose shapes tell the size of everything else, and their number of axes.
-_TELLING = {
-    "encoder/cls_token": 3,
-    "encoder/pos_embed/table": 3,
-    "encoder/patch_embed/kernel": 4,
-    "encoder/blocks/mlp/fc1/bias": 1,
-    "decoder/mask_token": 3,
-    "decoder/blocks/mlp/fc1/bias": 1,
-    "head/bias": 1,
-}
-
-
 def _check_types(tensors: Arrays, path: Path) -> None:
     odd = [
         f"{name} ({array.dtype})"
@@ -147,6 +135,18 @@ def _depth(numbers: set[int]) -> int:
     if 2 * len(numbers) > depth:
         return depth
     return next(number for number in range(depth + 1) if number not in numbers)
+
+
+# The arrays whose shapes tell the size of everything else, and their number of axes.
+_TELLING = {
+    "encoder/cls_token": 3,
+    "encoder/pos_embed/table": 3,
+    "encoder/patch_embed/kernel": 4,
+    "encoder/blocks/mlp/fc1/bias": 1,
+    "decoder/mask_token": 3,
+    "decoder/blocks/mlp/fc1/bias": 1,
+    "head/bias": 1,
+}
 
 
 def _telling_shapes(

@@ -188,6 +188,8 @@ def _why_not(info: Info, dialect: str) -> str | None:
         return (
             f"{dialect} has no place for the BatchNorm of a linear probe's head; --to official has"
         )
+    if dialect == "official" and info.fc_norm and info.pool == "cls":
+        return "the official code has fc_norm after the mean of patches alone; --to timm has both"
     if dialect == "hf" and info.fc_norm:
         return (
             "transformers' ViTForImageClassification takes the cls token after the last norm; this "
