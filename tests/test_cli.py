@@ -211,10 +211,9 @@ def test_a_corrupt_image_ends_the_run_with_its_name(tiny, tmp_path):
     assert "After 24 steps" in output
 
 
-def test_warm_start(tiny, tmp_path):
+def test_warm_start(tiny, finished, tmp_path):
     """A learning rate of 0 shows that a run begins with another's parameters."""
-    source, converted = tmp_path / "source", tmp_path / "converted"
-    run(tiny, source, "--config.steps=2", "--config.optim.warmup_steps=1")
+    source, converted = finished[0], tmp_path / "converted"
     convert = [sys.executable, "-m", "mae_jax.convert", str(source), str(converted)]
     convert += ["--to", "mae_jax"]
     subprocess.run(convert, check=True, env=environment(tmp_path), cwd=ROOT)
