@@ -13,7 +13,7 @@ demo: $(VENV)/.demo  ## pretrain on real photographs in five minutes, with pictu
 	$(BIN)/python train.py --config configs/demo.py --workdir runs/demo
 
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-torch: .venv-torch/.peers  ## run the tests against torch, transformers and timm themselves
 	HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/peers $(ARGS)

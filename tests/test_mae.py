@@ -48,7 +48,7 @@ def plain():
         Execution(remat="dots"),
         Execution(remat="full", scan_unroll=4),
     ],
-    ids=str,
+    ids=lambda execution: f"{execution.remat}, unroll {execution.scan_unroll}",
 )
 def test_unrolling_and_remat_change_nothing(plain, execution):
     params, loss, grads = plain
