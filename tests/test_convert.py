@@ -1,5 +1,6 @@
 """Every dialect in and out, held to arrays and names recorded from the other programs."""
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -157,6 +158,21 @@ def test_official_to_huggingface_and_back(golden, tmp_path):
     assert_same(load_file(tmp_path / "back.safetensors"), load_file(golden / OFFICIAL))
 
 
+@pytest.mark.parametrize("source", [OFFICIAL, "vit/v0_cls/state_dict.safetensors"])
+@pytest.mark.parametrize("dialect", ["hf", "timm", "mae_jax"])
+def test_directories_round_trip(golden, tmp_path, source, dialect):
+    """An encoder alone and a classifier, with everything that travels beside the arrays."""
+    names = tuple(f"class {i}" for i in range(10))
+    before = weights.encoder_only(weights.read(golden / source, heads=2, decoder_heads=2))
+    if before.info.num_classes:
+        info = dataclasses.replace(before.info, class_names=names)
+        before = dataclasses.replace(before, info=info)
+    weights.write(before, tmp_path / "out", dialect)
+    after = weights.read(tmp_path / "out")
+    assert_same(after.arrays, before.arrays)
+    assert after.info == before.info
+
+
 def test_all_three_layouts_of_huggingface(golden, tmp_path):
     folder = golden / "hf" / "hf_tiny"
     four = weights.read(folder / "pretrained_v4")
@@ -307,8 +323,6 @@ def test_other_channels_answer_alike(golden):
 
 
 def model_without_statistics(model):
-    import dataclasses
-
     channels = model.info.channels
     info = dataclasses.replace(model.info, mean=(0.5,) * channels, std=(0.5,) * channels)
     return dataclasses.replace(model, info=info)

@@ -1,5 +1,6 @@
 """Tensors and facts in files and directories, under whatever names they have there."""
 
+import argparse
 import json
 import logging
 import os
@@ -107,9 +108,10 @@ def _load_safetensors(path: Path) -> Found:
 def _load_torch(path: Path) -> Found:
     tensors, rest = torch_io.load(path)
     facts = _facts_of_name(path)
-    arguments = rest.get("args", {})
-    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
-    if "norm_pix_loss" in arguments:
+    arguments = rest.get("args")
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    if isinstance(arguments, dict) and "norm_pix_loss" in arguments:
         facts["target"] = "normalized" if arguments["norm_pix_loss"] else "pixels"
     if isinstance(rest.get(METADATA), str):
         facts |= facts_from_json(rest.pop(METADATA), str(path))
@@ -150,7 +152,7 @@ def _load_directory(path: Path) -> Found:
         elif config.get("model_type") in ("vit_mae", "vit"):
             told = configs.hf_facts(config, preprocessor)
             if found.facts.get("target") == "unknown":  # which config.json cannot say
-                del told["target"]
+                told.pop("target", None)
             found.facts |= told
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         # Its values may be of any type; what is told here is checked once more as an Info.

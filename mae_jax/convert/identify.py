@@ -57,6 +57,8 @@ def identify(
     facts["heads"] = _heads(facts, "", heads, path)
     if facts.get("decoder_depth"):
         facts["decoder_heads"] = _heads(facts, "decoder_", decoder_heads, path)
+    else:  # config.json may tell of one that is not there
+        facts |= {"decoder_heads": 0, "target": "unknown"}
     for name, asked in (("target", target), ("layer_norm_eps", layer_norm_eps)):
         if asked is not None and facts.get(name, asked) not in (asked, "unknown"):
             log.warning("%s says %s=%s; %s is what you say", path, name, facts[name], asked)

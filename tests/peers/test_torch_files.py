@@ -89,7 +89,7 @@ def test_target_kind(tmp_path, truth, name, args, target):
 
 def test_wrappers_and_prefixes(tmp_path, truth):
     tensors = {f"module.{key}": torch.from_numpy(array) for key, array in truth.items()}
-    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "ddp.pth")
+    torch.save({"state_dict": tensors, "args": None}, tmp_path / "ddp.pth")
     torch.save({key.removeprefix("module."): t for key, t in tensors.items()}, tmp_path / "bare.pt")
     assert_same(read(tmp_path / "ddp.pth").arrays, read(tmp_path / "bare.pt").arrays)
 
