@@ -32,6 +32,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A number from 0 to 2^32 - 1."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def pair(text: str) -> tuple[int, int]:
     """ "224" or "224,160": height and width, or rows and columns."""
     numbers = integers(text)

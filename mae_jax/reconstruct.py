@@ -22,9 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png")
     parser.add_argument("--mask", choices=SAMPLERS, default="random")
     parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden")
-    parser.add_argument(
-        "--seed", type=int, choices=range(2**32), metavar="N", default=0, help="of the masks"
-    )
+    parser.add_argument("--seed", type=command_line.seed, default=0, help="of the masks")
     parser.add_argument(
         "--stats",
         choices=("gt", "visible"),

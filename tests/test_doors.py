@@ -120,6 +120,24 @@ def test_outputs_are_checked_before_any_work(golden, images, tmp_path):
             features.main([*argv, str(tmp_path / out)])
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--seed", "-1", "'-1' is not a number from 0 to 4294967295"),
+        ("--seed", "99999999999999999999", "is not a number from 0 to"),
+        ("--image-size", "0", "'0' is not a number from 1 up"),
+        ("--image-size", "32,x", "'x' is not a number from 1 up"),
+        ("--num-heads", "0", "'0' is not a number from 1 up"),
+        ("--layer-norm-eps", "nan", "'nan' is not a number above 0"),
+    ],
+)
+def test_odd_values_of_flags(images, tmp_path, capsys, flag, value, message):
+    out = str(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="2"):
+        reconstruct.main([str(images), "--checkpoint", "x", "--out", out, f"{flag}={value}"])
+    assert message in capsys.readouterr().err
+
+
 def test_images_of_the_wrong_kind(golden):
     model, params = mae_jax.load(golden / OFFICIAL, target="pixels", **HEADS)
     for images in (
