@@ -29,7 +29,7 @@ TORCH_WAYS = [("mae_jax", "official"), ("official", "mae_jax"), ("official", "hf
 def write_source(path: Path) -> None:
     """ViT-H/14 with its decoder, random weights, in our single-file form."""
     size = vars(SIZES["vit_h14"])
-    facts = dict(dialect="mae_jax", mlp_ratio=4.0, image_size=(224, 224), channels=3)
+    facts = dict(source="mae_jax", mlp_ratio=4.0, image_size=(224, 224), channels=3)
     info = Info(**facts, **size, **DEFAULTS["mae_jax"])
     rng = np.random.default_rng(0)
     arrays = {
