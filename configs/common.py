@@ -58,33 +58,8 @@ def base() -> ConfigDict:
     optim.clip_norm = optional(float)  # largest global gradient norm; None does not clip
     optim.ema = optional(float)  # decay of an average of the parameters; None keeps none
 
-    config.data = data = ConfigDict()
-    data.source = "tfds"  # or "folder"
-    data.name = "imagenet2012"  # source "tfds": the data set
-    data.path = optional(str)  # folder of images, or where TFDS data sets are; None is TFDS's own
-    data.train_split = "train"
-    data.eval_split = "validation"  # of k-NN and pictures; a folder without one has no k-NN
-    data.crop_scale = (0.2, 1.0)  # range of a random crop's share of the image
-    data.flip = True  # mirror half of the training images
-    data.eval_crop = 0.875  # share of an image's sides that evaluation looks at
-    data.mean = IMAGENET_MEAN  # per channel, of values 0..1
-    data.std = IMAGENET_STD
-    data.workers = 8  # processes that decode images; 0 decodes in the main process
-    data.threads = 4  # per such process
-    data.on_bad = "raise"  # or "skip": the next good image instead, counted and named
-    data.max_bad = 100  # different bad images to skip before giving up
-
-    config.eval = evaluation = ConfigDict()
-    evaluation.knn_every_epochs = 20.0  # 0.0 evaluates at the end only
-    evaluation.knn_k = 10
-    evaluation.knn_temperature = 0.07
-    evaluation.knn_bank = 50_000  # training images at most, evenly spaced
-    evaluation.knn_queries = 10_000  # evaluation images at most
-    evaluation.knn_baselines = False  # at the end, also raw pixels and 3 random encoders
-    evaluation.pictures_every_epochs = 20.0  # 0.0 draws at the end only
-    evaluation.pictures = 8  # images per picture
-    evaluation.stats = "visible"  # brightness of norm_pix pictures: of "visible" patches or "gt"
-    evaluation.batch_size = 256  # images
+    config.data = _data()
+    config.eval = _evaluation()
 
     config.log = ConfigDict()
     config.log.every_steps = 50
@@ -99,6 +74,41 @@ def base() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices to split parameters and optimizer over; 1 copies them to each
     return config
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.source = "tfds"  # or "folder"
+    data.name = "imagenet2012"  # source "tfds": the data set
+    optional = config_dict.placeholder
+    data.path = optional(str)  # folder of images, or where TFDS data sets are; None is TFDS's own
+    data.train_split = "train"
+    data.eval_split = "validation"  # of k-NN and pictures; a folder without one has no k-NN
+    data.crop_scale = (0.2, 1.0)  # range of a random crop's share of the image
+    data.flip = True  # mirror half of the training images
+    data.eval_crop = 0.875  # share of an image's sides that evaluation looks at
+    data.mean = IMAGENET_MEAN  # per channel, of values 0..1
+    data.std = IMAGENET_STD
+    data.workers = 8  # processes that decode images; 0 decodes in the main process
+    data.threads = 4  # per such process
+    data.on_bad = "raise"  # or "skip": the next good image instead, counted and named
+    data.max_bad = 100  # different bad images to skip before giving up
+    return data
+
+
+def _evaluation() -> ConfigDict:
+    evaluation = ConfigDict()
+    evaluation.knn_every_epochs = 20.0  # 0.0 evaluates at the end only
+    evaluation.knn_k = 10
+    evaluation.knn_temperature = 0.07
+    evaluation.knn_bank = 50_000  # training images at most, evenly spaced
+    evaluation.knn_queries = 10_000  # evaluation images at most
+    evaluation.knn_baselines = False  # at the end, also raw pixels and 3 random encoders
+    evaluation.pictures_every_epochs = 20.0  # 0.0 draws at the end only
+    evaluation.pictures = 8  # images per picture
+    evaluation.stats = "visible"  # brightness of norm_pix pictures: of "visible" patches or "gt"
+    evaluation.batch_size = 256  # images
+    return evaluation
 
 
 def set_size(config: ConfigDict, name: str) -> None:

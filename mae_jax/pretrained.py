@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
@@ -155,9 +155,7 @@ class Pretrained:
                 "such as the official mae_finetuned_vit_base.pth"
             )
 
-    def task(
-        self, *, mask: str = "random", mask_ratio: float = 0.75, user_mask: np.ndarray | None = None
-    ) -> Pretrain:
+    def task(self, *, mask: str = "random", mask_ratio: float = 0.75) -> Pretrain:
         """The pretraining objective of a checkpoint with a decoder.
 
         Raises:
@@ -190,7 +188,6 @@ class Pretrained:
             std=info.std,
             mask=mask,
             mask_ratio=mask_ratio,
-            user_mask=user_mask,
             norm_pix=info.target == "normalized",
             norm_pix_eps=info.norm_pix_eps,
         )
@@ -211,10 +208,8 @@ class Pretrained:
         pixels: "visible" neighbours, or "gt", the truth. See `task` for errors.
         """
         self._check(images)
-        task = self.task(mask=mask, mask_ratio=mask_ratio)
-        drawn = task.draw_mask(jax.random.key(seed), len(images))
-        reconstruct = jax.jit(task.reconstruct, static_argnames="stats")
-        return reconstruct(params, jnp.asarray(images), drawn, stats=stats)
+        key = jax.random.key(seed)
+        return _reconstruct(self, params, images, key, mask, mask_ratio, stats)
 
     def _check(self, images: Any) -> None:
         wanted = (*self.info.image_size, self.info.channels)
@@ -255,3 +250,17 @@ class Pretrained:
         """The images of a source in order; see `ordered_batches`."""
         advice = "Mend it, or leave it out"
         return ordered_batches(source, self.transform, batch_size, advice=advice)
+
+
+@partial(jax.jit, static_argnames=("model", "mask", "mask_ratio", "stats"))
+def _reconstruct(
+    model: Pretrained,
+    params: Params,
+    images: Array,
+    key: Key[Array, ""],
+    mask: str,
+    mask_ratio: float,
+    stats: str,
+) -> Array:
+    task = model.task(mask=mask, mask_ratio=mask_ratio)
+    return task.reconstruct(params, images, task.draw_mask(key, len(images)), stats)

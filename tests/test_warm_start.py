@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_convert import HEADS, OFFICIAL
@@ -36,6 +37,13 @@ def test_everything_is_taken(official):
     assert (start.fresh, start.unused) == ([], [])
     for name, array in named_leaves(start.params).items():
         np.testing.assert_array_equal(array, official.arrays[name])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_tables_are_known_for_what_they_are(official, dtype):
+    arrays = {name: x.astype(jnp.dtype(dtype)) for name, x in official.arrays.items()}
+    found = warm_start.adapt(dataclasses.replace(official, arrays=arrays), **ADAPT)
+    assert warm_start.graft(fresh(), found).fresh == []
 
 
 def test_an_encoder_alone_leaves_a_fresh_decoder(official):

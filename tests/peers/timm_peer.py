@@ -11,9 +11,9 @@ import torch
 
 folder, name, arguments, weights, images, out = sys.argv[1:]
 sys.path.insert(0, folder)
-library = torch.library.Library("torchvision", "DEF")
-for operator in ("nms", "qnms"):
-    library.define(f"{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+operators = torch.library.Library("torchvision", "DEF")
+for missing in ("nms", "qnms"):
+    operators.define(f"{missing}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
 
 import timm  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
