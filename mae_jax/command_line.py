@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,7 @@ def images_said(number: int) -> str:
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a command; bad input ends it with one sentence and exit code 2."""
     console.setup_logging()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes what is half written
     try:
         main(sys.argv[1:])
     except (ConvertError, DataError, OSError) as error:

@@ -25,6 +25,9 @@ def whole(path: Path) -> Iterator[Path]:
                 file.replace(path / file.name)
         else:
             part.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file
+        raise
     finally:
         _remove(part)
 
