@@ -19,7 +19,7 @@ from mae_jax.data.sources import FileSource
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.models.layers import Execution
 from mae_jax.models.patches import patchify
-from mae_jax.models.vit import Outputs
+from mae_jax.models.classifier import Outputs
 from mae_jax.pixels import normalise
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.trees import from_named

@@ -25,20 +25,29 @@ class Task(Protocol):
         """The batch with all that is random about its loss, for all of its rows at once."""
         ...
 
-    def loss(self, params: PyTree, batch: Batch) -> Float[Array, ""]:
-        """The mean loss of the rows of a batch from `draw`."""
+    def init_stats(self) -> PyTree:
+        """Running statistics before the first batch; empty where there are none."""
+        ...
+
+    def loss(self, params: PyTree, stats: PyTree, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
+        """The mean loss of the rows of a batch from `draw`, and the statistics after it."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. `step` counts finished steps; `ema` is None where not asked for."""
+    """All that a step changes.
+
+    step: counts finished steps; ema: an average of the parameters, None where not asked for;
+    batch_stats: running statistics of the model, empty where it has none.
+    """
 
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
     ema: PyTree | None
+    batch_stats: PyTree
 
 
 def init_state(
@@ -47,7 +56,7 @@ def init_state(
     """The state before the first step."""
     params = task.init(key)
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, task.init_stats())
 
 
 def make_train_step(
@@ -68,7 +77,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = task.draw(jax.random.fold_in(key, state.step), batch)
-        loss, grads = _loss_and_grads(task.loss, state.params, batch, accumulate)
+        loss, stats, grads = _loss_and_grads(task.loss, state, batch, accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -79,27 +88,37 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(learning_rate(state.step)),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, stats), metrics
 
     return train_step
 
 
 def _loss_and_grads(
-    loss: Callable[[PyTree, Batch], Float[Array, ""]], params: PyTree, batch: Batch, parts: int
-) -> tuple[Float[Array, ""], PyTree]:
-    """Mean loss and gradient of a batch, computed in `parts` slices of equal size."""
-    value_and_grad = jax.value_and_grad(loss)
+    loss: Callable[[PyTree, PyTree, Batch], tuple[Float[Array, ""], PyTree]],
+    state: TrainState,
+    batch: Batch,
+    parts: int,
+) -> tuple[Float[Array, ""], PyTree, PyTree]:
+    """Mean loss, statistics and mean gradient of a batch, computed in `parts` equal slices.
+
+    Running statistics see one slice after the other, as the reference's do.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
-        return value_and_grad(params, batch)
+        (value, stats), grads = value_and_grad(state.params, state.batch_stats, batch)
+        return value, stats, grads
     # Slice i takes rows i, i + parts, ...: so every device keeps the rows that it has.
     slices = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=parts), batch)
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+    def add(carry, part):
+        total, stats = carry
+        (value, stats), grads = value_and_grad(state.params, stats, part)
+        return (jax.tree.map(jnp.add, total, (value, grads)), stats), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    total, _ = jax.lax.scan(add, zeros, slices)
-    return jax.tree.map(lambda x: x / parts, total)
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
+    (total, stats), _ = jax.lax.scan(add, (zeros, state.batch_stats), slices)
+    value, grads = jax.tree.map(lambda x: x / parts, total)
+    return value, stats, grads
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,24 @@ def hidden_width(width: int, mlp_ratio: float) -> int:
     return int(width * mlp_ratio + 1e-6)  # 29 / 49 * 49 comes out a hair below 29
 
 
+class DropPath(NamedTuple):
+    """Stochastic depth (Huang et al. 2016) of one block, or with a leading axis of each.
+
+    keep: probability that a branch stays; uniforms: in [0, 1), for attention and for the MLP.
+    """
+
+    keep: Float[Array, "*depth"]
+    uniforms: Float[Array, "*depth 2 b"]
+
+    def __call__(self, x: Float[Array, "b t d"], branch: int) -> Float[Array, "b t d"]:
+        """The branch of each image, scaled up so that its mean stays, or dropped."""
+        # As in the reference: floor(keep + u), which at keep = 1 is always 1.
+        kept = jnp.floor(self.keep + self.uniforms[branch]) / self.keep
+        return (x * kept[:, None, None]).astype(x.dtype)
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); `drop_path` may drop either addend."""
 
     heads: int
     mlp_ratio: float
@@ -125,16 +141,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t d"], _: None
+        self, x: Float[Array, "b t d"], drop_path: DropPath | None
     ) -> tuple[Float[Array, "b t d"], Observed | None]:
         dtype, constrain = self.execution.dtype, self.execution.constrain
         hidden = hidden_width(x.shape[-1], self.mlp_ratio)
         x = constrain(x)
         y = layer_norm("norm1", self.layer_norm_eps, dtype)(x)
         y, attention = Attention(self.heads, dtype, self.observe, name="attn")(y)
-        x = x + y
+        x = x + (drop_path(y, 0) if drop_path else y)
         y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
-        x = constrain(x + Mlp(hidden, dtype, name="mlp")(y))
+        y = Mlp(hidden, dtype, name="mlp")(y)
+        x = constrain(x + (drop_path(y, 1) if drop_path else y))
         return x, None if attention is None else Observed(x, attention)
 
 
@@ -145,8 +162,11 @@ def make_blocks(
     layer_norm_eps: float,
     execution: Execution,
     observe: bool = False,
-) -> Callable[[Float[Array, "b t d"]], tuple[Float[Array, "b t d"], Observed | None]]:
-    """`depth` blocks as one scanned module named "blocks", its parameters stacked [depth, ...]."""
+) -> Callable[..., tuple[Float[Array, "b t d"], Observed | None]]:
+    """`depth` blocks as one scanned module named "blocks", its parameters stacked [depth, ...].
+
+    It takes tokens [b, t, d] and, where paths are dropped, a `DropPath` with one row per block.
+    """
     block = Block
     if execution.remat != "none":
         # Inside a loop XLA cannot undo rematerialisation; without one it has to be told not to.
@@ -162,4 +182,4 @@ def make_blocks(
         length=depth,
         unroll=min(execution.scan_unroll, depth),
     )(heads, mlp_ratio, layer_norm_eps, execution, observe, name="blocks")
-    return lambda x: blocks(x, None)
+    return lambda x, drop_path=None: blocks(x, drop_path)

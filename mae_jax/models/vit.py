@@ -1,13 +1,19 @@
-"""The encoder: a Vision Transformer that sees only the patches it is given; and a classifier."""
+"""The encoder: a Vision Transformer that sees only the patches it is given."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from mae_jax.models.layers import Execution, Observed, dense, layer_norm, make_blocks
+from mae_jax.models.layers import (
+    DropPath,
+    Execution,
+    Observed,
+    dense,
+    layer_norm,
+    make_blocks,
+)
 from mae_jax.models.patches import sincos_position_table, take_patches
 
 POSITIONS = ("sincos", "learned")
@@ -44,8 +50,10 @@ def _uniform_bias(fan_in: int):
 class Encoder(nn.Module):
     """ViT over the kept patches (paper section 3, "MAE encoder").
 
-    `grid` is rows and columns of patches. Parameters: patch_embed, cls_token, pos_embed (learned
-    positions only), blocks (stacked over depth), norm (unless `final_norm` is False).
+    `grid` is rows and columns of patches; `drop_path` is the rate at which the last block drops
+    its branches, which falls linearly to 0 in the first. Parameters: patch_embed, cls_token,
+    pos_embed (learned positions only), blocks (stacked over depth), norm (unless `final_norm` is
+    False).
     """
 
     width: int
@@ -56,23 +64,30 @@ class Encoder(nn.Module):
     position: str = "sincos"
     layer_norm_eps: float = 1e-6
     final_norm: bool = True
+    drop_path: float = 0.0
     execution: Execution = Execution()
 
     def __call__(
-        self, patches: Float[Array, "b n p"], keep: Int[Array, "b k"] | None = None
+        self,
+        patches: Float[Array, "b n p"],
+        keep: Int[Array, "b k"] | None = None,
+        uniforms: Float[Array, "depth 2 b"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Tokens after the final norm, cls first, then the patches at `keep` in its order.
 
-        Without `keep` every patch is encoded, in image order.
+        Without `keep` every patch is encoded, in image order. With `uniforms` in [0, 1) paths are
+        dropped by them; their order is the reference's: by block, attention before MLP.
         """
-        return self._encode(patches, keep, observe=False)[0]
+        return self._encode(patches, keep, uniforms, observe=False)[0]
 
     def observe(self, patches: Float[Array, "b n p"]) -> tuple[Float[Array, "b t d"], Observed]:
         """Tokens of every patch, and what each block does; its tokens too take the final norm."""
-        return self._encode(patches, None, observe=True)
+        return self._encode(patches, None, None, observe=True)
 
     @nn.compact
-    def _encode(self, patches: Any, keep: Any, *, observe: bool) -> tuple[Any, Any]:
+    def _encode(
+        self, patches: Any, keep: Any, uniforms: Any, *, observe: bool
+    ) -> tuple[Any, Any]:
         dtype, constrain = self.execution.dtype, self.execution.constrain
         positions = PositionTable(self.position, self.grid, self.width, name="pos_embed")()
         cls_position, positions = positions[:, :1], positions[:, 1:]
@@ -89,75 +104,17 @@ class Encoder(nn.Module):
         blocks = make_blocks(
             self.depth, self.heads, self.mlp_ratio, self.layer_norm_eps, self.execution, observe
         )
-        x, observed = blocks(x)
+        drop_path = None
+        if uniforms is not None:
+            rates = jnp.linspace(0.0, self.drop_path, self.depth)
+            drop_path = DropPath(1.0 - rates, uniforms)
+        x, observed = blocks(x, drop_path)
         if self.final_norm:
             norm = layer_norm("norm", self.layer_norm_eps, dtype)
             x = norm(x)
             if observed is not None:
                 observed = observed._replace(tokens=norm(observed.tokens))
         return x, observed
-
-
-class BatchNorm(nn.Module):
-    """Normalises features by running statistics [d], without a learned scale or bias.
-
-    As in the reference's linear probe: eps 1e-6, and the running variance is the unbiased one.
-    """
-
-    eps: float = 1e-6
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-        shape = x.shape[-1:]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        var = self.variable("batch_stats", "var", jnp.ones, shape)
-        self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)  # batches seen
-        return (x - mean.value) * jax.lax.rsqrt(var.value + self.eps)
-
-
-POOLS = ("cls", "mean")
-
-
-class Outputs(NamedTuple):
-    """tokens: of the encoder, cls first; pooled: what the head takes, float32.
-
-    logits: None without a head. observed: what each block does, where that was asked for.
-    """
-
-    tokens: Float[Array, "b t d"]
-    pooled: Float[Array, "b d"]
-    logits: Float[Array, "b classes"] | None
-    observed: Observed | None
-
-
-class Classifier(nn.Module):
-    """An encoder of whole images, its pooled tokens and, with `num_classes`, a linear head.
-
-    pool: the "cls" token, or "mean" of the patches. fc_norm: normalise after pooling instead of
-    before (the reference's fine-tuning). head_norm: a BatchNorm before the head (its probe).
-    """
-
-    encoder: Encoder
-    num_classes: int = 0
-    pool: str = "cls"
-    fc_norm: bool = False
-    head_norm: bool = False
-
-    @nn.compact
-    def __call__(self, patches: Float[Array, "b n p"], observe: bool = False) -> Outputs:
-        if observe:
-            tokens, observed = self.encoder.observe(patches)
-        else:
-            tokens, observed = self.encoder(patches), None
-        pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(axis=1)
-        pooled = pooled.astype(jnp.float32)
-        if self.fc_norm:
-            pooled = layer_norm("fc_norm", self.encoder.layer_norm_eps, jnp.float32)(pooled)
-        logits = None
-        if self.num_classes:
-            x = BatchNorm(name="head_norm")(pooled) if self.head_norm else pooled
-            logits = nn.Dense(self.num_classes, name="head")(x)
-        return Outputs(tokens, pooled, logits, observed)
 
 
 def check_width(name: str, width: int, heads: int) -> None:

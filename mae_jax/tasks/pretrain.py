@@ -90,10 +90,12 @@ class Pretrain:
         """The batch with everything random about its loss, drawn for all its rows at once."""
         return batch | self.draw_mask(key, len(batch["image"]))._asdict()
 
-    def loss(self, params: Params, batch: dict[str, Array]) -> Float[Array, ""]:
+    def loss(
+        self, params: Params, stats: dict[str, Any], batch: dict[str, Array]
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Mean squared error over the masked patches of a batch from `draw` (paper section 3)."""
-        patches = self.to_patches(batch["image"])
-        return self.loss_of_patches(params, patches, Mask(batch["keep"], batch["masked"]))
+        patches, mask = self.to_patches(batch["image"]), Mask(batch["keep"], batch["masked"])
+        return self.loss_of_patches(params, patches, mask), stats
 
     def loss_of_patches(
         self, params: Params, patches: Float[Array, "b n p"], mask: Mask

@@ -1,0 +1,55 @@
+"""The paper's ablations (Table 1 and figure 5), one setting changed at a time.
+
+    python train.py --config configs/ablations.py:vit_l16,mask_ratio_50 --workdir runs/ratio_50
+    python train.py --config configs/ablations.py:demo,mask_ratio_50 --workdir runs/toy_ratio_50
+
+Before the comma stands the scale: `vit_l16` is the paper's (800 epochs of ImageNet), `demo` takes
+two minutes on two CPU cores; after it a row of ROWS. `python -m benchmarks.ablations` runs all of
+the demo's and measures them; docs/results.md has what came out. Not here: Table 1c (mask tokens in
+the encoder), of 1d the PCA and dVAE targets, of 1e fixed-size crops and colour jitter.
+"""
+
+from configs import demo, pretrain
+
+# Table and row -> the keys that it sets. "baseline" is the default of the paper, or of the demo.
+ROWS = {
+    "baseline": {},
+    # 1a: decoder depth, blocks
+    "decoder_depth_1": {"model.decoder_depth": 1},
+    "decoder_depth_2": {"model.decoder_depth": 2},
+    "decoder_depth_4": {"model.decoder_depth": 4},
+    "decoder_depth_8": {"model.decoder_depth": 8},
+    "decoder_depth_12": {"model.decoder_depth": 12},
+    # 1b: decoder width, features
+    "decoder_width_128": {"model.decoder_width": 128},
+    "decoder_width_256": {"model.decoder_width": 256},
+    "decoder_width_512": {"model.decoder_width": 512},
+    "decoder_width_768": {"model.decoder_width": 768},
+    "decoder_width_1024": {"model.decoder_width": 1024},
+    # 1d: what is predicted
+    "pixels": {"target.norm_pix": False},
+    # 1e: augmentation; the whole image and no flip is "none"
+    "no_augmentation": {"data.crop_scale": (1.0, 1.0), "data.flip": False},
+    # 1f: mask sampling
+    "block_50": {"mask.kind": "block", "mask.ratio": 0.5},
+    "block_75": {"mask.kind": "block"},
+    "grid_75": {"mask.kind": "grid"},
+    # figure 5: masking ratio, percent
+    **{f"mask_ratio_{p}": {"mask.ratio": p / 100} for p in (10, 20, 25, 30, 40, 50, 60, 70, 80, 90)},
+}
+SCALES = ("vit_l16", "demo")
+
+
+def get_config(arg: str = "vit_l16,baseline"):
+    scale, _, row = arg.partition(",")
+    if scale not in SCALES or row not in ROWS:
+        raise ValueError(
+            f"{arg!r} is not SCALE,ROW: a scale ({', '.join(SCALES)}) and a row ({', '.join(ROWS)})"
+        )
+    config = demo.get_config() if scale == "demo" else pretrain.get_config(scale)
+    if scale == "demo":
+        config.steps = 600
+        config.eval.update(knn_every_epochs=0.0, pictures_every_epochs=0.0, knn_baselines=False)
+        config.checkpoint.update(every_steps=600, max_to_keep=1)
+    config.update_from_flattened_dict(ROWS[row])
+    return config

@@ -1,0 +1,165 @@
+"""What comes after an encoder of whole images: pooling, and a head that names classes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from mae_jax.models.layers import Observed, dense, layer_norm
+from mae_jax.models.vit import Encoder
+
+POOLS = ("cls", "mean", "attention")
+MOMENTUM = 0.1  # of a batch in running statistics
+
+
+class BatchNorm(nn.Module):
+    """Normalises features [b, d] without a learned scale or bias, as before the probe's head.
+
+    In training by the whole (global) batch, which running statistics follow; else by those.
+    """
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"], train: bool) -> Float[Array, "b d"]:
+        size, shape = x.shape[0], x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)  # batches seen
+        mean, var = running_mean.value, running_var.value
+        if train and not self.is_initializing():
+            mean, var = x.mean(axis=0), x.var(axis=0)
+            # As in the reference: the running variance is unbiased, the one divided by is not.
+            unbiased = var * (size / max(size - 1, 1))
+            for running, new in ((running_mean, mean), (running_var, unbiased)):
+                running.value = (1 - MOMENTUM) * running.value + MOMENTUM * new
+            count.value += 1
+        return (x - mean) * jax.lax.rsqrt(var + self.eps)
+
+
+class AttentionPool(nn.Module):
+    """One learned query that attends to the patches, with as many heads as the encoder."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        width = tokens.shape[-1]
+        init = nn.initializers.normal(0.02)
+        query = self.param("query", init, (self.heads, width // self.heads))
+        keys, values = (
+            rearrange(dense(name, width, jnp.float32)(tokens), "b n (h e) -> b n h e", h=self.heads)
+            for name in ("key", "value")
+        )
+        scores = jnp.einsum("he,bnhe->bhn", query, keys) * query.shape[-1] ** -0.5
+        pooled = jnp.einsum("bhn,bnhe->bhe", jax.nn.softmax(scores), values)
+        return rearrange(pooled, "b h e -> b (h e)")
+
+
+def make_head(
+    num_classes: int, *, norm: bool, attention_heads: int, init_std: float
+) -> Callable[..., Float[Array, "b classes"]]:
+    """Attention pooling (0 heads: none), BatchNorm (or none) and a linear layer, in this order.
+
+    It takes features, [b, d] or where attention pools [b, n, d], and whether it is in training.
+    """
+
+    def head(x: Array, train: bool) -> Array:
+        if attention_heads:
+            x = AttentionPool(attention_heads, name="attention_pool")(x)
+        if norm:
+            x = BatchNorm(name="head_norm")(x, train)
+        kernel_init = nn.initializers.normal(init_std)
+        return nn.Dense(num_classes, kernel_init=kernel_init, name="head")(x)
+
+    return head
+
+
+class Probe(nn.Module):
+    """A head alone, for features that are known already; parameters are named as in Classifier."""
+
+    num_classes: int
+    norm: bool = True
+    attention_heads: int = 0
+    init_std: float = 0.01
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "b *n d"], train: bool) -> Float[Array, "b classes"]:
+        head = make_head(
+            self.num_classes,
+            norm=self.norm,
+            attention_heads=self.attention_heads,
+            init_std=self.init_std,
+        )
+        return head(features, train)
+
+
+class Outputs(NamedTuple):
+    """tokens: of the encoder, cls first; pooled: what the head takes, float32.
+
+    logits: None without a head. observed: what each block does, where that was asked for.
+    """
+
+    tokens: Float[Array, "b t d"]
+    pooled: Float[Array, "b *n d"]
+    logits: Float[Array, "b classes"] | None
+    observed: Observed | None
+
+
+class Classifier(nn.Module):
+    """An encoder of whole images, its pooled tokens and, with `num_classes`, a head.
+
+    pool: the "cls" token, the "mean" of the patches, or learned "attention" to them. fc_norm:
+    normalise after pooling instead of before (the reference's fine-tuning). head_norm: a BatchNorm
+    before the linear layer (its probe). head_init_std: of that layer's kernel.
+    """
+
+    encoder: Encoder
+    num_classes: int = 0
+    pool: str = "cls"
+    fc_norm: bool = False
+    head_norm: bool = False
+    head_init_std: float = 2e-5
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: Float[Array, "b n p"],
+        observe: bool = False,
+        train: bool = False,
+        uniforms: Float[Array, "depth 2 b"] | None = None,
+    ) -> Outputs:
+        """`uniforms` drop paths, as in `Encoder`."""
+        if observe:
+            tokens, observed = self.encoder.observe(patches)
+        else:
+            tokens, observed = self.encoder(patches, None, uniforms), None
+        pooled = self.pool_tokens(tokens)
+        if self.fc_norm:
+            pooled = layer_norm("fc_norm", self.encoder.layer_norm_eps, jnp.float32)(pooled)
+        logits = None
+        if self.num_classes:
+            head = make_head(
+                self.num_classes,
+                norm=self.head_norm,
+                attention_heads=self.attention_heads,
+                init_std=self.head_init_std,
+            )
+            logits = head(pooled, train)
+        return Outputs(tokens, pooled, logits, observed)
+
+    def pool_tokens(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b *n d"]:
+        """What the head takes; attention is part of the head, and takes every patch."""
+        tokens = tokens.astype(jnp.float32)
+        if self.pool == "cls":
+            return tokens[:, 0]
+        patches = tokens[:, 1:]
+        return patches.mean(axis=1) if self.pool == "mean" else patches
+
+    @property
+    def attention_heads(self) -> int:
+        return self.encoder.heads if self.pool == "attention" else 0

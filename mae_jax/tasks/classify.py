@@ -1,0 +1,147 @@
+"""Classification with labels: fine-tuning, probing and training from scratch (paper section 4)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt8
+
+from mae_jax.models.classifier import Classifier, Outputs, Probe
+from mae_jax.models.patches import patchify
+from mae_jax.optim import freeze
+from mae_jax.pixels import normalise
+from mae_jax.tasks import mixup
+from mae_jax.tasks.mixup import Mixup
+
+Params = dict[str, Any]
+Stats = dict[str, Any]
+
+
+def soft_cross_entropy(
+    logits: Float[Array, "b classes"], targets: Float[Array, "b classes"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy with soft labels."""
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify:
+    """Cross-entropy over batches {"image": uint8 [b, h, w, c], "label": int [b]}.
+
+    In place of "image" a batch may hold "features", as `head_inputs` makes them: then the head
+    alone is computed, and images are neither mixed nor erased.
+
+    patch: side in pixels; mean, std: per channel, of 0..1. train_last_blocks: None trains
+    everything, 0 the head alone, k also the last k blocks. smoothing: of labels. erase: share of
+    images in which a box is erased.
+    """
+
+    model: Classifier
+    patch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train_last_blocks: int | None = None
+    smoothing: float = 0.0
+    mixup: Mixup = Mixup()
+    erase: float = 0.0
+
+    def __post_init__(self):
+        for name in ("smoothing", "erase"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise ValueError(f"classify.{name}={vars(self)[name]} is not within 0 to 1")
+        if not 0 <= self.model.encoder.drop_path < 1:
+            raise ValueError(f"classify.drop_path={self.model.encoder.drop_path} is not in [0, 1)")
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh parameters."""
+        return self._init(key)["params"]
+
+    def init_stats(self) -> Stats:
+        """Running statistics before the first batch; empty without a BatchNorm."""
+        return self._init(jax.random.key(0)).get("batch_stats", {})
+
+    def _init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        rows, columns = self.model.encoder.grid
+        values = self.patch**2 * len(self.mean)
+        return dict(self.model.init(key, jnp.zeros((1, rows * columns, values))))
+
+    def draw(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
+        """The batch with everything random about its loss, drawn for all its rows at once.
+
+        Adds "target" [b, classes]; "pixels" where images are erased or mixed; "uniforms" where
+        paths are dropped, [b, depth, 2].
+        """
+        erase_key, mix_key, path_key = jax.random.split(key, 3)
+        targets = mixup.smooth_targets(batch["label"], self.model.num_classes, self.smoothing)
+        drawn = {}
+        if "image" in batch and (self.erase or self.mixup):
+            pixels = normalise(batch["image"], self.mean, self.std)
+            if self.erase:
+                pixels = mixup.erase(erase_key, pixels, self.erase)
+            if self.mixup:
+                mix = self.mixup.draw(mix_key, len(pixels), (pixels.shape[1], pixels.shape[2]))
+                pixels, targets = mixup.mix_images(pixels, mix), mixup.mix_targets(targets, mix)
+            batch = {name: x for name, x in batch.items() if name != "image"}
+            drawn["pixels"] = pixels
+        if self.model.encoder.drop_path:
+            shape = (len(targets), self.model.encoder.depth, 2)
+            drawn["uniforms"] = jax.random.uniform(path_key, shape)
+        return batch | drawn | {"target": targets}
+
+    def loss(
+        self, params: Params, stats: Stats, batch: dict[str, Array]
+    ) -> tuple[Float[Array, ""], Stats]:
+        """Mean loss of a batch from `draw`, and the statistics after it."""
+        params = freeze(params, self.train_last_blocks)
+        if "features" in batch:
+            logits, stats = self._apply(self.probe, params, stats, batch["features"], True)
+        else:
+            pixels = batch.get("pixels")
+            if pixels is None:
+                pixels = normalise(batch["image"], self.mean, self.std)
+            uniforms = batch.get("uniforms")
+            if uniforms is not None:
+                uniforms = jnp.moveaxis(uniforms, 0, -1)
+            patches = patchify(pixels, self.patch)
+            made, stats = self._apply(self.model, params, stats, patches, False, True, uniforms)
+            logits = made.logits
+        return soft_cross_entropy(logits, batch["target"]), stats
+
+    @property
+    def probe(self) -> Probe:
+        """The head alone."""
+        model = self.model
+        return Probe(
+            model.num_classes,
+            norm=model.head_norm,
+            attention_heads=model.attention_heads,
+            init_std=model.head_init_std,
+        )
+
+    def _apply(self, module: Any, params: Params, stats: Stats, *args: Any) -> tuple[Any, Stats]:
+        variables = {"params": params, "batch_stats": stats}
+        made, changed = module.apply(variables, *args, mutable=["batch_stats"])
+        return made, changed.get("batch_stats", {})
+
+    def outputs(
+        self, params: Params, stats: Stats, images: UInt8[Array, "b h w c"]
+    ) -> Outputs:
+        """Everything that the encoder and the head make of whole images, outside training."""
+        patches = patchify(normalise(images, self.mean, self.std), self.patch)
+        return self.model.apply({"params": params, "batch_stats": stats}, patches)  # type: ignore[return-value]
+
+    def head_inputs(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b *n d"]:
+        """What the head takes of images: the "features" of a batch."""
+        return self._headless(params, images).pooled
+
+    def features(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
+        """Mean of the encoder's patch tokens, float32, after fc_norm where there is one."""
+        made = self._headless(params, images)
+        if self.model.fc_norm:
+            return made.pooled
+        return made.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
+
+    def _headless(self, params: Params, images: UInt8[Array, "b h w c"]) -> Outputs:
+        patches = patchify(normalise(images, self.mean, self.std), self.patch)
+        return self.model.clone(num_classes=0).apply({"params": params}, patches)  # type: ignore[return-value]

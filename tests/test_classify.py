@@ -1,0 +1,329 @@
+"""Classification against the official PyTorch code: heads, statistics, trajectories, mixing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from official import our_names, to_ours
+from safetensors.numpy import load_file
+from test_golden import check_gradients, nhwc
+
+from mae_jax.models.classifier import Classifier
+from mae_jax.models.patches import patchify
+from mae_jax.models.vit import Encoder
+from mae_jax.optim import adamw, decay_mask, lars, update_scales, warmup_cosine
+from mae_jax.tasks import mixup
+from mae_jax.tasks.classify import Classify, soft_cross_entropy
+from mae_jax.tasks.mixup import Mix, Mixup
+from mae_jax.training import init_state, make_train_step
+from mae_jax.trees import named_leaves
+
+NO_DECAY = ("cls_token", "pos_embed")
+
+
+def make_task(config: dict, *, mean_pool: bool, drop_path: float = 0.0, **kwargs) -> Classify:
+    side = config["img_size"] // config["patch_size"]
+    encoder = Encoder(
+        config["embed_dim"],
+        config["depth"],
+        config["num_heads"],
+        (side, side),
+        mlp_ratio=config["mlp_ratio"],
+        position="learned",
+        final_norm=not mean_pool,
+        drop_path=drop_path,
+    )
+    model = Classifier(
+        encoder,
+        num_classes=config["num_classes"],
+        pool="mean" if mean_pool else "cls",
+        fc_norm=mean_pool,
+        head_norm=kwargs.pop("head_norm", False),
+    )
+    channels = config["in_chans"]
+    statistics = dict(mean=(0.0,) * channels, std=(1.0,) * channels)
+    return Classify(model=model, patch=config["patch_size"], **statistics, **kwargs)
+
+
+@pytest.fixture(params=["v0_cls", "v0_gap"])
+def vit(request, golden):
+    """A task, its parameters and the reference's arrays; with the head of a linear probe."""
+    folder = golden / "vit" / request.param
+    config = json.loads((folder / "config.json").read_text())
+    io = load_file(folder / "io.safetensors")
+    params = to_ours(load_file(folder / "state_dict.safetensors"), True)
+    return folder, config, io, params
+
+
+def with_probe_head(params, io):
+    head = {"kernel": jnp.asarray(io["head_weight"].T), "bias": jnp.asarray(io["head_bias"])}
+    return params | {"head": head}
+
+
+def test_forward_and_gradients(vit, golden):
+    folder, config, io, params = vit
+    task = make_task(config, mean_pool=config["global_pool"])
+    patches = patchify(nhwc(io["images"]), task.patch)
+    made = jax.jit(task.model.apply)({"params": params}, patches)
+    np.testing.assert_allclose(made.pooled, io["features"], atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(made.logits, io["logits"], atol=2e-5, rtol=1e-5)
+
+    targets = jax.nn.one_hot(io["labels"], config["num_classes"])
+    batch = {"pixels": nhwc(io["images"]), "target": targets}
+    (loss, _), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, {}, batch)
+    np.testing.assert_allclose(loss, io["ce_loss"], atol=2e-6, rtol=2e-6)
+    if config["global_pool"]:
+        check_gradients(named_leaves(grads), load_file(folder / "grads_ce.safetensors"))
+
+
+def test_linear_probe_head(vit):
+    """Training normalises by the batch, evaluation by running statistics, unbiased ones."""
+    _, config, io, params = vit
+    task = make_task(
+        config, mean_pool=config["global_pool"], head_norm=True, train_last_blocks=0
+    )
+    params = with_probe_head(params, io)
+    before = {
+        "head_norm": {
+            "mean": jnp.asarray(io["bn0_running_mean"]),
+            "var": jnp.asarray(io["bn0_running_var"]),
+            "count": jnp.int32(0),
+        }
+    }
+    patches = patchify(nhwc(io["images"]), task.patch)
+    variables = {"params": params, "batch_stats": before}
+    made, changed = task.model.apply(variables, patches, False, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(made.logits, io["lin_train_logits"], atol=1e-5)
+    after = changed["batch_stats"]["head_norm"]
+    np.testing.assert_allclose(after["mean"], io["bn1_running_mean"], atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(after["var"], io["bn1_running_var"], atol=1e-6, rtol=1e-5)
+    assert after["count"] == 1
+    for stats, expected in ((before, "before"), (changed["batch_stats"], "after")):
+        logits = task.model.apply({"params": params, "batch_stats": stats}, patches).logits
+        np.testing.assert_allclose(logits, io[f"lin_eval_logits_{expected}"], atol=1e-5)
+
+    targets = jax.nn.one_hot(io["labels"], config["num_classes"])
+    batch = {"pixels": nhwc(io["images"]), "target": targets}
+    (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, before, batch)
+    np.testing.assert_allclose(loss, io["lin_train_loss"], atol=1e-5)
+    # What was recorded still held the gradient of the plain head before it.
+    plain = (jax.nn.softmax(io["logits"]) - targets) / len(targets)
+    kernel, bias = plain.T @ io["features"], plain.sum(axis=0)
+    np.testing.assert_allclose(
+        grads["head"]["kernel"].T, io["lin_grad_weight"] - kernel, atol=5e-6
+    )
+    np.testing.assert_allclose(grads["head"]["bias"], io["lin_grad_bias"] - bias, atol=5e-6)
+    for name, grad in named_leaves(grads).items():
+        assert name.startswith("head/") or not np.any(grad), name
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_linear_probe_trajectory(vit, golden, cached):
+    """Six LARS steps; the encoder's bits do not change, and cached features do as well."""
+    folder, config, io, params = vit
+    task = make_task(
+        config, mean_pool=config["global_pool"], head_norm=True, train_last_blocks=0
+    )
+    params = with_probe_head(params, io)
+    expected = load_file(folder / "linprobe_traj.safetensors")
+    batches = load_file(golden / "vit" / "v0_linprobe_batches.safetensors")
+    recipe = config["linprobe_traj"]
+    lr = warmup_cosine(
+        peak=recipe["lr"],
+        warmup_steps=recipe["warmup_epochs"] * recipe["steps_per_epoch"],
+        total_steps=recipe["epochs"] * recipe["steps_per_epoch"],
+    )
+    tx = lars(
+        lr,
+        momentum=recipe["momentum"],
+        weight_decay=recipe["weight_decay"],
+        trust_coefficient=recipe["trust_coefficient"],
+        train_last_blocks=0,
+    )
+    before = jax.tree.map(np.asarray, params)
+    state = jax.jit(lambda key: init_state(task, tx, key))(jax.random.key(0))
+    state = type(state)(**(vars(state) | {"params": params, "opt_state": tx.init(params)}))
+    step = jax.jit(make_train_step(task, tx, lr, jax.random.key(1)))
+    for number, loss in enumerate(expected["losses"]):
+        batch = {"label": jnp.asarray(batches["labels"][number])}
+        pixels = nhwc(batches["images"][number])
+        if cached:
+            headless = task.model.clone(num_classes=0)
+            batch["features"] = headless.apply({"params": params}, patchify(pixels, 8)).pooled
+        else:
+            batch["pixels"] = pixels
+        state, metrics = step(state, batch)
+        np.testing.assert_allclose(metrics["loss"], loss, atol=5e-5)
+    head = state.params["head"]
+    np.testing.assert_allclose(head["kernel"].T, expected["final_head.1.weight"], atol=5e-5)
+    np.testing.assert_allclose(head["bias"], expected["final_head.1.bias"], atol=5e-5)
+    stats = state.batch_stats["head_norm"]
+    np.testing.assert_allclose(stats["mean"], expected["final_head.0.running_mean"], atol=1e-5)
+    np.testing.assert_allclose(stats["var"], expected["final_head.0.running_var"], atol=1e-5)
+    assert stats["count"] == expected["final_head.0.num_batches_tracked"]
+    for name, leaf in named_leaves(state.params["encoder"]).items():
+        assert np.asarray(leaf).tobytes() == named_leaves(before["encoder"])[name].tobytes()
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_lars(case, golden):
+    arrays = load_file(golden / "lars" / "lars.safetensors")
+    config = json.loads((golden / "lars" / "lars.json").read_text())[case]
+    get = lambda name: jnp.asarray(arrays[f"c{case}_{name}"])  # noqa: E731
+    tx = lars(
+        lambda _: config["lr"],
+        momentum=config["momentum"],
+        weight_decay=config["weight_decay"],
+        trust_coefficient=config["trust_coefficient"],
+    )
+    params = {"w": get("w0"), "b": get("b0")}
+    state = tx.init(params)
+    for step in range(5):
+        updates, state = tx.update({"w": get("gw")[step], "b": get("gb")[step]}, state, params)
+        params = optax.apply_updates(params, updates)
+        for name in params:
+            np.testing.assert_allclose(params[name], get(name)[step], atol=1e-5, rtol=1e-5)
+
+
+def test_lars_trusts_every_layer_of_a_stack_by_itself():
+    rng = np.random.default_rng(0)
+    w, g = (jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32) for _ in range(2))
+    w = w * jnp.array([1.0, 10.0, 0.0])[:, None, None]
+    tx = lars(lambda _: 1.0, momentum=0.9, weight_decay=0.0)
+    stacked = {"blocks": {"kernel": w}}
+    together, _ = tx.update({"blocks": {"kernel": g}}, tx.init(stacked), stacked)
+    for layer in range(3):
+        alone = {"kernel": w[layer]}
+        update, _ = tx.update({"kernel": g[layer]}, tx.init(alone), alone)
+        np.testing.assert_allclose(
+            together["blocks"]["kernel"][layer], update["kernel"], rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", ["f2_clip", "f3_droppath"])
+def test_finetuning_trajectory(name, golden):
+    folder = golden / "finetune" / name
+    config = json.loads((folder / "config.json").read_text())
+    io = load_file(folder / "io.safetensors")
+    task = make_task(
+        config["model"],
+        mean_pool=config["global_pool"],
+        drop_path=config["drop_path"],
+        smoothing=config["label_smoothing"] or 0.0,
+    )
+    per_epoch = config["steps_per_epoch"]
+    lr = warmup_cosine(
+        peak=config["lr"],
+        minimum=config["min_lr"],
+        warmup_steps=config["warmup_epochs"] * per_epoch,
+        total_steps=config["epochs"] * per_epoch,
+    )
+    b1, b2 = config["betas"]
+    tx = adamw(
+        lr,
+        b1=b1,
+        b2=b2,
+        eps=config["adam_eps"],
+        weight_decay=config["weight_decay"],
+        without_decay=NO_DECAY,
+        clip_norm=config["clip_grad"],
+        layer_decay=config["layer_decay"],
+    )
+    params = to_ours(load_file(folder / "init_state_dict.safetensors"), True)
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def step(params, opt_state, batch):
+        (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return loss, optax.tree.norm(grads), optax.apply_updates(params, updates), opt_state
+
+    for i, loss in enumerate(io["losses"]):
+        classes = config["model"]["num_classes"]
+        targets = mixup.smooth_targets(jnp.asarray(io["labels"][i]), classes, task.smoothing)
+        batch = {"pixels": nhwc(io["images"][i]), "target": targets}
+        if "soft_targets" in io:
+            batch["target"] = jnp.asarray(io["soft_targets"][i])
+        if config["drop_path"]:  # the reference draws nothing for the first block, whose rate is 0
+            uniforms = np.zeros((task.model.encoder.depth, 2, len(targets)), np.float32)
+            uniforms[1:] = io["drop_path_rand"][i].reshape(-1, 2, len(targets))
+            batch["uniforms"] = jnp.moveaxis(uniforms, -1, 0)
+        found, norm, params, opt_state = step(params, opt_state, batch)
+        np.testing.assert_allclose(found, loss, atol=1e-5)
+        np.testing.assert_allclose(norm, io["grad_norms"][i], rtol=1e-4)
+
+    # Of f3 only the smaller arrays are kept; the losses above depend on all.
+    final = to_ours(load_file(folder / "final_state_dict.safetensors"), True)
+    ours = named_leaves(params)
+    for path, expected in named_leaves(final).items():
+        atol = np.full(expected.shape[-1], 1e-5)
+        if path.endswith("qkv/bias"):  # AdamW turns the key bias' rounding noise into whole steps
+            width = expected.shape[-1] // 3
+            atol[width : 2 * width] = io["base_lr"].sum()
+        assert (np.abs(ours[path] - expected) <= atol).all(), path
+
+
+@pytest.mark.parametrize("name", ["cls_0.75", "gap_0.65"])
+def test_layer_decay_groups_are_the_references(name, golden):
+    reference = json.loads((golden / "lr_decay" / f"vit_base_patch16_{name}.json").read_text())
+    config = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12)
+    task = make_task(
+        config | dict(mlp_ratio=4.0, num_classes=1000), mean_pool=reference["global_pool"]
+    )
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    scales = named_leaves(update_scales(params, layer_decay=reference["layer_decay"]))
+    decayed = named_leaves(decay_mask(params, NO_DECAY))
+    groups = reference["as_main_finetune"]
+    theirs = our_names(groups)
+    assert set(theirs) == set(scales)
+    for ours, names in theirs.items():
+        expected = [groups[n]["lr_scale"] for n in names]
+        np.testing.assert_allclose(np.ravel(scales[ours]), expected, rtol=1e-6)
+        assert {groups[n]["weight_decay"] > 0 for n in names} == {decayed[ours]}, ours
+
+
+def test_losses(golden):
+    io = load_file(golden / "finetune" / "losses.safetensors")
+    logits = jnp.asarray(io["logits"])
+    for smoothing in (0.0, 0.1, 0.2):
+        targets = mixup.smooth_targets(jnp.asarray(io["labels"]), 10, smoothing)
+        expected = io[f"label_smoothing_{smoothing}"]
+        np.testing.assert_allclose(soft_cross_entropy(logits, targets), expected, rtol=2e-6)
+    found = soft_cross_entropy(logits, jnp.asarray(io["soft"]))
+    np.testing.assert_allclose(found, io["soft_target_ce"], rtol=2e-6)
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_mixing(case, golden):
+    """Blended and pasted pixels and soft labels, for shares and boxes that the reference drew."""
+    config = json.loads((golden / "finetune" / "mixup.json").read_text())[case]
+    arrays = load_file(golden / "finetune" / "mixup.safetensors")
+    get = lambda name: jnp.asarray(arrays[f"m{case}_{name}"])  # noqa: E731
+    batch, side = config["B"], config["S"]
+    rows = np.arange(batch)
+    rows = {"batch": 0 * rows, "elem": rows, "pair": np.minimum(rows, batch - 1 - rows)}
+    rows = rows[config["mode"]]
+    cut = np.array(config["use_cutmix"])
+    share, boxes = np.array(config["lam_drawn"]), np.zeros((len(cut), 4), int)
+    boxes[cut] = np.array(config["cutmix_calls"]["box"]).reshape(-1, 4)
+    share[cut] = config["cutmix_calls"]["lam"]
+    mix = Mix(*(jnp.asarray(x[rows]) for x in (share.astype(np.float32), cut, boxes)))
+    images = jnp.moveaxis(get("x"), 1, -1)
+    mixed = jnp.moveaxis(mixup.mix_images(images, mix), -1, 1)
+    np.testing.assert_allclose(mixed, get("out"), atol=1e-6)
+    targets = mixup.smooth_targets(get("labels"), config["ncls"], config["smooth"])
+    np.testing.assert_allclose(mixup.mix_targets(targets, mix), get("target"), atol=1e-6)
+    # The box and the corrected share follow from its centre and the drawn share.
+    for box, drawn, left in zip(boxes[cut], *(config["cutmix_calls"][k] for k in ("lam0", "lam"))):
+        half = int(side * np.sqrt(1 - drawn)) // 2
+        centres = [
+            high - half if low == 0 else low + half for low, high in (box[:2], box[2:])
+        ]
+        made, corrected = mixup.make_box(
+            jnp.array([drawn]), jnp.array([centres]), (side, side)
+        )
+        np.testing.assert_array_equal(made[0], box)
+        np.testing.assert_allclose(corrected[0], left, rtol=1e-6)
