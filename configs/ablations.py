@@ -35,7 +35,9 @@ ROWS = {
     "block_75": {"mask.kind": "block"},
     "grid_75": {"mask.kind": "grid"},
     # figure 5: masking ratio, percent
-    **{f"mask_ratio_{p}": {"mask.ratio": p / 100} for p in (10, 20, 25, 30, 40, 50, 60, 70, 80, 90)},
+    **{
+        f"mask_ratio_{p}": {"mask.ratio": p / 100} for p in (10, 20, 25, 30, 40, 50, 60, 70, 80, 90)
+    },
 }
 SCALES = ("vit_l16", "demo")
 
@@ -49,7 +51,9 @@ def get_config(arg: str = "vit_l16,baseline"):
     config = demo.get_config() if scale == "demo" else pretrain.get_config(scale)
     if scale == "demo":
         config.steps = 600
-        config.eval.update(knn_every_epochs=0.0, pictures_every_epochs=0.0, knn_baselines=False)
+        config.eval.update(
+            knn_every_epochs=0.0, pictures_every_epochs=0.0, linear=False, baselines=False
+        )
         config.checkpoint.update(every_steps=600, max_to_keep=1)
     config.update_from_flattened_dict(ROWS[row])
     return config

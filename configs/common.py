@@ -14,7 +14,7 @@ def base() -> ConfigDict:
     """The paper's pretraining recipe (appendix A.1) with a ViT-B/16."""
     optional = config_dict.placeholder
     config = ConfigDict()
-    config.task = "pretrain"
+    config.task = "pretrain"  # or "classify": fine-tuning, probing, training from scratch
     config.seed = 0
     config.batch_size = 4096  # images per optimizer step, over all devices and hosts
     config.accumulate = 1  # parts that a batch is computed in, to save memory
@@ -22,9 +22,11 @@ def base() -> ConfigDict:
     config.steps = optional(int)  # ... or in optimizer steps, which wins where given
 
     config.init = ConfigDict()
-    config.init.path = optional(str)  # checkpoint to start from: official, HF, timm or a workdir
+    config.init.path = optional(str)  # checkpoint to start from: official, HF, timm or a workdir;
+    # "random" says that there is none on purpose, which classify insists on
     config.init.ema = False  # of a workdir, the averaged parameters
     config.init.encoder_only = False  # leave a decoder in it out
+    config.init.new_head = False  # leave a classification head in it out, and begin with a new one
 
     config.model = model = ConfigDict()
     model.image_size = (224, 224)  # height and width, pixels
@@ -46,15 +48,22 @@ def base() -> ConfigDict:
     target.norm_pix = True  # predict pixels normalised per patch (paper Table 1d)
     target.norm_pix_eps = 1e-6  # added to the variance of a patch
 
+    config.classify = _classify()
+
     config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # or "lars", for linear probing
     optim.base_lr = 1.5e-4  # learning rate = base_lr * batch_size / 256
     optim.min_lr = 0.0  # learning rate at the end of the cosine
     optim.warmup_epochs = 40.0  # linear warm-up ...
     optim.warmup_steps = optional(int)  # ... or in steps, which wins where given
-    optim.b1 = 0.9
-    optim.b2 = 0.95
-    optim.eps = 1e-8
+    optim.b1 = 0.9  # adamw
+    optim.b2 = 0.95  # adamw
+    optim.eps = 1e-8  # adamw
+    optim.momentum = 0.9  # lars
     optim.weight_decay = 0.05  # of everything but biases and norms
+    optim.decay_embeddings = True  # weight decay of the cls token and learned positions too
+    optim.layer_decay = 1.0  # factor of a layer's learning rate to that of the next (adamw)
+    optim.train_last_blocks = optional(int)  # 0 trains the head alone, k also the last k blocks
     optim.clip_norm = optional(float)  # largest global gradient norm; None does not clip
     optim.ema = optional(float)  # decay of an average of the parameters; None keeps none
 
@@ -76,6 +85,25 @@ def base() -> ConfigDict:
     return config
 
 
+def _classify() -> ConfigDict:
+    classify = ConfigDict()
+    classify.head = True  # False has no head, for k-NN alone (steps=0)
+    classify.num_classes = config_dict.placeholder(int)  # None: as many as the data set has
+    classify.pool = "cls"  # token, "mean" of the patches, or "attention" of a learned query
+    classify.fc_norm = False  # normalise after pooling instead of before
+    classify.head_norm = False  # BatchNorm without affine before the linear layer
+    classify.head_init_std = 0.01  # of the linear layer's first weights
+    classify.drop_path = 0.0  # rate in the last block, falling to 0 in the first
+    classify.smoothing = 0.0  # of labels
+    classify.mixup = 0.0  # alpha of the Beta distribution of shares; 0.0 is off
+    classify.cutmix = 0.0  # the same
+    classify.mixup_prob = 1.0  # that a batch is mixed at all
+    classify.mixup_switch = 0.5  # probability of cutmix where both are on
+    classify.mixup_mode = "batch"  # one draw for a "batch", "pair" or image ("elem")
+    classify.erase = 0.0  # share of images in which a box is erased (random erasing)
+    return classify
+
+
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.source = "tfds"  # or "folder"
@@ -83,9 +111,18 @@ def _data() -> ConfigDict:
     optional = config_dict.placeholder
     data.path = optional(str)  # folder of images, or where TFDS data sets are; None is TFDS's own
     data.train_split = "train"
-    data.eval_split = "validation"  # of k-NN and pictures; a folder without one has no k-NN
+    data.eval_split = "validation"  # of k-NN, accuracy and pictures
+    data.shots = optional(int)  # train on so many images of every class only ...
+    data.shots_seed = 0  # ... which this seed chooses
+    data.augment = (
+        "crop"  # "none", "weak_crop" (linear probing's law) or "randaugment" (a crop too)
+    )
     data.crop_scale = (0.2, 1.0)  # range of a random crop's share of the image
     data.flip = True  # mirror half of the training images
+    data.randaugment_magnitude = 9.0  # mean, 0.0 to 10.0
+    data.randaugment_std = 0.5  # standard deviation of the magnitude
+    data.randaugment_layers = 2  # operations per image, each skipped half of the time
+    data.cache_features = False  # of a frozen encoder without augmentation: compute them only once
     data.eval_crop = 0.875  # share of an image's sides that evaluation looks at
     data.mean = IMAGENET_MEAN  # per channel, of values 0..1
     data.std = IMAGENET_STD
@@ -98,12 +135,14 @@ def _data() -> ConfigDict:
 
 def _evaluation() -> ConfigDict:
     evaluation = ConfigDict()
-    evaluation.knn_every_epochs = 20.0  # 0.0 evaluates at the end only
-    evaluation.knn_k = 10
+    evaluation.accuracy_every_epochs = 1.0  # classify; 0.0 evaluates at the end only
+    evaluation.knn_every_epochs = 20.0  # 0.0 evaluates at the end only; negative: never
+    evaluation.knn_k = (10,)  # neighbours; the first is the one that is logged while training
     evaluation.knn_temperature = 0.07
     evaluation.knn_bank = 50_000  # training images at most, evenly spaced
     evaluation.knn_queries = 10_000  # evaluation images at most
-    evaluation.knn_baselines = False  # at the end, also raw pixels and 3 random encoders
+    evaluation.linear = False  # at the end, also a linear probe on the same images
+    evaluation.baselines = False  # at the end, also of raw pixels and 3 random encoders
     evaluation.pictures_every_epochs = 20.0  # 0.0 draws at the end only
     evaluation.pictures = 8  # images per picture
     evaluation.stats = "visible"  # brightness of norm_pix pictures: of "visible" patches or "gt"

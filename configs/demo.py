@@ -2,25 +2,48 @@
 
     make demo
 
-A small ViT learns for minutes, not days. What to expect is in the README.
+A small ViT learns for minutes, not days. What to expect is in the README. Then, in a minute each,
+
+    python train.py --config configs/demo.py:linprobe --workdir runs/demo_linprobe
+    python train.py --config configs/demo.py:finetune --workdir runs/demo_finetune
+
+start from what the demo has learned (`--config.init.path=random` shows what that is worth).
 """
 
-from configs import common
+from configs import common, finetune, linprobe
+
+TASKS = ("pretrain", "linprobe", "finetune")
 
 
-def get_config():
-    config = common.base()
+def get_config(task: str = "pretrain"):
+    if task not in TASKS:
+        raise ValueError(f"{task!r} is not one of {', '.join(TASKS)}")
+    recipes = {"pretrain": common.base, "linprobe": linprobe.get_config}
+    config = recipes.get(task, finetune.get_config)()
     config.batch_size = 64
-    config.steps = 1000
     config.model.update(image_size=(64, 64), patch=8, width=128, depth=4, heads=4)
     config.model.update(decoder_width=64, decoder_depth=1, decoder_heads=4)
-    config.model.remat = "dots"  # the fastest on a CPU
+    config.model.update(dtype="float32", remat="dots")  # the fastest on a CPU
     config.target.norm_pix_eps = 1e-2  # of patches this small many are nearly flat
-    config.optim.base_lr = 4e-3  # 1e-3 at batch 64
-    config.optim.warmup_steps = 100
     config.data.update(name="photo_crops", path="datasets", eval_split="test")
     config.data.update(workers=0, threads=2, eval_crop=1.0)
-    config.eval.update(knn_every_epochs=2.5, pictures_every_epochs=2.5)
-    config.eval.update(knn_bank=3800, knn_baselines=True)
-    config.checkpoint.every_steps = 200
+    if task == "pretrain":
+        config.steps = 1000
+        config.optim.update(base_lr=4e-3, warmup_steps=100)  # 1e-3 at batch 64
+        config.eval.update(knn_every_epochs=2.5, pictures_every_epochs=2.5)
+        config.eval.update(knn_bank=3800, linear=True, baselines=True)
+        config.checkpoint.every_steps = 200
+        return config
+    config.init.path = "runs/demo"
+    if task == "linprobe":
+        config.batch_size = 256
+        config.optim.base_lr = 3.0  # LARS needs it where steps are few
+        config.data.update(augment="none", cache_features=True)
+        config.eval.accuracy_every_epochs = 10.0
+    if task == "finetune":
+        config.steps = 600
+        config.optim.update(base_lr=4e-3, warmup_steps=60)  # 1e-3 at batch 64
+        config.classify.update(mixup=0.0, cutmix=0.0, erase=0.0, drop_path=0.0)
+        config.data.update(augment="crop", crop_scale=(0.5, 1.0))
+        config.eval.accuracy_every_epochs = 2.0
     return config

@@ -161,13 +161,13 @@ class Checkpointer:
 
 
 def read_run(
-    directory: Path, step: int | None = None, item: str = "params"
-) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """A step of a run, that step's parameters as numpy arrays, and its meta; changes nothing.
+    directory: Path, step: int | None = None, items: Sequence[str] = ("params",)
+) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
+    """A step of a run, items of its state as numpy arrays, and its meta; changes nothing.
 
     Args:
       step: None takes the newest that reads back as it was written.
-      item: "params", or "ema" for the average of the parameters.
+      items: "params", "ema" for the average of the parameters, "batch_stats", which may be empty.
 
     Raises:
       CheckpointError: there is no such step or item, or it is damaged.
@@ -178,7 +178,9 @@ def read_run(
             raise CheckpointError(f"{directory} has no step {step}; it has {steps}")
         for number in steps if step is None else [step]:
             try:
-                return number, *_read_arrays(manager, number, item)
+                meta = _meta(manager, number)
+                found = [_read_item(manager, number, item, meta["digests"]) for item in items]
+                return number, found, meta
             except CheckpointError:
                 raise
             except Exception as error:  # orbax has no common class for what can go wrong
@@ -207,16 +209,21 @@ def _read_only_manager(directory: Path) -> Iterator[ocp.CheckpointManager]:
         absl.logging.set_verbosity(verbosity)
 
 
-def _read_arrays(
-    manager: ocp.CheckpointManager, step: int, item: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _read_item(
+    manager: ocp.CheckpointManager, step: int, item: str, expected: Mapping[str, int]
+) -> dict[str, Any]:
     metadata = manager.item_metadata(step)
     if item == "params":
         group, stored = "params", metadata["params"].tree
     else:
         group, stored = "train", {item: metadata["train"].tree.get(item)}
     if group == "train" and not stored[item]:
+        if item == "batch_stats":
+            return {}
         raise CheckpointError(
             f"step {step} in {manager.directory} keeps no {item}: read it without"
         )
@@ -225,8 +232,8 @@ def _read_arrays(
     arguments = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
     restored = manager.restore(step, args=ocp.args.Composite(**{group: arguments}))[group]
     state = {"params": restored} if item == "params" else restored
-    _check_digests(state, meta["digests"])
-    return state[item], meta
+    _check_digests(state, expected)
+    return state[item]
 
 
 def _check_digests(state: Mapping[str, Any], expected: Mapping[str, int]) -> None:

@@ -102,6 +102,12 @@ def image_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser with images, --checkpoint and all that goes with them."""
     parser = make_parser(module, doc)
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    add_checkpoint(parser)
+    return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint, and how its model is to compute."""
     parser.add_argument(
         "--checkpoint", required=True, help="official, HuggingFace or timm, or a workdir of ours"
     )
@@ -111,7 +117,6 @@ def image_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--channels", type=count, help="of images; the checkpoint's unless given")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add_reading(parser)
-    return parser
 
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:

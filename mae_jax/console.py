@@ -1,10 +1,11 @@
 """What a person sees: the log, tables, and the progress of long work."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import absl.logging
+import rich.box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -28,6 +29,16 @@ def setup_logging() -> None:
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
     absl.logging.set_verbosity("error")  # orbax would tell of every file that it touches
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a table with a heading for every column to the standard output."""
+    table = Table(title=escape(title), box=rich.box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number > 1 else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(str(value)) for value in row))
+    Console().print(table)
 
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:

@@ -1,92 +1,243 @@
-"""What a run is judged by: k-NN and pictures while it trains, a summary at its end."""
+"""What a run is judged by: evaluators while it trains, and a summary at its end."""
 
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from mae_jax import sharding
 from mae_jax.console import print_table
-from mae_jax.evals.knn import FeatureFn, Knn
+from mae_jax.evals.accuracy import Accuracy
+from mae_jax.evals.extract import extract
+from mae_jax.evals.knn import knn_scores
+from mae_jax.evals.probe import probe_scores
 from mae_jax.evals.reconstruct import Pictures, save_png
+from mae_jax.evals.scores import Score
 from mae_jax.metrics import RunLog, write_json
+from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.training import TrainState
+from mae_jax.training import Hook, TrainState
 
 log = logging.getLogger("mae_jax")
 
 RANDOM_ENCODERS = 3  # whose mean accuracy is the baseline
+Results = dict[str, Any]
+
+
+class Evaluator(Protocol):
+    """Judges a state."""
+
+    @property
+    def every(self) -> int | None:
+        """Steps between two judgements; None at the end of the run only."""
+        ...
+
+    def run(self, step: int, state: TrainState) -> Results:
+        """Results by name, while the run goes on."""
+        ...
+
+    def finish(self, step: int, state: TrainState) -> Results:
+        """Results by name, at its end."""
+        ...
+
+
+def over_devices(
+    function: Callable[..., Any], mesh: jax.sharding.Mesh, *state: Any
+) -> Callable[[np.ndarray], Any]:
+    """`function(*state, images)` as a function of a batch of images, split over all devices."""
+    compiled = jax.jit(function)
+    return lambda images: compiled(*state, sharding.shard_batch({"image": images}, mesh)["image"])
+
+
+@dataclass(frozen=True)
+class DrawPictures:
+    """Reconstructions of the same images, in pictures/step_*.png."""
+
+    pictures: Pictures
+    run_log: RunLog
+    folder: Path
+    every: int | None
+
+    def run(self, step: int, state: TrainState) -> Results:
+        """Writes a picture."""
+        picture = self.pictures.run(state.params)
+        path = self.folder / f"step_{step:07d}.png"
+        save_png(path, picture)
+        self.run_log.image(step, "reconstruction", picture)
+        return {"pictures": str(path)}
+
+    finish = run
+
+
+@dataclass(frozen=True)
+class MeasureAccuracy:
+    """top1 and top5 of the classifier, and of its averaged parameters where they are kept."""
+
+    task: Classify
+    accuracy: Accuracy
+    mesh: jax.sharding.Mesh
+    every: int | None
+
+    def run(self, step: int, state: TrainState) -> Results:
+        """Over the whole evaluation split."""
+        score = self._score(state.params, state)
+        found: Results = {"top1": score.top1, "top5": score.top5}
+        if state.ema is not None:
+            averaged = self._score(state.ema, state)
+            found |= {"top1_ema": averaged.top1, "top5_ema": averaged.top5}
+        return found
+
+    def finish(self, step: int, state: TrainState) -> Results:
+        """The same, with the number of images, a confidence interval and the time."""
+        begin = time.perf_counter()
+        found = self.run(step, state)
+        score = Score(found["top1"], found["top5"], self.accuracy.count)
+        return found | {
+            "top1_interval": list(score.interval),
+            "eval_images": score.images,
+            "eval_seconds": round(time.perf_counter() - begin, 2),
+        }
+
+    def _score(self, params: Any, state: TrainState) -> Score:
+        def logits(params: Any, stats: Any, images: Array) -> Array:
+            made = self.task.outputs(params, stats, images).logits
+            assert made is not None
+            return made
+
+        return self.accuracy.run(over_devices(logits, self.mesh, params, state.batch_stats))
+
+
+@dataclass(frozen=True)
+class MeasureFeatures:
+    """k-NN of the encoder's features; at the end also a linear probe and baselines if asked for.
+
+    bank, queries: how many images, and a function that reads them. ks: the first is logged while
+    training. baseline_key: random encoders are initialised from it; None has no baselines.
+    """
+
+    task: Pretrain | Classify
+    bank: tuple[int, Callable[[], Any]]
+    queries: tuple[int, Callable[[], Any]]
+    num_classes: int
+    ks: tuple[int, ...]
+    temperature: float
+    mesh: jax.sharding.Mesh
+    every: int | None
+    linear: bool = False
+    baseline_key: Key[Array, ""] | None = None
+
+    def run(self, step: int, state: TrainState) -> Results:
+        """k-NN accuracy of the encoder."""
+        return self._measure({"": state.params}, self.ks[:1], linear=False)
+
+    def finish(self, step: int, state: TrainState) -> Results:
+        """Everything that was asked for, of the encoder and of the baselines."""
+        kinds: dict[str, Any] = {"": state.params}
+        if self.baseline_key is None:
+            return self._measure(kinds, self.ks, linear=self.linear)
+        kinds["_pixels"] = None
+        for number in range(RANDOM_ENCODERS):
+            key = jax.random.fold_in(self.baseline_key, 1 + number)
+            kinds[f"_random_init_{number}"] = jax.jit(self.task.init)(key)
+        found = self._measure(kinds, self.ks, linear=self.linear)
+        for name in [name for name in found if name.endswith("_random_init_0")]:
+            common = name.removesuffix("_0")
+            values = [found.pop(f"{common}_{number}") for number in range(RANDOM_ENCODERS)]
+            found[common] = float(np.mean(values))
+        return found
+
+    def _measure(self, kinds: Mapping[str, Any], ks: tuple[int, ...], *, linear: bool) -> Results:
+        """Of several kinds of features: parameters, or None for raw pixels."""
+        functions = {
+            kind: _pixels if params is None else over_devices(self.task.features, self.mesh, params)
+            for kind, params in kinds.items()
+        }
+
+        def features(images: np.ndarray) -> dict[str, Any]:
+            return {kind: function(images) for kind, function in functions.items()}
+
+        bank, bank_labels = extract(features, self.bank[1](), self.bank[0])
+        queries, labels = extract(features, self.queries[1](), self.queries[0])
+        found: Results = {}
+        for kind in kinds:
+            scores = knn_scores(
+                bank[kind],
+                bank_labels,
+                queries[kind],
+                labels,
+                num_classes=self.num_classes,
+                ks=ks,
+                temperature=self.temperature,
+            )
+            found[f"knn_top1{kind}"] = scores[ks[0]].top1
+            found |= {f"knn_top1_k{k}{kind}": scores[k].top1 for k in ks[1:]}
+        if linear:
+            for kind in kinds:
+                train, test = {kind: bank[kind]}, {kind: queries[kind]}
+                scores = probe_scores(
+                    train, bank_labels, test, labels, num_classes=self.num_classes
+                )
+                found[f"linear_top1{kind}"] = scores[kind].top1
+        return found
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    return np.float32(images).reshape(len(images), -1)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates states of one run; results go to its log and into its workdir.
+    """The evaluators of one run; results go to its log and into its workdir."""
 
-    knn is None where there is nothing to measure it on. With `baseline_key` the end of the run
-    also measures raw pixels, and encoders initialised from that key.
-    """
-
-    task: Pretrain
     run_log: RunLog
     workdir: Path
-    pictures: Pictures
-    knn: Knn | None
-    baseline_key: Key[Array, ""] | None
+    evaluators: Sequence[Evaluator]
+    total_steps: int
 
-    def measure_knn(self, step: int, state: TrainState) -> None:
-        """Logs the k-NN accuracy of the encoder's features."""
-        assert self.knn is not None
-        found = self.knn.run({"knn_top1": self._features(state.params)})
-        self.run_log.scalars(step, found)
-        log.info("step %d: k-NN top-1 %.3f", step, found["knn_top1"])
+    def hooks(self) -> list[Hook]:
+        """One for each evaluator that runs while the run goes on."""
+        return [Hook(e.every, self._hook(e)) for e in self.evaluators if e.every]
 
-    def draw_pictures(self, step: int, state: TrainState) -> Path:
-        """Writes pictures/step_*.png and says where it lies."""
-        picture = self.pictures.run(state.params)
-        path = self.workdir / "pictures" / f"step_{step:07d}.png"
-        save_png(path, picture)
-        self.run_log.image(step, "reconstruction", picture)
-        return path
+    def _hook(self, evaluator: Evaluator) -> Callable[[int, TrainState], None]:
+        def run(step: int, state: TrainState) -> None:
+            if step == self.total_steps:
+                return  # the last evaluation comes in any case
+            found = _numbers(evaluator.run(step, state))
+            if found:
+                self.run_log.scalars(step, found)
+                text = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+                log.info("step %d: %s", step, text)
 
-    def finish(self, step: int, state: TrainState) -> None:
-        """The last evaluation: pictures, k-NN with its baselines, summary.json and its table."""
-        pictures = self.draw_pictures(step, state)
-        found = self._final_knn(state)
-        if found:
-            self.run_log.scalars(step, found)
+        return run
+
+    def finish(self, step: int, state: TrainState, more: Mapping[str, Any]) -> None:
+        """The last evaluation: summary.json, which takes `more` too, and its table."""
+        found: Results = {}
+        for evaluator in self.evaluators:
+            found |= evaluator.finish(step, state)
+        if numbers := _numbers(found):
+            self.run_log.scalars(step, numbers)
         rates, losses = (self.run_log.column(name) for name in ("images_per_second", "loss"))
-        summary = found | {
+        summary = {
+            **found,
             "final_loss": losses[-1] if losses else None,
             "images_per_second": float(np.median(rates)) if rates else None,
             "steps": step,
-            "pictures": str(pictures),
+            **more,
         }
         write_json(self.workdir / "summary.json", summary)
         print_summary(summary)
 
-    def _features(self, params: Any) -> FeatureFn:
-        function = jax.jit(self.task.features)
-        return lambda images: function(params, images)
 
-    def _final_knn(self, state: TrainState) -> dict[str, float]:
-        """Accuracies of the encoder and, where asked for, of the baselines, by the same call."""
-        if self.knn is None:
-            return {}
-        features = {"knn_top1": self._features(state.params)}
-        if self.baseline_key is None:
-            return self.knn.run(features)
-        features["knn_top1_pixels"] = lambda images: np.float32(images).reshape(len(images), -1)
-        random = [f"random_{number}" for number in range(RANDOM_ENCODERS)]
-        for number, name in enumerate(random):
-            key = jax.random.fold_in(self.baseline_key, 1 + number)
-            features[name] = self._features(jax.jit(self.task.init)(key))
-        found = self.knn.run(features)
-        return found | {"knn_top1_random_init": float(np.mean([found.pop(n) for n in random]))}
+def _numbers(results: Results) -> dict[str, float]:
+    return {name: value for name, value in results.items() if isinstance(value, float)}
 
 
 def summary_of(workdir: Path, step: int) -> dict[str, Any] | None:
@@ -100,13 +251,21 @@ def summary_of(workdir: Path, step: int) -> dict[str, Any] | None:
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """A short table of what a run came to."""
-    names = {
-        "knn_top1": "k-NN top-1, this encoder",
-        "knn_top1_random_init": f"k-NN top-1, random encoder (mean of {RANDOM_ENCODERS})",
-        "knn_top1_pixels": "k-NN top-1, raw pixels",
-        "final_loss": "final loss",
-        "images_per_second": "images per second",
-        "pictures": "pictures",
+    kinds = {
+        "": "this encoder",
+        "_random_init": f"random encoder (mean of {RANDOM_ENCODERS})",
+        "_pixels": "raw pixels",
     }
+    names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, averaged parameters"}
+    for measure, label in (("knn_top1", "k-NN top-1"), ("linear_top1", "linear probe top-1")):
+        names |= {f"{measure}{kind}": f"{label}, {text}" for kind, text in kinds.items()}
+    of_k = [name for name in summary if name.startswith("knn_top1_k")]
+    names |= {name: f"k-NN top-1, k = {name.removeprefix('knn_top1_k')}" for name in of_k}
+    names |= {"final_loss": "final loss", "images_per_second": "images per second"}
     rows = {label: summary[name] for name, label in names.items() if summary.get(name) is not None}
+    if interval := summary.get("top1_interval"):
+        rows["95 % interval of top-1"] = f"{interval[0]:.3f} to {interval[1]:.3f}"
+        rows["images evaluated"] = summary["eval_images"]
+    if "pictures" in summary:
+        rows["pictures"] = summary["pictures"]
     print_table(f"After {summary['steps']} steps", rows)

@@ -18,12 +18,19 @@ def forward_flops(
     size: Size, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
 ) -> float:
     """FLOPs of the loss of one image."""
-    embed = 2 * num_patches * patch_values * size.width
-    encoder = _blocks(size.width, size.depth, kept + 1, mlp_ratio)
+    encoder = encoder_flops(size, num_patches, kept, patch_values, mlp_ratio)
     decoder_embed = 2 * (kept + 1) * size.width * size.decoder_width
     decoder = _blocks(size.decoder_width, size.decoder_depth, num_patches + 1, mlp_ratio)
     head = 2 * (num_patches + 1) * size.decoder_width * patch_values
-    return embed + encoder + decoder_embed + decoder + head
+    return encoder + decoder_embed + decoder + head
+
+
+def encoder_flops(
+    size: Size, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
+) -> float:
+    """FLOPs of the encoder's forward pass over one image."""
+    embed = 2 * num_patches * patch_values * size.width
+    return embed + _blocks(size.width, size.depth, kept + 1, mlp_ratio)
 
 
 def train_flops(

@@ -80,7 +80,7 @@ class RunLog:
         columns = (TextColumn("{task.description}"), BarColumn(None))
         self._bar = Progress(*columns, console=console, auto_refresh=False, expand=True)
         self._task = self._bar.add_task("compiling", total=total_steps, completed=start_step)
-        if console.is_terminal:
+        if console.is_terminal and total_steps:
             self._bar.start()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -117,9 +117,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after optional clipping of the global gradient norm."""
     mask = lambda params: decay_mask(params, without_decay)
-    update = optax.adamw(
-        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
-    )
+    update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
     if clip_norm is not None:
         update = optax.chain(optax.clip_by_global_norm(clip_norm), update)
     return _scaled(update, layer_decay, train_last_blocks)
@@ -147,9 +145,8 @@ def lars(
     return _scaled(update, 1.0, train_last_blocks)
 
 
-def _trust(updates: Tree, params: Tree | None, coefficient: float) -> dict:
+def _trust(updates: Any, params: Any, coefficient: float) -> dict:
     """Updates of matrices scaled to a share of the parameters' norm, layer by layer."""
-    assert params is not None
 
     def ratio(name: str, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         update, param = pair
@@ -179,19 +176,21 @@ def _scaled(
     def trained(tree: Tree, scales: dict[str, Any]) -> dict:
         return from_named({n: leaf for n, leaf in named_leaves(tree).items() if scales[n].any()})
 
-    def init(params: Tree) -> optax.OptState:
+    def init(params: Any) -> optax.OptState:
         return tx.init(trained(params, scales(params)))
 
-    def update(grads: Tree, state: optax.OptState, params: Tree | None = None):
+    def update(updates: Any, state: optax.OptState, params: Any = None):
         assert params is not None
         factors = scales(params)
-        updates, state = tx.update(trained(grads, factors), state, trained(params, factors))
+        updates, state = tx.update(trained(updates, factors), state, trained(params, factors))
         found = named_leaves(updates)
         # x + -0.0 is x for every x, where x + 0.0 would make a 0.0 of -0.0.
         return map_named(
-            lambda name, param: jnp.where(factors[name], found[name] * factors[name], -0.0)
-            if name in found
-            else jnp.full_like(param, -0.0),
+            lambda name, param: (
+                jnp.where(factors[name], found[name] * factors[name], -0.0)
+                if name in found
+                else jnp.full_like(param, -0.0)
+            ),
             params,
         ), state
 

@@ -17,9 +17,9 @@ from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_clas
 from mae_jax.data.loader import ordered_batches
 from mae_jax.data.sources import FileSource
 from mae_jax.data.transforms import EvalTransform
+from mae_jax.models.classifier import Outputs
 from mae_jax.models.layers import Execution
 from mae_jax.models.patches import patchify
-from mae_jax.models.classifier import Outputs
 from mae_jax.pixels import normalise
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.trees import from_named

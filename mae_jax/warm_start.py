@@ -31,17 +31,25 @@ class WarmStart:
     unused: list[str]
 
 
-def adapt(found: Weights, *, image_size: tuple[int, int], channels: int, position: str) -> Weights:
+def adapt(
+    found: Weights,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    position: str,
+    final_norm: bool = True,
+) -> Weights:
     """The checkpoint for the model of a run: of its image size, channels and kind of positions.
 
     Raises:
-      ConvertError: sine-cosine positions are wanted and the checkpoint's are others, or it has
-        lost its final norm in fine-tuning.
+      ConvertError: sine-cosine positions are wanted and the checkpoint's are others; or the model
+        needs the encoder's final norm and the checkpoint has lost it in fine-tuning.
     """
-    if found.info.fc_norm:
+    if found.info.fc_norm and final_norm:
         raise ConvertError(
-            "it is fine-tuned with fc_norm, and so has no final norm, which pretraining needs: "
-            "start from the pretrained checkpoint that it came from"
+            "it is fine-tuned with fc_norm, and so has no final norm, which this model needs: "
+            "start from the pretrained checkpoint that it came from, or evaluate it as it is with "
+            "python -m mae_jax.evaluate"
         )
     if position == "sincos":  # computed, not a parameter
         found = _without_tables(found)
@@ -61,13 +69,28 @@ def _without_tables(found: Weights) -> Weights:
     return dataclasses.replace(found, arrays=arrays)
 
 
+HEAD = ("head", "head_norm", "attention_pool")
+
+
+def _part(name: str) -> str:
+    return name.split("/")[0]
+
+
+def without_head(found: Weights) -> Weights:
+    """The same weights without a classification head."""
+    arrays = {name: x for name, x in found.arrays.items() if _part(name) not in HEAD}
+    return dataclasses.replace(found, arrays=arrays)
+
+
 def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
-    """A tree of fresh parameters with the checkpoint's in their place; its encoder must be whole.
+    """A tree of fresh arrays with the checkpoint's in their place; its encoder must be whole.
 
     Raises:
-      ConvertError: lists every array that is missing from the encoder or of another shape.
+      ConvertError: lists every array that is missing from the encoder or of another shape; or the
+        head of the checkpoint is of another kind than the model's.
     """
     leaves = named_leaves(params)
+    _check_head(leaves, found)
     loaded = [name for name in leaves if name in found.arrays]
     fresh = [name for name in leaves if name not in found.arrays]
     unused = [name for name in found.arrays if name not in leaves]
@@ -76,19 +99,39 @@ def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
     }
     wrong = differences(needed, {name: found.arrays[name] for name in loaded})
     if wrong:
+        advice = ""
+        if any(" decoder/" in line for line in wrong):
+            advice = (
+                "\nIf only the decoder is another, --config.init.encoder_only=True leaves it out"
+            )
+        if all(_part(line.split()[1]) in HEAD for line in wrong):
+            advice = "\n--config.init.new_head=True begins with a new head"
         listed = "\n  ".join(wrong)
-        raise ConvertError(
-            f"it does not fit the model of this run:\n  {listed}\nIf only the decoder is another, "
-            "--config.init.encoder_only=True leaves it out"
-        )
-    merged = leaves | {name: found.arrays[name].astype(np.float32) for name in loaded}
+        raise ConvertError(f"it does not fit the model of this run:\n  {listed}{advice}")
+    merged = leaves | {name: found.arrays[name].astype(leaves[name].dtype) for name in loaded}
     return WarmStart(from_named(merged), loaded, fresh, unused)
+
+
+def _check_head(leaves: Mapping[str, Any], found: Weights) -> None:
+    """ConvertError if both have a head, and they do not consist of the same."""
+    ours, theirs = ({_part(name) for name in names} for names in (leaves, found.arrays))
+    if "head" in ours and "head" in theirs:
+        kinds = [sorted(parts & {*HEAD, "fc_norm"}) for parts in (theirs, ours)]
+        if kinds[0] != kinds[1]:
+            raise ConvertError(
+                f"its head consists of {' and '.join(kinds[0])}, this model's of "
+                f"{' and '.join(kinds[1])}: --config.init.new_head=True begins with a new head"
+            )
 
 
 def report(path: str, start: WarmStart) -> None:
     """Logs what became of every array."""
     log.info("warm start from %s: %d arrays loaded", path, len(start.loaded))
-    for what, names in (("initialised at random", start.fresh), ("not used", start.unused)):
+    for what, names in (
+        ("loaded", start.loaded),
+        ("initialised anew", start.fresh),
+        ("not used", start.unused),
+    ):
         if names:
             log.info("  %s: %s", what, ", ".join(names))
 

@@ -17,7 +17,7 @@ from mae_jax.models.vit import Encoder
 from mae_jax.optim import adamw, decay_mask, lars, update_scales, warmup_cosine
 from mae_jax.tasks import mixup
 from mae_jax.tasks.classify import Classify, soft_cross_entropy
-from mae_jax.tasks.mixup import Mix, Mixup
+from mae_jax.tasks.mixup import Mix
 from mae_jax.training import init_state, make_train_step
 from mae_jax.trees import named_leaves
 
@@ -82,9 +82,7 @@ def test_forward_and_gradients(vit, golden):
 def test_linear_probe_head(vit):
     """Training normalises by the batch, evaluation by running statistics, unbiased ones."""
     _, config, io, params = vit
-    task = make_task(
-        config, mean_pool=config["global_pool"], head_norm=True, train_last_blocks=0
-    )
+    task = make_task(config, mean_pool=config["global_pool"], head_norm=True, train_last_blocks=0)
     params = with_probe_head(params, io)
     before = {
         "head_norm": {
@@ -112,9 +110,7 @@ def test_linear_probe_head(vit):
     # What was recorded still held the gradient of the plain head before it.
     plain = (jax.nn.softmax(io["logits"]) - targets) / len(targets)
     kernel, bias = plain.T @ io["features"], plain.sum(axis=0)
-    np.testing.assert_allclose(
-        grads["head"]["kernel"].T, io["lin_grad_weight"] - kernel, atol=5e-6
-    )
+    np.testing.assert_allclose(grads["head"]["kernel"].T, io["lin_grad_weight"] - kernel, atol=5e-6)
     np.testing.assert_allclose(grads["head"]["bias"], io["lin_grad_bias"] - bias, atol=5e-6)
     for name, grad in named_leaves(grads).items():
         assert name.startswith("head/") or not np.any(grad), name
@@ -124,9 +120,7 @@ def test_linear_probe_head(vit):
 def test_linear_probe_trajectory(vit, golden, cached):
     """Six LARS steps; the encoder's bits do not change, and cached features do as well."""
     folder, config, io, params = vit
-    task = make_task(
-        config, mean_pool=config["global_pool"], head_norm=True, train_last_blocks=0
-    )
+    task = make_task(config, mean_pool=config["global_pool"], head_norm=True, train_last_blocks=0)
     params = with_probe_head(params, io)
     expected = load_file(folder / "linprobe_traj.safetensors")
     batches = load_file(golden / "vit" / "v0_linprobe_batches.safetensors")
@@ -198,9 +192,7 @@ def test_lars_trusts_every_layer_of_a_stack_by_itself():
     for layer in range(3):
         alone = {"kernel": w[layer]}
         update, _ = tx.update({"kernel": g[layer]}, tx.init(alone), alone)
-        np.testing.assert_allclose(
-            together["blocks"]["kernel"][layer], update["kernel"], rtol=1e-6
-        )
+        np.testing.assert_allclose(together["blocks"]["kernel"][layer], update["kernel"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["f2_clip", "f3_droppath"])
@@ -319,11 +311,7 @@ def test_mixing(case, golden):
     # The box and the corrected share follow from its centre and the drawn share.
     for box, drawn, left in zip(boxes[cut], *(config["cutmix_calls"][k] for k in ("lam0", "lam"))):
         half = int(side * np.sqrt(1 - drawn)) // 2
-        centres = [
-            high - half if low == 0 else low + half for low, high in (box[:2], box[2:])
-        ]
-        made, corrected = mixup.make_box(
-            jnp.array([drawn]), jnp.array([centres]), (side, side)
-        )
+        centres = [high - half if low == 0 else low + half for low, high in (box[:2], box[2:])]
+        made, corrected = mixup.make_box(jnp.array([drawn]), jnp.array([centres]), (side, side))
         np.testing.assert_array_equal(made[0], box)
         np.testing.assert_allclose(corrected[0], left, rtol=1e-6)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from mae_jax.data.loader import Loader, ordered_batches
-from mae_jax.data.sources import DataError, FolderSource, Subset, TfdsSource, make_source
+from mae_jax.data.sources import DataError, FolderSource, TfdsSource, make_source
+from mae_jax.data.subsets import evenly_spaced
 from mae_jax.data.transforms import EvalTransform, TrainTransform, decode, random_crop_box
 
 
@@ -96,9 +97,9 @@ class TestFolder:
 
     def test_subset_is_evenly_spaced(self, folder):
         source = FolderSource(str(folder), "train")
-        subset = Subset(source, 3)
+        subset = evenly_spaced(source, 3)
         assert [subset.key(i) for i in range(3)] == [source.key(i) for i in (0, 10, 19)]
-        assert len(Subset(source, 1000)) == 20
+        assert len(evenly_spaced(source, 1000)) == 20
 
 
 class TestTfds:

@@ -12,10 +12,13 @@ FLOORS = [  # a module may import its own folder and what stands on a lower floo
     ["flops"],
     ["data", "pixels", "models", "optim", "sharding", "checkpoint", "metrics"],
     ["tasks", "convert"],
-    ["training", "health", "evals", "pretrained", "warm_start"],
-    ["recipe", "evaluation"],
+    ["training", "health", "pretrained", "warm_start"],
+    ["evals"],
+    ["evaluation"],
+    ["recipe"],
+    ["start"],
     ["experiment", "command_line"],
-    ["reconstruct", "features", "predict"],
+    ["reconstruct", "features", "predict", "evaluate"],
 ]
 DOORS = ["__init__.py", "convert/__main__.py"]  # as high as the commands, wherever they lie
 FENCES = {  # package -> where alone it may be imported

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from mae_jax.evals.knn import Knn, extract, knn_accuracy
+from mae_jax.evals.extract import extract
+from mae_jax.evals.knn import knn_scores
 
 
 def reference(bank, labels, queries, k, temperature):
@@ -16,42 +17,53 @@ def reference(bank, labels, queries, k, temperature):
     return np.array(answers)
 
 
-@pytest.mark.parametrize("k", [1, 10])
-def test_votes_are_weighted_by_similarity(k):
+def make_sets(count=300, queries=101, classes=5):
     rng = np.random.default_rng(0)
-    bank, queries = rng.normal(size=(300, 8)), rng.normal(size=(101, 8))
-    bank, queries = bank.astype(np.float32), queries.astype(np.float32)
-    labels = rng.integers(0, 5, 300)
-    expected = reference(bank, labels, queries, k, 0.07)
-    # Labelling the queries with the reference's answers makes agreement an accuracy of 1.
-    accuracy = knn_accuracy(bank, labels, queries, expected, k=k, temperature=0.07, tile=32)
-    assert accuracy == 1.0
-    wrong = (expected + 1) % 5
-    assert knn_accuracy(bank, labels, queries, wrong, k=k, temperature=0.07) == 0.0
+    vectors = rng.normal(size=(count + queries, 8)).astype(np.float32)
+    return vectors[:count], rng.integers(0, classes, count), vectors[count:]
 
 
-def test_a_bank_smaller_than_k():
-    x = np.eye(3, dtype=np.float32)
-    assert knn_accuracy(x, np.arange(3), x, np.arange(3), k=10, temperature=0.07) == 1.0
+@pytest.mark.parametrize("tiles", [dict(), dict(query_tile=32, bank_tile=64)])
+def test_votes_are_weighted_by_similarity(tiles):
+    bank, labels, queries = make_sets()
+    for k in (1, 10, 200, 1000):
+        expected = reference(bank, labels, queries, min(k, len(bank)), 0.07)
+        # Labelling the queries with the reference's answers makes agreement an accuracy of 1.
+        scores = knn_scores(bank, labels, queries, expected, num_classes=5, ks=(k,), **tiles)
+        assert scores[k].top1 == 1.0
+        wrong = (expected + 1) % 5
+        assert knn_scores(bank, labels, queries, wrong, num_classes=5, ks=(k,))[k].top1 == 0.0
 
 
-def batches():
-    for start in range(0, 12, 4):
-        index = np.arange(start, start + 4)
-        yield {"image": index[:, None], "label": index % 3, "valid": index < 10}
+def test_several_k_at_once_and_five_guesses():
+    bank, labels, queries = make_sets(classes=20)
+    truth = reference(bank, labels, queries, 5, 0.07)
+    together = knn_scores(bank, labels, queries, truth, num_classes=20, ks=(1, 5, 20))
+    for k, score in together.items():
+        alone = knn_scores(bank, labels, queries, truth, num_classes=20, ks=(k,))[k]
+        assert score == alone
+        assert score.top5 >= score.top1
+        assert score.images == 101
+    assert together[5].top1 == 1.0
+    assert together[1].top5 < 1.0
+
+
+def test_features_of_zero_are_no_neighbours_of_note():
+    bank, labels, queries = make_sets()
+    bank[0] = queries[0] = 0.0
+    score = knn_scores(bank, labels, queries, labels[:101], num_classes=5)[10]
+    assert 0 <= score.top1 <= 1
 
 
 def test_padding_is_left_out():
-    features, labels = extract({"a": lambda x: x * 2.0, "b": lambda x: -x}, batches())
+    def batches():
+        for start in range(0, 12, 4):
+            index = np.arange(start, start + 4)
+            yield {"image": index[:, None], "label": index % 3, "valid": index < 10}
+
+    features, labels = extract(lambda x: {"a": x * 2.0, "b": -x}, batches(), 10)
     np.testing.assert_array_equal(features["a"][:, 0], 2 * np.arange(10))
     np.testing.assert_array_equal(features["b"][:, 0], -np.arange(10))
     np.testing.assert_array_equal(labels, np.arange(10) % 3)
-
-
-def test_evaluator_tells_good_features_from_bad():
-    one_hot = lambda x: np.eye(3, dtype=np.float32)[x[:, 0] % 3]
-    constant = lambda x: np.ones((len(x), 2), np.float32)
-    knn = Knn(batches, batches, k=3, temperature=0.07)
-    found = knn.run({"good": one_hot, "bad": constant})
-    assert found["good"] == 1.0
-    assert found["bad"] < 0.5
+    with pytest.raises(ValueError, match="10 images came where 11"):
+        extract(lambda x: {"a": x}, batches(), 11)

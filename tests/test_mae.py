@@ -29,7 +29,8 @@ def make_task(execution=Execution(), grid=(3, 4), channels=5, **kwargs):
 def loss_and_grads(task, params):
     images = jax.random.randint(jax.random.key(2), (6, 24, 32, 5), 0, 256, jnp.int32)
     batch = task.draw(jax.random.key(3), {"image": images.astype(jnp.uint8)})
-    return jax.jit(jax.value_and_grad(task.loss))(params, batch)
+    (loss, _), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, {}, batch)
+    return loss, grads
 
 
 @pytest.fixture(scope="module")

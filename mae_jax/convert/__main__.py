@@ -74,7 +74,7 @@ def describe(found: weights.Weights) -> dict[str, str]:
     if info.num_classes:
         head = f"{info.num_classes} classes, {'named' if info.class_names else 'without names'}"
         head += ", after a BatchNorm" if info.head_norm else ""
-    pool = "cls token" if info.pool == "cls" else "mean of the patches"
+    pools = {"cls": "cls token", "mean": "mean of the patches", "attention": "learned attention"}
     dtypes = Counter(array.dtype.name for array in found.arrays.values())
     return {
         "names": found.layout,
@@ -83,7 +83,8 @@ def describe(found: weights.Weights) -> dict[str, str]:
         "encoder": f"{_count(found, 'encoder/')}: {size}",
         "decoder": decoder,
         "head": head,
-        "pooling": f"{pool}, {'then fc_norm' if info.fc_norm else 'after the final norm'}",
+        "pooling": f"{pools[info.pool]}, "
+        f"{'then fc_norm' if info.fc_norm else 'after the final norm'}",
         "images": f"{info.image_size[0]} x {info.image_size[1]} x {info.channels}, "
         f"patches of {info.patch}",
         "preparation": _preparation(info),

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.models.classifier import POOLS, Classifier
 from mae_jax.models.layers import Execution
 from mae_jax.models.mae import MAE, make_mae
 from mae_jax.models.patches import patch_grid
-from mae_jax.models.classifier import POOLS, Classifier
 from mae_jax.models.vit import Encoder, check_width
 from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mae_jax.sizes import SIZES, Size

@@ -197,10 +197,13 @@ class Layout:
 
 
 _OFFICIAL_NAMES = [*TIMM_ENCODER, *OFFICIAL_DECODER, *OFFICIAL_PROBE]
+ATTENTION_POOL = ("query", "key/kernel", "key/bias", "value/kernel", "value/bias")
+_OUR_NAMES = [row.ours for row in _OFFICIAL_NAMES]
+_OUR_NAMES += [f"attention_pool/{name}" for name in ATTENTION_POOL]  # nobody else's
 
 # In a dialect the first layout that has a place for everything is the one that is written.
 LAYOUTS = (
-    Layout("mae_jax", "", [_same(row.ours, row.ours) for row in _OFFICIAL_NAMES]),
+    Layout("mae_jax", "", [_same(name, name) for name in _OUR_NAMES]),
     Layout("official", "", [*TIMM_ENCODER, *OFFICIAL_DECODER, *_linear("head", "head")]),
     Layout("official", "linear probe", [*TIMM_ENCODER, *OFFICIAL_PROBE]),
     Layout("timm", "", [*TIMM_ENCODER, *_linear("head", "head")]),

@@ -23,18 +23,8 @@ def run_steps(path: Path) -> tuple[Path, int | None] | None:
     return (folder, None) if steps else None
 
 
-RUN_FACTS = [
-    "width",
-    "depth",
-    "heads",
-    "mlp_ratio",
-    "patch",
-    "channels",
-    "layer_norm_eps",
-    "decoder_width",
-    "decoder_depth",
-    "decoder_heads",
-]
+ENCODER_FACTS = ["width", "depth", "heads", "mlp_ratio", "patch", "channels", "layer_norm_eps"]
+DECODER_FACTS = ["decoder_width", "decoder_depth", "decoder_heads"]
 
 
 def load_run(
@@ -42,30 +32,59 @@ def load_run(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays by our names, and the fields of an `Info` that the run's config tells."""
     try:
-        step, params, meta = read_run(folder, step, item="ema" if ema else "params")
+        step, trees, meta = read_run(
+            folder, step, items=("ema" if ema else "params", "batch_stats")
+        )
     except CheckpointError as error:
         raise ConvertError(str(error)) from error
     except OSError as error:
         raise ConvertError(f"{folder} changed while it was read; try again: {error}") from error
     log.info("read step %d of %s", step, folder)
-    model, target, data = (meta["config"][group] for group in ("model", "target", "data"))
-    facts = {name: model[name] for name in RUN_FACTS}
+    config = meta["config"]
+    model, data = config["model"], config["data"]
+    facts = {name: model[name] for name in ENCODER_FACTS}
     facts |= {
         "source": "mae_jax",
-        "decoder_mlp_ratio": model["mlp_ratio"],
         "image_size": tuple(model["image_size"]),
-        "target": "normalized" if target["norm_pix"] else "pixels",
-        "norm_pix_eps": target["norm_pix_eps"],
         "mean": tuple(data["mean"])[: model["channels"]],
         "std": tuple(data["std"])[: model["channels"]],
         "resize": "crop",
         "crop": data["eval_crop"],
         "interpolation": "bicubic",
+        "norm_pix_eps": config["target"]["norm_pix_eps"],
     }
-    tensors = named_leaves(params)
+    tensors = {name: x for tree in trees for name, x in named_leaves(tree).items()}
+    classifies = config["task"] == "classify"
+    facts |= _head_facts(config, tensors, meta) if classifies else _decoder_facts(config)
     # Sine-cosine tables are no parameters of a run, but part of every file.
     grid = patch_grid(facts["image_size"], facts["patch"])
-    for part, width in (("encoder", facts["width"]), ("decoder", facts["decoder_width"])):
-        table = sincos_position_table(width, grid)[None]
-        tensors.setdefault(f"{part}/pos_embed/table", table)
+    towers = {"encoder": facts["width"], "decoder": facts.get("decoder_width")}
+    for part, width in towers.items():
+        if width:
+            table = sincos_position_table(width, grid)[None]
+            tensors.setdefault(f"{part}/pos_embed/table", table)
     return tensors, facts
+
+
+def _decoder_facts(config: dict[str, Any]) -> dict[str, Any]:
+    model = config["model"]
+    facts = {name: model[name] for name in DECODER_FACTS}
+    return facts | {
+        "decoder_mlp_ratio": model["mlp_ratio"],
+        "target": "normalized" if config["target"]["norm_pix"] else "pixels",
+    }
+
+
+def _head_facts(
+    config: dict[str, Any], tensors: dict[str, np.ndarray], meta: dict[str, Any]
+) -> dict[str, Any]:
+    classify = config["classify"]
+    num_classes = len(tensors["head/bias"]) if "head/bias" in tensors else 0
+    names = tuple(meta["classes"])
+    return {
+        "pool": classify["pool"],
+        "fc_norm": classify["fc_norm"],
+        "head_norm": classify["head_norm"],
+        "num_classes": num_classes,
+        "class_names": names if len(names) == num_classes else (),
+    }

@@ -184,6 +184,8 @@ def _why_not(info: Info, dialect: str) -> str | None:
     """Why a dialect's own code could not compute with the weights, if it could not."""
     if dialect == "mae_jax":
         return None
+    if info.pool == "attention":
+        return f"{dialect} has no place for the learned attention of a probe; mae_jax alone has"
     if info.head_norm and dialect != "official":
         return (
             f"{dialect} has no place for the BatchNorm of a linear probe's head; --to official has"

@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,16 @@ log = logging.getLogger("mae_jax")
 
 @dataclass(frozen=True)
 class Load:
-    """Record number -> example, with the next good record in place of a bad one if `skip`."""
+    """Record number -> example, with the next good record in place of a bad one if `skip`.
+
+    With `num_classes` a label that is none of theirs is an error.
+    """
 
     source: Source
     transform: Transform
     skip: bool = False
     advice: str = SKIP_ADVICE
+    num_classes: int | None = None
 
     def __call__(self, index: int, rng: Any = None) -> dict[str, Any]:
         """{"image", "label", "index": the record asked for, "skipped": bad ones from there on}."""
@@ -47,6 +51,7 @@ class Load:
                         f"{self.source.key(number)} is bad: {error}. {self.advice}"
                     ) from error
                 continue
+            self._check_label(number, record["label"])
             return {
                 "image": image,
                 "label": np.int32(record["label"]),
@@ -54,6 +59,13 @@ class Load:
                 "skipped": np.int32(skipped),
             }
         raise DataError("every image of the data set is bad")
+
+    def _check_label(self, number: int, label: int) -> None:
+        if self.num_classes is not None and not 0 <= label < self.num_classes:
+            raise DataError(
+                f"{self.source.key(number)} has label {label}, and the head has classes 0 to "
+                f"{self.num_classes - 1}: set classify.num_classes, or take a labelled split"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +76,7 @@ class Loader:
       batch_size: of all hosts together; this host yields batch_size // hosts rows of each.
       workers: processes that decode, each with `threads` threads; 0 decodes in this process.
       max_bad: with `skip`, the number of different bad records after which to give up.
+      num_classes: where given, labels have to be below it.
     """
 
     source: Source
@@ -74,24 +87,18 @@ class Loader:
     threads: int = 2
     skip: bool = False
     max_bad: int = 100
+    num_classes: int | None = None
     host: int = 0
     hosts: int = 1
 
     def __post_init__(self):
-        if len(self.source) < self.batch_size:
-            raise DataError(
-                f"batch_size={self.batch_size} is larger than the data set of "
-                f"{len(self.source)} images"
-            )
+        _check_batch_size(self.batch_size, len(self.source))
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: {"image": uint8 [b, h, w, c], "label": [b], "index": [b]}."""
-        load = Load(self.source, self.transform, self.skip)
-        dataset = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle()
-        dataset = dataset.repeat(10**9)  # epochs; a repeat without end overflows in batches of 1
-        # Batching before slicing keeps the global batch the same row for row on any host count.
-        dataset = dataset.random_map(load).batch(self.batch_size // self.hosts)
-        dataset = dataset[start_step * self.hosts + self.host :: self.hosts]
+        load = Load(self.source, self.transform, self.skip, num_classes=self.num_classes)
+        dataset = _order(len(self.source), self.seed).random_map(load)
+        dataset = _from_step(dataset, self.batch_size, start_step, self.host, self.hosts)
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
         examples = dataset.to_iter_dataset(options)
         if self.workers:
@@ -126,6 +133,43 @@ class Loader:
                     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArrayLoader:
+    """Endless batches of rows of arrays in memory, in the order in which `Loader` has records."""
+
+    arrays: Mapping[str, np.ndarray]
+    seed: int
+    batch_size: int
+    host: int = 0
+    hosts: int = 1
+
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
+        """The batches from a step on: rows of each array."""
+        count = len(next(iter(self.arrays.values())))
+        _check_batch_size(self.batch_size, count)
+        order = _order(count, self.seed)
+        for rows in _from_step(order, self.batch_size, start_step, self.host, self.hosts):
+            yield {name: array[rows] for name, array in self.arrays.items()}
+
+
+def _order(count: int, seed: int) -> grain.MapDataset:
+    """Record numbers, shuffled anew in every epoch."""
+    # A repeat without end overflows in batches of 1.
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat(10**9)
+
+
+def _from_step(
+    dataset: grain.MapDataset, batch_size: int, start_step: int, host: int, hosts: int
+) -> grain.MapDataset:
+    """This host's batches. Batching before slicing keeps the global batch on any host count."""
+    return dataset.batch(batch_size // hosts)[start_step * hosts + host :: hosts]
+
+
+def _check_batch_size(batch_size: int, count: int) -> None:
+    if count < batch_size:
+        raise DataError(f"batch_size={batch_size} is larger than the data set of {count} images")
+
+
 def ordered_batches(
     source: Source,
     transform: Transform,
@@ -133,12 +177,13 @@ def ordered_batches(
     threads: int = 2,
     skip: bool = False,
     advice: str = SKIP_ADVICE,
+    num_classes: int | None = None,
 ) -> Iterator[Batch]:
     """Every record once, in order; the last batch is filled up with copies marked "valid" False.
 
     With `skip` a bad record counts as the next good one; `advice` ends the error about it.
     """
-    load = Load(source, transform, skip, advice)
+    load = Load(source, transform, skip, advice, num_classes)
     count = -(-len(source) // batch_size) * batch_size
     dataset = grain.MapDataset.range(count).map(lambda i: load(min(i, len(source) - 1)))
     dataset = dataset.batch(batch_size)

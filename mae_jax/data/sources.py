@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-import numpy as np
-
 EMBEDDED = ("photo_crops",)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
@@ -66,9 +64,13 @@ class TfdsSource:
         if split.split("[")[0] not in known:
             raise DataError(f"{name} has no split {split!r}; it has {', '.join(known) or 'none'}")
         self.name, self.split = name, split
-        self.classes = tuple(features["label"].names) if "label" in features else ()
+        # A label that is a bare number, without a set of classes, counts as none.
+        labelled = "label" in features and hasattr(features["label"], "names")
+        self.classes = tuple(features["label"].names) if labelled else ()
         decoders: Any = {"image": tfds.decode.SkipDecoding()}
         self._records = builder.as_data_source(split, decoders=decoders)
+        if not len(self._records):
+            raise DataError(f"the split {split!r} of {name} is empty")
         shards = [Path(file) for file in known[split.split("[")[0]].filepaths]
         sizes = [f"{shard.name} {shard.stat().st_size}" for shard in shards]
         self._fingerprint = _digest([name, split, str(len(self)), *sizes])
@@ -120,9 +122,10 @@ class FolderSource:
 
     Args:
       path: the folder; where it has a subfolder called `split`, that one is read.
+      classes: of the training data, whose numbers count; no folder may be of another class.
     """
 
-    def __init__(self, path: str, split: str):
+    def __init__(self, path: str, split: str, classes: tuple[str, ...] = ()):
         root = Path(path)
         if (root / split).is_dir():
             root = root / split
@@ -135,7 +138,13 @@ class FolderSource:
                 f"no images in {root.absolute()} ({', '.join(sorted(SUFFIXES))} are read)"
             )
         tops = [name.split(os.sep)[0] if os.sep in name else "" for name in self.files]
-        self.classes = () if "" in tops else tuple(sorted(set(tops), key=os.fsencode))
+        found = () if "" in tops else tuple(sorted(set(tops), key=os.fsencode))
+        if unknown := set(found) - set(classes or found):
+            raise DataError(
+                f"{root} has folders for classes that training has not: "
+                f"{', '.join(sorted(unknown))}; its classes are {', '.join(classes)}"
+            )
+        self.classes = classes if classes and found else found
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = [number.get(top, -1) for top in tops]
 
@@ -213,29 +222,10 @@ class FileSource:
         return _digest([f"{file} {file.stat().st_size}" for file in self.files])
 
 
-class Subset:
-    """At most `count` records of a source, evenly spaced."""
-
-    def __init__(self, source: Source, count: int):
-        self._source = source
-        self._numbers = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-        self.classes = source.classes
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._numbers[index])]
-
-    def key(self, index: int) -> str:
-        return self._source.key(int(self._numbers[index]))
-
-    def fingerprint(self) -> str:
-        return _digest([self._source.fingerprint(), str(len(self))])
-
-
-def make_source(kind: str, name: str | None, path: str | None, split: str) -> Source:
-    """A source by its kind, "tfds" or "folder"."""
+def make_source(
+    kind: str, name: str | None, path: str | None, split: str, classes: tuple[str, ...] = ()
+) -> Source:
+    """A source by its kind, "tfds" or "folder"; `classes` as in FolderSource."""
     if kind == "tfds":
         if not name:
             raise DataError("data.source='tfds' needs data.name, the name of a TFDS data set")
@@ -243,5 +233,5 @@ def make_source(kind: str, name: str | None, path: str | None, split: str) -> So
     if kind == "folder":
         if not path:
             raise DataError("data.source='folder' needs data.path, a folder of images")
-        return FolderSource(path, split)
+        return FolderSource(path, split, classes)
     raise DataError(f"data.source={kind!r}; use 'tfds' or 'folder'")

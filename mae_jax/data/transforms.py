@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from mae_jax.data.augment import RandAugment
 from mae_jax.data.sources import DataError
 
 Box = tuple[int, int, int, int]
@@ -50,11 +51,31 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
+RATIO = (3 / 4, 4 / 3)  # range of a crop's width over its height
+
+
+def _random_sides(
+    rng: np.random.Generator, image_size: tuple[int, int], scale: tuple[float, float]
+) -> tuple[int, int]:
+    """Height and width of a random area and aspect, which may reach beyond the image."""
+    share = rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+    return crop_sides(share, aspect, image_size)
+
+
+def crop_sides(share: float, aspect: float, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a share of an image's area, `aspect` being width over height."""
+    area = image_size[0] * image_size[1] * share
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+
+
+def _placed(rng: np.random.Generator, image_size: tuple[int, int], sides: tuple[int, int]) -> Box:
+    top, left = (int(rng.integers(0, whole - side + 1)) for whole, side in zip(image_size, sides))
+    return left, top, left + sides[1], top + sides[0]
+
+
 def random_crop_box(
-    rng: np.random.Generator,
-    image_size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    rng: np.random.Generator, image_size: tuple[int, int], scale: tuple[float, float]
 ) -> Box:
     """Left, upper, right, lower of a crop of random area and aspect, by torchvision's law.
 
@@ -62,44 +83,67 @@ def random_crop_box(
     """
     height, width = image_size
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        h, w = _random_sides(rng, image_size, scale)
         if 0 < w <= width and 0 < h <= height:
-            top = int(rng.integers(0, height - h + 1))
-            left = int(rng.integers(0, width - w + 1))
-            return left, top, left + w, top + h
-    w = min(width, round(height * ratio[1]))
-    h = min(height, round(width / ratio[0]))
+            return _placed(rng, image_size, (h, w))
+    w = min(width, round(height * RATIO[1]))
+    h = min(height, round(width / RATIO[0]))
     top, left = (height - h) // 2, (width - w) // 2
     return left, top, left + w, top + h
+
+
+def weak_crop_box(
+    rng: np.random.Generator, image_size: tuple[int, int], scale: tuple[float, float]
+) -> Box:
+    """The same for linear probing: one try, its sides cut to the image (BYOL's law).
+
+    As in the reference: it differs from the other law, P(whole height) of a 500x375 image being
+    .26 instead of .01.
+    """
+    sides = _random_sides(rng, image_size, scale)
+    h, w = (min(max(side, 1), whole) for side, whole in zip(sides, image_size))
+    return _placed(rng, image_size, (h, w))
 
 
 def _resize(
     image: Image.Image, size: tuple[int, int], interpolation: str = "bicubic"
 ) -> UInt8[np.ndarray, "h w c"]:
-    resized = image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()])
-    array = np.asarray(resized)
+    return _as_array(image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()]))
+
+
+def _as_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
+    array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
+
+
+CROPS = {"crop": random_crop_box, "weak_crop": weak_crop_box, "randaugment": random_crop_box}
+AUGMENTS = ("none", *CROPS)
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random resized crop (bicubic, antialiased) and a flip: the paper's for pretraining.
+    """A random resized crop (bicubic, antialiased), a flip, and RandAugment where given.
 
-    image_size: height and width in pixels; scale: range of the crop's share of the area.
+    image_size: height and width in pixels; scale: range of the crop's share of the area; crop: a
+    key of CROPS.
     """
 
     image_size: tuple[int, int]
     channels: int
     scale: tuple[float, float]
     flip: bool = True
+    crop: str = "crop"
+    augment: RandAugment | None = None
 
     def __call__(self, encoded: bytes, rng: np.random.Generator) -> UInt8[np.ndarray, "h w c"]:
         image = decode(encoded, self.channels)
-        box = random_crop_box(rng, (image.height, image.width), self.scale)
+        box = CROPS[self.crop](rng, (image.height, image.width), self.scale)
         array = _resize(image.crop(box), self.image_size)
-        return array[:, ::-1] if self.flip and rng.random() < 0.5 else array
+        array = array[:, ::-1] if self.flip and rng.random() < 0.5 else array
+        if self.augment is None:
+            return array
+        pixels = array[..., 0] if self.channels == 1 else array
+        return _as_array(self.augment(Image.fromarray(pixels), rng))
 
 
 @dataclass(frozen=True)

@@ -1,87 +1,89 @@
 """k-nearest-neighbour accuracy: what features are worth without training anything on them."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-FeatureFn = Callable[[np.ndarray], Any]  # images uint8 [b, h, w, c] -> features [b, d]
+from mae_jax.evals.scores import TOP, Score, score_of
 
-
-def extract(
-    features: Mapping[str, FeatureFn], batches: Iterable[dict[str, np.ndarray]]
-) -> tuple[dict[str, Float[np.ndarray, "n d"]], Int[np.ndarray, " n"]]:
-    """Several kinds of features, by name, and the labels of every "valid" record, in order."""
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in features}
-    labels = []
-    for batch in batches:
-        for name, function in features.items():
-            rows[name].append(np.asarray(function(batch["image"]))[batch["valid"]])
-        labels.append(batch["label"][batch["valid"]])
-    return {name: np.concatenate(r) for name, r in rows.items()}, np.concatenate(labels)
+QUERY_TILE = 1024  # queries compared at once ...
+BANK_TILE = 65_536  # ... with so many of the bank: 268 MB of similarities
 
 
-@dataclass(frozen=True)
-class Knn:
-    """k-NN accuracy on `queries` with the labelled `bank`; both make an iterable of batches."""
-
-    bank: Callable[[], Iterable[dict[str, np.ndarray]]]
-    queries: Callable[[], Iterable[dict[str, np.ndarray]]]
-    k: int
-    temperature: float
-
-    def run(self, features: Mapping[str, FeatureFn]) -> dict[str, float]:
-        """Accuracy, 0..1, of each kind of features; images are read once for all of them."""
-        bank, bank_labels = extract(features, self.bank())
-        queries, labels = extract(features, self.queries())
-        return {
-            name: knn_accuracy(
-                bank[name],
-                bank_labels,
-                queries[name],
-                labels,
-                k=self.k,
-                temperature=self.temperature,
-            )
-            for name in features
-        }
-
-
-@partial(jax.jit, static_argnames=("k", "num_classes"))
-def _vote(queries, bank, bank_labels, temperature, *, k, num_classes):
-    similarity, index = jax.lax.top_k(queries @ bank.T, k)
-    weights = jnp.exp(similarity / temperature)
-    votes = jax.nn.one_hot(bank_labels[index], num_classes) * weights[..., None]
-    return votes.sum(axis=1).argmax(axis=1)
-
-
-def knn_accuracy(
+def knn_scores(
     bank: Float[np.ndarray, "n d"],
     bank_labels: Int[np.ndarray, " n"],
     queries: Float[np.ndarray, "q d"],
-    query_labels: Int[np.ndarray, " q"],
+    labels: Int[np.ndarray, " q"],
     *,
-    k: int,
-    temperature: float,
-    tile: int = 1024,
-) -> float:
-    """Share of queries whose neighbours elect the right class.
+    num_classes: int,
+    ks: Sequence[int] = (10,),
+    temperature: float = 0.07,
+    query_tile: int = QUERY_TILE,
+    bank_tile: int = BANK_TILE,
+) -> dict[int, Score]:
+    """Scores where the k nearest vote for their class, for each k (at most the bank's size).
 
-    The k nearest by cosine vote with weight exp(cosine / temperature) (Wu et al. 2018). A tile is
-    the number of queries whose similarities to the whole bank are in memory at once.
+    Neighbours by cosine vote with weight exp(cosine / temperature) (Wu et al. 2018). On the device
+    are the bank, 4 n d bytes, and one tile of similarities.
     """
-    k = min(k, len(bank))
-    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
-    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    labelled_bank = jnp.asarray(bank), jnp.asarray(bank_labels)
-    right = 0
-    for start in range(0, len(queries), tile):
-        rows = slice(start, start + tile)
-        elected = _vote(queries[rows], *labelled_bank, temperature, k=k, num_classes=num_classes)
-        right += int((np.asarray(elected) == query_labels[rows]).sum())
-    return right / len(queries)
+    most = min(max(ks), len(bank))
+    tiles = [
+        (_unit(vectors), jnp.asarray(tile_labels))
+        for vectors, tile_labels in _tiles(min(bank_tile, len(bank)), bank, bank_labels)
+    ]
+    rankings: dict[int, list[np.ndarray]] = {k: [] for k in ks}
+    for rows, _ in _tiles(min(query_tile, len(queries)), queries, labels):
+        vectors = _unit(rows)
+        near = jnp.full((len(rows), most), -jnp.inf), jnp.zeros((len(rows), most), jnp.int32)
+        for tile in tiles:
+            near = _nearest(vectors, *tile, *near)
+        for k in ks:
+            ranking = _elect(*near, temperature, k=min(k, most), num_classes=num_classes)
+            rankings[k].append(np.asarray(ranking))
+    return {k: score_of(np.concatenate(r)[: len(labels)], labels) for k, r in rankings.items()}
+
+
+def _tiles(
+    size: int, vectors: np.ndarray, labels: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows in tiles of one size; the last is filled up with zeros of label -1."""
+    for start in range(0, len(vectors), size):
+        part, part_labels = vectors[start : start + size], labels[start : start + size]
+        fill = size - len(part)
+        yield np.pad(part, ((0, fill), (0, 0))), np.pad(part_labels, (0, fill), constant_values=-1)
+
+
+@jax.jit
+def _unit(vectors: Array) -> Array:
+    vectors = vectors.astype(jnp.float32)
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+@jax.jit
+def _nearest(
+    queries: Array, bank: Array, bank_labels: Array, near: Array, near_labels: Array
+) -> tuple[Array, Array]:
+    """The nearest so far (cosines and labels, best first), and in a further tile of the bank."""
+    cosines = jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
+    cosines = jnp.where(bank_labels >= 0, cosines, -jnp.inf)
+    of_tile, index = jax.lax.top_k(cosines, min(near.shape[1], len(bank)))
+    both = jnp.concatenate([near, of_tile], axis=1)
+    labels = jnp.concatenate([near_labels, bank_labels[index]], axis=1)
+    near, index = jax.lax.top_k(both, near.shape[1])
+    return near, jnp.take_along_axis(labels, index, axis=1)
+
+
+@partial(jax.jit, static_argnames=("k", "num_classes"))
+def _elect(near: Array, labels: Array, temperature: float, *, k: int, num_classes: int) -> Array:
+    """The classes with most votes of the k nearest, best first."""
+    votes = jnp.zeros((len(near), num_classes))
+    rows = jnp.arange(len(near))[:, None]
+    # The nearest votes with 1, the others with less: the order is the same, and nothing overflows.
+    weights = jnp.exp((near[:, :k] - near[:, :1]) / temperature)
+    votes = votes.at[rows, labels[:, :k]].add(weights)
+    return jax.lax.top_k(votes, min(TOP, num_classes))[1]

@@ -85,9 +85,7 @@ class Encoder(nn.Module):
         return self._encode(patches, None, None, observe=True)
 
     @nn.compact
-    def _encode(
-        self, patches: Any, keep: Any, uniforms: Any, *, observe: bool
-    ) -> tuple[Any, Any]:
+    def _encode(self, patches: Any, keep: Any, uniforms: Any, *, observe: bool) -> tuple[Any, Any]:
         dtype, constrain = self.execution.dtype, self.execution.constrain
         positions = PositionTable(self.position, self.grid, self.width, name="pos_embed")()
         cls_position, positions = positions[:, :1], positions[:, 1:]

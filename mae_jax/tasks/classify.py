@@ -25,6 +25,48 @@ def soft_cross_entropy(
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
 
 
+def apply_with_stats(module: Any, params: Params, stats: Stats, *args: Any) -> tuple[Any, Stats]:
+    """What a module makes of its arguments, and its running statistics afterwards."""
+    variables = {"params": params, "batch_stats": stats}
+    made, changed = module.apply(variables, *args, mutable=["batch_stats"])
+    return made, changed.get("batch_stats", {})
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """Cross-entropy of a head alone, over {"features": [b, *shape], "label": int [b]}."""
+
+    probe: Probe
+    shape: tuple[int, ...]
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh parameters."""
+        return self._init(key)["params"]
+
+    def init_stats(self) -> Stats:
+        """Running statistics before the first batch."""
+        return self._init(jax.random.key(0)).get("batch_stats", {})
+
+    def _init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        return dict(self.probe.init(key, jnp.zeros((1, *self.shape)), False))
+
+    def draw(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
+        """Adds "target", one-hot labels; nothing is random."""
+        del key
+        return batch | {"target": jax.nn.one_hot(batch["label"], self.probe.num_classes)}
+
+    def loss(
+        self, params: Params, stats: Stats, batch: dict[str, Array]
+    ) -> tuple[Float[Array, ""], Stats]:
+        """Mean loss of a batch from `draw`, and the statistics after it."""
+        logits, stats = apply_with_stats(self.probe, params, stats, batch["features"], True)
+        return soft_cross_entropy(logits, batch["target"]), stats
+
+    def logits(self, params: Params, stats: Stats, features: Array) -> Float[Array, "b classes"]:
+        """Outside training."""
+        return self.probe.apply({"params": params, "batch_stats": stats}, features, False)  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Classify:
     """Cross-entropy over batches {"image": uint8 [b, h, w, c], "label": int [b]}.
@@ -93,45 +135,39 @@ class Classify:
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
         """Mean loss of a batch from `draw`, and the statistics after it."""
-        params = freeze(params, self.train_last_blocks)
+        params = dict(freeze(params, self.train_last_blocks))
         if "features" in batch:
-            logits, stats = self._apply(self.probe, params, stats, batch["features"], True)
-        else:
-            pixels = batch.get("pixels")
-            if pixels is None:
-                pixels = normalise(batch["image"], self.mean, self.std)
-            uniforms = batch.get("uniforms")
-            if uniforms is not None:
-                uniforms = jnp.moveaxis(uniforms, 0, -1)
-            patches = patchify(pixels, self.patch)
-            made, stats = self._apply(self.model, params, stats, patches, False, True, uniforms)
-            logits = made.logits
-        return soft_cross_entropy(logits, batch["target"]), stats
+            return self._head.loss(params, stats, batch)
+        pixels = batch.get("pixels")
+        if pixels is None:
+            pixels = normalise(batch["image"], self.mean, self.std)
+        uniforms = batch.get("uniforms")
+        if uniforms is not None:
+            uniforms = jnp.moveaxis(uniforms, 0, -1)
+        patches = patchify(pixels, self.patch)
+        made, stats = apply_with_stats(self.model, params, stats, patches, False, True, uniforms)
+        return soft_cross_entropy(made.logits, batch["target"]), stats
 
     @property
-    def probe(self) -> Probe:
-        """The head alone."""
+    def _head(self) -> ProbeTask:
+        """The head alone, for features that are known already."""
         model = self.model
-        return Probe(
+        probe = Probe(
             model.num_classes,
             norm=model.head_norm,
             attention_heads=model.attention_heads,
             init_std=model.head_init_std,
         )
+        return ProbeTask(probe, ())
 
-    def _apply(self, module: Any, params: Params, stats: Stats, *args: Any) -> tuple[Any, Stats]:
-        variables = {"params": params, "batch_stats": stats}
-        made, changed = module.apply(variables, *args, mutable=["batch_stats"])
-        return made, changed.get("batch_stats", {})
-
-    def outputs(
-        self, params: Params, stats: Stats, images: UInt8[Array, "b h w c"]
-    ) -> Outputs:
+    def outputs(self, params: Params, stats: Stats, images: UInt8[Array, "b h w c"]) -> Outputs:
         """Everything that the encoder and the head make of whole images, outside training."""
         patches = patchify(normalise(images, self.mean, self.std), self.patch)
         return self.model.apply({"params": params, "batch_stats": stats}, patches)  # type: ignore[return-value]
 
-    def head_inputs(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b *n d"]:
+    def head_inputs(
+        self, params: Params, images: UInt8[Array, "b h w c"]
+    ) -> Float[Array, "b *n d"]:
         """What the head takes of images: the "features" of a batch."""
         return self._headless(params, images).pooled
 

@@ -99,9 +99,7 @@ def mix_images(pixels: Float[Array, "b h w c"], mix: Mix) -> Float[Array, "b h w
     share, partner = mix.share[:, None, None, None], pixels[::-1]
     inside = _inside(mix.box, (pixels.shape[1], pixels.shape[2]))[..., None]
     blended = pixels * share + partner * (1 - share)
-    return jnp.where(
-        mix.cut[:, None, None, None], jnp.where(inside, partner, pixels), blended
-    )
+    return jnp.where(mix.cut[:, None, None, None], jnp.where(inside, partner, pixels), blended)
 
 
 def mix_targets(targets: Float[Array, "b classes"], mix: Mix) -> Float[Array, "b classes"]:

@@ -76,6 +76,10 @@ class Pretrain:
         patches = jnp.zeros((1, self.num_patches, values))
         return dict(self.model.init(key, patches, order[:, :1], order[:, 1:])["params"])
 
+    def init_stats(self) -> dict[str, Any]:
+        """Nothing here has running statistics."""
+        return {}
+
     def apply(self, method: str, params: Params, *args: Array) -> Array:
         """Runs a method of the model."""
         return cast(Array, self.model.apply({"params": params}, *args, method=method))

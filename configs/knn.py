@@ -1,0 +1,21 @@
+"""k-nearest-neighbour accuracy of a checkpoint on ImageNet-1k, over the whole data set.
+
+    python train.py --config configs/knn.py:vit_b16 --workdir runs/knn_b \\
+        --config.init.path=runs/pretrain_b
+
+Nothing is trained. `python -m mae_jax.evaluate` does the same without a workdir.
+"""
+
+from configs import common
+
+
+def get_config(size: str = "vit_b16"):
+    config = common.base()
+    common.set_size(config, size)
+    config.task = "classify"
+    config.steps = 0
+    config.model.update(position="learned", dtype="bfloat16")  # learned: whatever table there is
+    config.classify.head = False
+    config.batch_size = 256
+    config.eval.update(knn_k=(20, 1, 5, 10, 100, 200), knn_bank=10**9, knn_queries=10**9)
+    return config

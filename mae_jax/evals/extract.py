@@ -1,0 +1,33 @@
+"""Features of every image of a data set, in memory."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images uint8 [b, h, w, c] -> [b, ...]
+
+
+def extract(
+    features: FeaturesFn, batches: Iterable[dict[str, np.ndarray]], count: int
+) -> tuple[dict[str, Float[np.ndarray, "n ..."]], Int[np.ndarray, " n"]]:
+    """Features by name, and the labels, of the `count` "valid" records of batches, in order.
+
+    Each array is allocated once, so memory holds features only once.
+    """
+    found: dict[str, np.ndarray] = {}
+    labels, done = np.zeros(count, np.int32), 0
+    for batch in batches:
+        valid = batch["valid"]
+        rows = slice(done, done + int(valid.sum()))
+        labels[rows] = batch["label"][valid]
+        for name, made in features(batch["image"]).items():
+            made = np.asarray(made)
+            if name not in found:
+                found[name] = np.empty((count, *made.shape[1:]), made.dtype)
+            found[name][rows] = made[valid]
+        done = rows.stop
+    if done != count:
+        raise ValueError(f"{done} images came where {count} were expected")
+    return found, labels

@@ -1,0 +1,128 @@
+"""Probes on features that are computed once: linear or attentive heads, trained in seconds.
+
+What it trades: features of images as evaluation sees them, so no augmentation; and the memory to
+hold them. `configs/linprobe.py` is the paper's protocol.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mae_jax.evals.accuracy import ranked
+from mae_jax.evals.scores import Score, score_of
+from mae_jax.models.classifier import Probe
+from mae_jax.optim import lars, warmup_cosine
+from mae_jax.tasks.classify import ProbeTask
+from mae_jax.training import TrainState, init_state, make_train_step
+
+IMAGENET_IMAGES = 1_281_167
+LARGEST_BASE_LR = 3.0
+TEST_BATCH = 1024  # features at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRecipe:
+    """The linear probe of the paper (Table 10), for any number of images.
+
+    base_lr: None is the paper's .1, raised for smaller data sets so that the learning rates of all
+    steps add up to as much, but to 3 at most: a step of LARS is a share of the weights, which
+    start small, and a few thousand steps at .1 end before it has converged.
+    """
+
+    epochs: float = 90.0
+    warmup_epochs: float = 10.0
+    batch_size: int = 16384
+    base_lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def for_images(self, count: int) -> "ProbeRecipe":
+        """The recipe with a batch and a base_lr for `count` images."""
+        rate = self.base_lr
+        if rate is None:
+            rate = float(np.clip(0.1 * IMAGENET_IMAGES / count, 0.1, LARGEST_BASE_LR))
+        # A batch of 1/32 of the data leaves enough steps.
+        batch = min(self.batch_size, max(count // 32, 1))
+        return ProbeRecipe(**(vars(self) | {"base_lr": rate, "batch_size": batch}))
+
+
+def probe_scores(
+    train: Mapping[str, Float[np.ndarray, "n *t d"]],
+    labels: Int[np.ndarray, " n"],
+    test: Mapping[str, Float[np.ndarray, "m *t d"]],
+    test_labels: Int[np.ndarray, " m"],
+    *,
+    num_classes: int,
+    attention_heads: int = 0,
+    recipe: ProbeRecipe = ProbeRecipe(),
+) -> dict[str, Score]:
+    """A head trained on each of several kinds of features, by name, and its score.
+
+    All features have one shape, [n, d] or for attention pooling [n, patches, d]; their heads see
+    the same batches and are trained at once.
+    """
+    recipe = recipe.for_images(len(labels))
+    task = ProbeTask(
+        Probe(num_classes, attention_heads=attention_heads), next(iter(train.values())).shape[1:]
+    )
+    features = {name: jnp.asarray(x) for name, x in train.items()}
+    states = _train(task, recipe, list(features.values()), jnp.asarray(labels))
+    scores = {}
+    for number, name in enumerate(train):
+        params, stats = jax.tree.map(lambda x: x[number], (states.params, states.batch_stats))  # noqa: B023
+        rankings = [
+            np.asarray(_rank(task, params, stats, test[name][start : start + TEST_BATCH]))
+            for start in range(0, len(test_labels), TEST_BATCH)
+        ]
+        scores[name] = score_of(np.concatenate(rankings), test_labels)
+    return scores
+
+
+@partial(jax.jit, static_argnames="task")
+def _rank(task: ProbeTask, params: Any, stats: Any, features: Array) -> Array:
+    return ranked(task.logits(params, stats, features))
+
+
+@partial(jax.jit, static_argnames=("task", "recipe"))
+def _train(
+    task: ProbeTask, recipe: ProbeRecipe, features: list[Array], labels: Array
+) -> TrainState:
+    """States of all heads after training, stacked along a first axis."""
+    count, size = len(labels), recipe.batch_size
+    per_epoch = max(count // size, 1)
+    total = max(round(recipe.epochs * per_epoch), 1)
+    assert recipe.base_lr is not None
+    learning_rate = warmup_cosine(
+        peak=recipe.base_lr * size / 256,
+        warmup_steps=recipe.warmup_epochs / recipe.epochs * total,
+        total_steps=total,
+    )
+    tx = lars(learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    init_key, order_key, step_key = jax.random.split(jax.random.key(recipe.seed), 3)
+    step = make_train_step(task, tx, learning_rate, step_key)
+    state = init_state(task, tx, init_key)
+    states = jax.tree.map(lambda x: jnp.stack([x] * len(features)), state)
+
+    def train_step(carry: tuple[TrainState, Array], number: Array):
+        states, order = carry
+        epoch, position = number // per_epoch, number % per_epoch
+        order = jax.lax.cond(
+            position == 0,
+            lambda: jax.random.permutation(jax.random.fold_in(order_key, epoch), count),
+            lambda: order,
+        )
+        rows = jax.lax.dynamic_slice(order, (position * size,), (size,))
+        batch = {"features": jnp.stack([x[rows] for x in features]), "label": labels[rows]}
+        states, _ = jax.vmap(step, in_axes=(0, {"features": 0, "label": None}))(states, batch)
+        return (states, order), None
+
+    order = jnp.arange(count)
+    (states, _), _ = jax.lax.scan(train_step, (states, order), jnp.arange(total))
+    return states

@@ -1,0 +1,33 @@
+"""Accuracies, and how sure they are."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+TOP = 5  # ranks that count for the second accuracy
+Z95 = 1.959964  # standard deviations of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares, 0..1, of `images` whose label was ranked first, or among the first five."""
+
+    top1: float
+    top5: float
+    images: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % confidence interval of top1, for images drawn independently."""
+        n, p = self.images, self.top1
+        centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+        return centre - half, centre + half
+
+
+def score_of(ranking: Int[np.ndarray, "n r"], labels: Int[np.ndarray, " n"]) -> Score:
+    """The score of classes ranked best first, at least as many as there are, or five."""
+    hits = ranking[:, :TOP] == labels[:, None]
+    return Score(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(labels))

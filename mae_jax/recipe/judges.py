@@ -1,0 +1,107 @@
+"""What a run is judged by, and how often."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from mae_jax.data.loader import ordered_batches
+from mae_jax.data.sources import Source
+from mae_jax.data.subsets import evenly_spaced
+from mae_jax.evals.accuracy import Accuracy
+from mae_jax.evals.reconstruct import STATISTICS, Pictures
+from mae_jax.evaluation import DrawPictures, Evaluator, MeasureAccuracy, MeasureFeatures
+from mae_jax.metrics import RunLog
+from mae_jax.recipe.data import make_eval_transform, make_ordered
+from mae_jax.recipe.schedule import Duration
+from mae_jax.tasks.classify import Classify
+from mae_jax.tasks.pretrain import Pretrain
+
+Config = Any  # an ml_collections.ConfigDict, whose keys no type checker knows
+
+
+def check_counts(config: Config) -> None:
+    """ValueError unless what counts something is at least 1."""
+    flat = config.to_dict()
+    counts = {
+        "log": ("every_steps",),
+        "checkpoint": ("every_steps", "max_to_keep"),
+        "eval": ("pictures", "batch_size", "knn_bank", "knn_queries"),
+    }
+    for group, keys in counts.items():
+        for key in keys:
+            if flat[group][key] < 1:
+                raise ValueError(f"{group}.{key}={flat[group][key]} must be at least 1")
+    ks = tuple(config.eval.knn_k)
+    if not ks or min(ks) < 1:
+        raise ValueError(f"eval.knn_k={ks} must be numbers from 1 up, as in (10,)")
+    if config.eval.stats not in STATISTICS:
+        raise ValueError(f"eval.stats={config.eval.stats!r}; use one of {', '.join(STATISTICS)}")
+    if config.data.shots is not None and config.data.shots < 1:
+        raise ValueError(f"data.shots={config.data.shots} must be at least 1")
+
+
+def make_evaluators(
+    config: Config,
+    task: Pretrain | Classify,
+    train_source: Source,
+    eval_source: Source | None,
+    duration: Duration,
+    mesh: jax.sharding.Mesh,
+    run_log: RunLog,
+    workdir: Path,
+    init_key: Key[Array, ""],
+) -> list[Evaluator]:
+    """The evaluators of a run, none of which has to know what the run trains."""
+    evaluators: list[Evaluator] = []
+    alone = duration.total_steps == 0  # without a training loop, which has a progress bar
+    every = {
+        kind: duration.steps(config.eval[f"{kind}_every_epochs"])
+        for kind in ("accuracy", "knn", "pictures")
+    }
+    if isinstance(task, Pretrain):
+        pictures = _make_pictures(config, task, eval_source or train_source)
+        folder = workdir / "pictures"
+        evaluators.append(DrawPictures(pictures, run_log, folder, every["pictures"]))
+    elif task.model.num_classes and eval_source is not None:
+        accuracy = Accuracy(*make_ordered(config, eval_source, mesh, task.model.num_classes, alone))
+        evaluators.append(MeasureAccuracy(task, accuracy, mesh, every["accuracy"]))
+    if can_measure_features(config, train_source, eval_source):
+        assert eval_source is not None
+        classes = len(train_source.classes)
+        bank = evenly_spaced(train_source, config.eval.knn_bank)
+        queries = evenly_spaced(eval_source, config.eval.knn_queries)
+        evaluators.append(
+            MeasureFeatures(
+                task=task,
+                bank=make_ordered(config, bank, mesh, classes, alone),
+                queries=make_ordered(config, queries, mesh, classes, alone),
+                num_classes=classes,
+                ks=tuple(config.eval.knn_k),
+                temperature=config.eval.knn_temperature,
+                mesh=mesh,
+                every=every["knn"],
+                linear=config.eval.linear,
+                baseline_key=init_key if config.eval.baselines else None,
+            )
+        )
+    return evaluators
+
+
+def can_measure_features(config: Config, train_source: Source, eval_source: Source | None) -> bool:
+    """Whether k-NN is asked for, and has labels and images to measure it on."""
+    wanted = config.eval.knn_every_epochs >= 0
+    labelled = bool(train_source.classes and eval_source is not None and eval_source.classes)
+    return wanted and labelled
+
+
+def _make_pictures(config: Config, task: Pretrain, source: Source) -> Pictures:
+    # Pictures show the same images under the same masks over the whole run.
+    source = evenly_spaced(source, config.eval.pictures)
+    skip = config.data.on_bad == "skip"
+    transform = make_eval_transform(config)
+    batch = next(iter(ordered_batches(source, transform, len(source), skip=skip)))
+    mask = task.draw_mask(jax.random.key(0), len(source))
+    return Pictures(task, np.asarray(batch["image"]), mask, config.eval.stats)

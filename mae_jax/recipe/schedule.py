@@ -1,0 +1,74 @@
+"""How long a run is, its learning rate and its optimizer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from mae_jax.optim import adamw, lars, warmup_cosine
+
+Config = Any  # an ml_collections.ConfigDict, whose keys no type checker knows
+OPTIMIZERS = ("adamw", "lars")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Lengths in optimizer steps; an epoch is as many full batches as the data set has."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: float
+
+    def steps(self, epochs: float) -> int | None:
+        """A cadence in epochs as one in steps; None for 0 epochs, which means at the end only."""
+        return max(1, round(epochs * self.steps_per_epoch)) if epochs > 0 else None
+
+
+def make_duration(config: Config, num_images: int) -> Duration:
+    per_epoch = max(num_images // config.batch_size, 1)
+    total = round(config.epochs * per_epoch) if config.steps is None else config.steps
+    warmup = config.optim.warmup_steps
+    warmup = config.optim.warmup_epochs * per_epoch if warmup is None else warmup
+    evaluates = config.steps == 0 and config.task == "classify"
+    if total < 1 and not evaluates:
+        raise ValueError(f"the run has {total} steps: set epochs or steps")
+    return Duration(per_epoch, total, warmup)
+
+
+def make_learning_rate(config: Config, duration: Duration) -> optax.Schedule:
+    if duration.total_steps == 0:  # evaluation only
+        return optax.constant_schedule(0.0)
+    return warmup_cosine(
+        peak=config.optim.base_lr * config.batch_size / 256,
+        minimum=config.optim.min_lr,
+        warmup_steps=duration.warmup_steps,
+        total_steps=duration.total_steps,
+    )
+
+
+def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    optim = config.optim
+    if optim.name not in OPTIMIZERS:
+        raise ValueError(f"optim.name={optim.name!r}; use one of {', '.join(OPTIMIZERS)}")
+    if not 0 < optim.layer_decay <= 1:
+        raise ValueError(f"optim.layer_decay={optim.layer_decay} must lie above 0, up to 1")
+    if optim.name == "lars":
+        if optim.layer_decay != 1 or optim.clip_norm is not None:
+            raise ValueError("optim.layer_decay and optim.clip_norm are adamw's: lars has neither")
+        return lars(
+            learning_rate,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            train_last_blocks=optim.train_last_blocks,
+        )
+    return adamw(
+        learning_rate,
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        without_decay=() if optim.decay_embeddings else ("cls_token", "pos_embed"),
+        clip_norm=optim.clip_norm,
+        layer_decay=optim.layer_decay,
+        train_last_blocks=optim.train_last_blocks,
+    )

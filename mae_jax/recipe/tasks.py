@@ -1,0 +1,220 @@
+"""What is trained, and which parameters it starts from."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax import flops, sharding, warm_start
+from mae_jax.convert import weights
+from mae_jax.models.classifier import POOLS, Classifier
+from mae_jax.models.layers import Execution
+from mae_jax.models.mae import make_mae
+from mae_jax.models.patches import patch_grid
+from mae_jax.models.vit import POSITIONS, Encoder, check_width
+from mae_jax.sizes import Size
+from mae_jax.tasks.classify import Classify
+from mae_jax.tasks.mixup import Mixup
+from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.warm_start import WarmStart
+
+Config = Any  # an ml_collections.ConfigDict, whose keys no type checker knows
+TASKS = ("pretrain", "classify")
+
+
+def make_size(config: Config) -> Size:
+    fields = ("width", "depth", "heads", "patch", "decoder_width", "decoder_depth", "decoder_heads")
+    return Size(**{name: config.model[name] for name in fields})
+
+
+def make_task(
+    config: Config, mesh: jax.sharding.Mesh, classes: tuple[str, ...]
+) -> Pretrain | Classify:
+    """The task; `classes` are those of the training data."""
+    if config.task not in TASKS:
+        raise ValueError(f"task={config.task!r}; use one of {', '.join(TASKS)}")
+    model = config.model
+    if model.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"model.dtype={model.dtype!r}; use 'float32' or 'bfloat16'")
+    if model.channels not in (1, 3):
+        raise ValueError(f"model.channels={model.channels}; use 1 (grey) or 3 (RGB)")
+    mean, std = (tuple(config.data[key])[: model.channels] for key in ("mean", "std"))
+    if len(mean) != model.channels or len(std) != model.channels:
+        raise ValueError(
+            f"data.mean and data.std need a value for each of {model.channels} channels"
+        )
+    execution = Execution(
+        dtype=jnp.dtype(model.dtype),
+        remat=model.remat,
+        scan_unroll=model.scan_unroll,
+        constrain=sharding.batch_constraint(mesh),
+    )
+    if config.task == "classify":
+        return _make_classify(config, execution, mean, std, len(classes))
+    if config.optim.train_last_blocks is not None or config.data.cache_features:
+        raise ValueError(
+            "optim.train_last_blocks and data.cache_features are for task='classify': pretraining "
+            "trains everything"
+        )
+    return _make_pretrain(config, execution, mean, std)
+
+
+def _make_pretrain(
+    config: Config, execution: Execution, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Pretrain:
+    model, size = config.model, make_size(config)
+    grid = patch_grid(tuple(model.image_size), size.patch)
+    mae = make_mae(
+        size,
+        grid=grid,
+        channels=model.channels,
+        mlp_ratio=model.mlp_ratio,
+        position=model.position,
+        layer_norm_eps=model.layer_norm_eps,
+        execution=execution,
+    )
+    return Pretrain(
+        model=mae,
+        grid=grid,
+        patch=size.patch,
+        mean=mean,
+        std=std,
+        mask=config.mask.kind,
+        mask_ratio=config.mask.ratio,
+        user_mask=make_user_mask(config),
+        norm_pix=config.target.norm_pix,
+        norm_pix_eps=config.target.norm_pix_eps,
+    )
+
+
+def _make_classify(
+    config: Config,
+    execution: Execution,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    num_classes: int,
+) -> Classify:
+    model, classify, size = config.model, config.classify, make_size(config)
+    _check_head(config, num_classes)
+    check_width("model.width", size.width, size.heads)
+    if model.position not in POSITIONS:
+        raise ValueError(f"model.position={model.position!r}; use one of {', '.join(POSITIONS)}")
+    encoder = Encoder(
+        size.width,
+        size.depth,
+        size.heads,
+        patch_grid(tuple(model.image_size), size.patch),
+        mlp_ratio=model.mlp_ratio,
+        position=model.position,
+        layer_norm_eps=model.layer_norm_eps,
+        final_norm=not classify.fc_norm,
+        drop_path=classify.drop_path,
+        execution=execution,
+    )
+    network = Classifier(
+        encoder,
+        num_classes=(classify.num_classes or num_classes) if classify.head else 0,
+        pool=classify.pool,
+        fc_norm=classify.fc_norm,
+        head_norm=classify.head_norm,
+        head_init_std=classify.head_init_std,
+    )
+    return Classify(
+        model=network,
+        patch=size.patch,
+        mean=mean,
+        std=std,
+        train_last_blocks=config.optim.train_last_blocks,
+        smoothing=classify.smoothing,
+        mixup=Mixup(
+            mixup=classify.mixup,
+            cutmix=classify.cutmix,
+            prob=classify.mixup_prob,
+            switch=classify.mixup_switch,
+            mode=classify.mixup_mode,
+        ),
+        erase=classify.erase,
+    )
+
+
+def _check_head(config: Config, num_classes: int) -> None:
+    """ValueError for heads and frozen encoders that cannot be."""
+    classify, blocks = config.classify, config.optim.train_last_blocks
+    if classify.pool not in POOLS:
+        raise ValueError(f"classify.pool={classify.pool!r}; use one of {', '.join(POOLS)}")
+    if classify.num_classes is not None and classify.num_classes < num_classes:
+        raise ValueError(
+            f"classify.num_classes={classify.num_classes} is less than the {num_classes} classes "
+            "of the data set: leave it out, and it is as many"
+        )
+    if not classify.head and config.steps != 0:
+        raise ValueError("classify.head=False leaves nothing to train: it needs steps=0")
+    if blocks is not None and not 0 <= blocks <= config.model.depth:
+        raise ValueError(
+            f"optim.train_last_blocks={blocks} is not from 0 to the {config.model.depth} blocks of "
+            "the encoder"
+        )
+    if config.data.cache_features:
+        mixed = classify.erase or (classify.mixup or classify.cutmix) and classify.mixup_prob
+        if config.data.augment != "none" or blocks != 0 or mixed:
+            raise ValueError(
+                "data.cache_features=True computes the features of each image once: it needs a "
+                "frozen encoder (optim.train_last_blocks=0) and images that do not change "
+                "(data.augment=none, classify.mixup, cutmix and erase 0.0)"
+            )
+
+
+def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
+    """Of one training step."""
+    size, mlp_ratio = make_size(config), config.model.mlp_ratio
+    values = size.patch**2 * config.model.channels
+    if isinstance(task, Pretrain):
+        return flops.train_flops(size, task.num_patches, task.num_kept, values, mlp_ratio)
+    rows, columns = task.model.encoder.grid
+    encoder = flops.encoder_flops(size, rows * columns, rows * columns, values, mlp_ratio)
+    if config.data.cache_features:
+        return 0.0
+    return encoder if task.train_last_blocks == 0 else 3 * encoder
+
+
+def make_user_mask(config: Config) -> np.ndarray | None:
+    if config.mask.path is None:
+        return None
+    try:
+        mask = np.load(config.mask.path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"mask.path={config.mask.path!r} cannot be read: {error}") from error
+    if not isinstance(mask, np.ndarray):
+        raise ValueError(f"mask.path={config.mask.path!r} is an .npz; save one array as .npy")
+    return mask
+
+
+def make_warm_start(config: Config, params: Any) -> WarmStart:
+    """Fresh parameters with those of init.path in their place."""
+    init, model, data = config.init, config.model, config.data
+    classify = config.task == "classify"
+    if init.encoder_only or classify:
+        found = weights.read(init.path, ema=init.ema, heads=model.heads, need_heads=("encoder",))
+        found = weights.encoder_only(found)
+    else:
+        heads = dict(heads=model.heads, decoder_heads=model.decoder_heads)
+        found = weights.read(init.path, ema=init.ema, **heads)
+    now: dict[str, Any] = {
+        "layer_norm_eps": model.layer_norm_eps,
+        "mean": tuple(data.mean)[: model.channels],
+        "std": tuple(data.std)[: model.channels],
+    }
+    if not classify:
+        now["target"] = "normalized" if config.target.norm_pix else "pixels"
+    found = warm_start.adapt(
+        found,
+        image_size=tuple(model.image_size),
+        channels=model.channels,
+        position=model.position,
+        final_norm=not (classify and config.classify.fc_norm),
+    )
+    if init.new_head:
+        found = warm_start.without_head(found)
+    warm_start.warn_of_changes(init.path, found.info, now)
+    return warm_start.graft(params, found)
