@@ -37,7 +37,7 @@ def get_config(task: str = "pretrain"):
     config.init.path = "runs/demo"
     if task == "linprobe":
         config.batch_size = 256
-        config.optim.base_lr = 3.0  # LARS needs it where steps are few
+        config.optim.base_lr = 6.4  # the paper's peak learning rate, whatever the batch
         config.data.update(augment="none", cache_features=True)
         config.eval.accuracy_every_epochs = 10.0
     if task == "finetune":

@@ -5,10 +5,12 @@
 
 `init.path` takes any checkpoint (official, HuggingFace, timm, a workdir); `random` is the baseline.
 Reported by the paper, not measured by us, top-1 of B / L / H after 1600 epochs of pretraining:
-68.0 / 75.8 / 76.6 %. On a data set much smaller than ImageNet raise optim.base_lr to 3.0, and for
+68.0 / 75.8 / 76.6 %. On a data set smaller than ImageNet take a smaller batch, but keep the peak
+learning rate of .1 * 16384 / 256 = 6.4 (a step of LARS is a share of the weights' norm); and for
 results in seconds compute features only once, which takes images as evaluation sees them:
 
-    --config.data.augment=none --config.data.cache_features=True --config.optim.base_lr=3.0
+    --config.batch_size=256 --config.optim.base_lr=6.4 \\
+    --config.data.augment=none --config.data.cache_features=True
 """
 
 from configs import common

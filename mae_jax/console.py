@@ -33,7 +33,7 @@ def setup_logging() -> None:
 
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Prints a table with a heading for every column to the standard output."""
-    table = Table(title=escape(title), box=rich.box.SIMPLE_HEAD)
+    table = Table(title=escape(title), box=rich.box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number > 1 else "left", no_wrap=True)
     for row in rows:

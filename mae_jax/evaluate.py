@@ -87,7 +87,12 @@ def main(argv: list[str]) -> None:
     _check_memory(model, suite, len(train), len(test), arguments.max_gb)
     sets, seconds = _extract(model, params, suite, train, test, arguments.batch_size)
     log.info("features of %d images took %.1f s", len(train) + len(test), seconds)
-    recipe = ProbeRecipe(epochs=arguments.epochs, base_lr=arguments.base_lr, seed=arguments.seed)
+    recipe = ProbeRecipe(
+        epochs=arguments.epochs,
+        warmup_epochs=arguments.epochs / 9,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+    )
     rows = [row for name in suite for row in _measure(name, sets, recipe, arguments.shots)]
     _print(rows, arguments, len(train), len(test))
     if arguments.out:
@@ -132,9 +137,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=command_line.count, default=256, help="images (256)")
     parser.add_argument("--epochs", type=command_line.positive, default=90.0, help="of probes (90)")
     parser.add_argument(
-        "--base-lr",
+        "--learning-rate",
         type=command_line.positive,
-        help="of probes; .1 at ImageNet's size and up to 3 below it, unless given",
+        default=ProbeRecipe.learning_rate,
+        help="of probes, the peak (6.4, the paper's)",
     )
     parser.add_argument("--shots", type=command_line.count, default=10, help="of few_shot (10)")
     parser.add_argument("--seed", type=command_line.seed, default=0, help="of probes")
@@ -338,20 +344,20 @@ def _print(rows: list[Row], arguments: argparse.Namespace, train: int, test: int
         measure = row.measure
         if "_" in row.features and row.top1 == best:
             measure = "best layer"
-        spread = f" +- {row.spread:.3f}" if row.spread is not None else ""
+        spread = f"±{row.spread:.3f}" if row.spread is not None else ""
         lines.append(
             (
                 measure,
                 row.features,
                 f"{row.top1:.3f}{spread}",
-                f"{low:.3f}-{high:.3f}",
+                f"{low:.2f}-{high:.2f}",
                 f"{row.top5:.3f}",
                 f"{row.images}",
                 f"{row.seconds:.1f}",
             )
         )
     title = f"{arguments.checkpoint} on {arguments.data}: {train} images to learn from"
-    columns = ("measure", "features", "top-1", "95 % interval", "top-5", "images", "s")
+    columns = ("measure", "features", "top-1", "95 %", "top-5", "images", "s")
     console.print_rows(title, columns, lines)
 
 

@@ -11,7 +11,7 @@ import optax
 
 from mae_jax import flops, sharding
 from mae_jax.checkpoint import Checkpointer, locked_workdir
-from mae_jax.data.loader import ArrayLoader, Batch, Loader
+from mae_jax.data.loader import ArrayLoader, Loader
 from mae_jax.data.sources import Source
 from mae_jax.evals.extract import extract
 from mae_jax.evaluation import Evaluation, over_devices, print_summary, summary_of
@@ -37,7 +37,7 @@ class Run:
     task: Pretrain | Classify
     train_source: Source
     eval_source: Source | None
-    loader: Loader
+    loader: Loader | None  # None where nothing is trained
     duration: Duration
     learning_rate: optax.Schedule
     tx: optax.GradientTransformation
@@ -59,6 +59,9 @@ def build(config: Config, workdir: Path) -> Run:
         num_classes = task.model.num_classes if isinstance(task, Classify) else None
         duration = schedule.make_duration(config, len(train_source))
         learning_rate = schedule.make_learning_rate(config, duration)
+        loader = None
+        if duration.total_steps:
+            loader = data.make_loader(config, train_source, num_classes)
         return Run(
             config=config,
             workdir=workdir,
@@ -66,7 +69,7 @@ def build(config: Config, workdir: Path) -> Run:
             task=task,
             train_source=train_source,
             eval_source=eval_source,
-            loader=data.make_loader(config, train_source, num_classes or None),
+            loader=loader,
             duration=duration,
             learning_rate=learning_rate,
             tx=schedule.make_optimizer(config, learning_rate),
@@ -113,10 +116,10 @@ def _train(run: Run, stop: StopSignal) -> None:
         checkpointer.save(step, vars(state), meta)
 
     save_hook = Hook(config.checkpoint.every_steps, save)
-    loader = _cached(run, state) if config.data.cache_features and total else run.loader
+    loader = _cached(run, state) if config.data.cache_features and run.loader else run.loader
     run_log = _make_run_log(run, start_step)
     evaluation = _make_evaluation(run, run_log)
-    batches = _on_devices(loader.batches(start_step), run.mesh)
+    batches = _on_devices(loader, start_step, run.mesh)
     try:
         state = fit(
             state,
@@ -154,8 +157,12 @@ def _make_step(run: Run, shardings: TrainState):
 
 
 def _on_devices(
-    batches: Generator[Batch, None, None], mesh: jax.sharding.Mesh
+    loader: Loader | ArrayLoader | None, start_step: int, mesh: jax.sharding.Mesh
 ) -> Generator[dict[str, jax.Array], None, None]:
+    """The loader's batches from a step on, split over the devices."""
+    if loader is None:
+        return
+    batches = loader.batches(start_step)
     try:
         for batch in batches:
             inputs = {name: rows for name, rows in batch.items() if name != "index"}
@@ -168,7 +175,7 @@ def _cached(run: Run, state: TrainState) -> ArrayLoader:
     """The features of all training images, in the order that the images would have come in."""
     task, config = run.task, run.config
     assert isinstance(task, Classify)
-    classes = run.loader.num_classes
+    classes = task.model.num_classes
     count, read = data.make_ordered(config, run.train_source, run.mesh, classes, show=True)
     log.info("computing the features of %d images once", count)
     function = over_devices(task.head_inputs, run.mesh, state.params)

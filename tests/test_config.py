@@ -7,13 +7,27 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common, demo, pretrain
+from configs import (
+    ablations,
+    attentive,
+    common,
+    demo,
+    finetune,
+    knn,
+    linprobe,
+    pretrain,
+    scratch,
+    small,
+)
 from mae_jax.checkpoint import flatten
 from mae_jax.data.sources import DataError
-from mae_jax.experiment import FREE, ConfigError, build
+from mae_jax.experiment import ConfigError, build
+from mae_jax.recipe import judges
 from mae_jax.sizes import SIZES
+from mae_jax.start import FREE
 
 CONFIGS = Path(common.__file__).parent
+PLAIN = {bool, int, float, str, tuple, type(None)}
 
 
 def keys_and_values():
@@ -46,8 +60,16 @@ def type_of(config: ConfigDict, key: str) -> type:
 
 def test_recipes_add_no_key_of_their_own():
     known = flatten(common.base().to_dict()).keys()
-    for config in (demo.get_config(), *(pretrain.get_config(size) for size in SIZES)):
+    configs = [demo.get_config(task) for task in demo.TASKS]
+    configs += [small.get_config(f"vit_ti16,{side}") for side in (32, 64, 96)]
+    configs += [
+        ablations.get_config(f"{s},{row}") for s in ablations.SCALES for row in ablations.ROWS
+    ]
+    for recipe in (pretrain, finetune, linprobe, attentive, scratch, knn):
+        configs += [recipe.get_config(size) for size in SIZES]
+    for config in configs:
         assert flatten(config.to_dict()).keys() == known
+        assert {type(x) for x in flatten(config.to_dict()).values()} <= PLAIN
 
 
 def test_an_unknown_key_is_refused_with_the_closest_one():
@@ -89,7 +111,7 @@ def config_of(folder, **overrides) -> ConfigDict:
 
 def test_a_folder_without_labels_has_no_knn(folder):
     run = build(config_of(folder), folder / "run")
-    assert run.knn is None
+    assert not judges.can_measure_features(run.config, run.train_source, run.eval_source)
     assert len(run.train_source) == 8
     assert run.duration.total_steps == 1000
 
@@ -124,7 +146,13 @@ def test_epochs_and_steps(folder):
         (dict(model__heads=5), "model.width=128"),
         (dict(model__remat="some"), "model.remat='some'"),
         (dict(data__on_bad="ignore"), "data.on_bad='ignore'"),
-        (dict(task="classify"), "task='classify'"),
+        (dict(task="segment"), "task='segment'; use one of pretrain, classify"),
+        (dict(data__augment="mirror"), "data.augment='mirror'; use one of none, crop, weak_crop"),
+        (dict(optim__name="sgd"), "optim.name='sgd'; use one of adamw, lars"),
+        (dict(optim__layer_decay=0.0), "optim.layer_decay=0.0"),
+        (dict(optim__train_last_blocks=0), "train_last_blocks .* are for task='classify'"),
+        (dict(eval__knn_k=()), r"eval.knn_k=\(\)"),
+        (dict(data__shots=0), "data.shots=0"),
         (dict(steps=50), "must be shorter than the whole run"),
         (dict(mesh__fsdp=3), "mesh.fsdp=3"),
         (dict(eval__stats="mine"), "eval.stats='mine'"),
@@ -146,3 +174,89 @@ def test_bad_data(folder):
         build(config_of(folder / "nowhere"), folder / "run")
     with pytest.raises(DataError, match="batch_size=16 is larger than the data set of 8"):
         build(config_of(folder, batch_size=16), folder / "run")
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    from PIL import Image
+
+    tmp_path = tmp_path / "labelled"
+    for split in ("train", "validation"):
+        for label in ("a", "b", "c"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (20, 20)).save(tmp_path / split / label / f"{i}.png")
+    return tmp_path
+
+
+def classify(folder, **overrides):
+    common = dict(task="classify", optim__train_last_blocks=0, steps=200)
+    common["data__eval_split"] = "validation"
+    return config_of(folder, **(common | overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(classify__pool="max"), "classify.pool='max'; use one of cls, mean, attention"),
+        (dict(classify__num_classes=2), "classify.num_classes=2 is less than the 3 classes"),
+        (dict(classify__mixup=-0.1), "classify.mixup=-0.1"),
+        (dict(classify__mixup_prob=2.0), "classify.mixup_prob=2.0"),
+        (dict(classify__mixup_mode="all"), "classify.mixup_mode='all'; use one of batch, pair"),
+        (dict(classify__smoothing=1.5), "classify.smoothing=1.5"),
+        (dict(classify__erase=-1.0), "classify.erase=-1.0"),
+        (dict(classify__drop_path=1.0), "classify.drop_path=1.0"),
+        (dict(classify__head=False), "classify.head=False leaves nothing to train"),
+        (dict(optim__train_last_blocks=5), "train_last_blocks=5 is not from 0 to the 4 blocks"),
+        (dict(data__cache_features=True), "data.augment=none"),
+        (dict(optim__name="lars", optim__clip_norm=1.0), "lars has neither"),
+        (dict(data__randaugment_magnitude=11.0, data__augment="randaugment"), "magnitude=11.0"),
+        (dict(model__position="none"), "model.position='none'; use one of sincos, learned"),
+    ],
+    ids=str,
+)
+def test_bad_values_of_classification(labelled, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build(classify(labelled, **overrides), labelled / "run")
+
+
+def test_classification_needs_labels_and_something_to_judge_on(folder, labelled):
+    with pytest.raises(DataError, match="has no class labels"):
+        build(classify(folder), folder / "run")
+    with pytest.raises(DataError, match="eval_split names the folder of images"):
+        build(classify(labelled, data__eval_split="val"), labelled / "run")
+    (labelled / "empty" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="no images in .*empty"):
+        build(classify(labelled, data__eval_split="empty"), labelled / "run")
+    with pytest.raises(DataError, match="data.shots=5, but class 'a' has only 4 images"):
+        build(classify(labelled, data__shots=5), labelled / "run")
+    (labelled / "validation" / "c").rename(labelled / "validation" / "d")
+    with pytest.raises(DataError, match="classes that training has not: d"):
+        build(classify(labelled), labelled / "run")
+
+
+def test_few_shots_are_a_fixed_few_of_every_class(labelled):
+    one, again, other = (
+        build(classify(labelled, data__shots=3, data__shots_seed=seed), labelled / "run")
+        for seed in (0, 0, 1)
+    )
+    labels = [one.train_source[i]["label"] for i in range(len(one.train_source))]
+    assert labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    keys = [[run.train_source.key(i) for i in range(9)] for run in (one, again, other)]
+    assert keys[0] == keys[1] != keys[2]
+    fingerprints = [run.train_source.fingerprint() for run in (one, again, other)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_evaluation_alone_trains_nothing_and_needs_no_batch(labelled):
+    run = build(classify(labelled, steps=0, batch_size=512), labelled / "run")
+    assert run.loader is None
+    assert run.duration.total_steps == 0
+
+
+def test_sizes_of_small_images():
+    assert small.get_config("vit_ti16,96").model.patch == 12
+    with pytest.raises(ValueError, match="images of 50 pixels"):
+        small.get_config("vit_ti16,50")
+    with pytest.raises(ValueError, match="is not SCALE,ROW"):
+        ablations.get_config("demo,nothing")

@@ -343,7 +343,7 @@ def run(tmp_path_factory):
     task = Pretrain(model=mae, grid=(2, 3), patch=8, mean=(0.5,) * 3, std=(0.25,) * 3)
     data = dict(mean=(0.5,) * 3, std=(0.25,) * 3, eval_crop=1.0)
     target = dict(norm_pix=True, norm_pix_eps=1e-2)
-    config = {"model": model, "data": data, "target": target}
+    config = {"task": "pretrain", "model": model, "data": data, "target": target}
     checkpointer = Checkpointer(workdir / "checkpoints", max_to_keep=3)
     for step in (5, 10):
         params = jax.jit(task.init)(jax.random.key(step))

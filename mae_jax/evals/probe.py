@@ -21,8 +21,6 @@ from mae_jax.optim import lars, warmup_cosine
 from mae_jax.tasks.classify import ProbeTask
 from mae_jax.training import TrainState, init_state, make_train_step
 
-IMAGENET_IMAGES = 1_281_167
-LARGEST_BASE_LR = 3.0
 TEST_BATCH = 1024  # features at once
 
 
@@ -30,27 +28,22 @@ TEST_BATCH = 1024  # features at once
 class ProbeRecipe:
     """The linear probe of the paper (Table 10), for any number of images.
 
-    base_lr: None is the paper's .1, raised for smaller data sets so that the learning rates of all
-    steps add up to as much, but to 3 at most: a step of LARS is a share of the weights, which
-    start small, and a few thousand steps at .1 end before it has converged.
+    learning_rate: the peak, .1 * 16384 / 256 = 6.4 in the paper. A step of LARS is a share of the
+    weights' norm, so the same rate does for smaller batches, where .1 * batch / 256 would end long
+    before the weights, which start small, have grown.
     """
 
     epochs: float = 90.0
     warmup_epochs: float = 10.0
-    batch_size: int = 16384
-    base_lr: float | None = None
+    learning_rate: float = 6.4
     momentum: float = 0.9
     weight_decay: float = 0.0
     seed: int = 0
 
-    def for_images(self, count: int) -> "ProbeRecipe":
-        """The recipe with a batch and a base_lr for `count` images."""
-        rate = self.base_lr
-        if rate is None:
-            rate = float(np.clip(0.1 * IMAGENET_IMAGES / count, 0.1, LARGEST_BASE_LR))
-        # A batch of 1/32 of the data leaves enough steps.
-        batch = min(self.batch_size, max(count // 32, 1))
-        return ProbeRecipe(**(vars(self) | {"base_lr": rate, "batch_size": batch}))
+
+def batch_size_for(count: int) -> int:
+    """The paper's 16384 where that leaves 32 steps an epoch; at least 8, for BatchNorm's sake."""
+    return min(16384, max(count // 32, 8), count)
 
 
 def probe_scores(
@@ -68,7 +61,6 @@ def probe_scores(
     All features have one shape, [n, d] or for attention pooling [n, patches, d]; their heads see
     the same batches and are trained at once.
     """
-    recipe = recipe.for_images(len(labels))
     task = ProbeTask(
         Probe(num_classes, attention_heads=attention_heads), next(iter(train.values())).shape[1:]
     )
@@ -95,12 +87,11 @@ def _train(
     task: ProbeTask, recipe: ProbeRecipe, features: list[Array], labels: Array
 ) -> TrainState:
     """States of all heads after training, stacked along a first axis."""
-    count, size = len(labels), recipe.batch_size
+    count, size = len(labels), batch_size_for(len(labels))
     per_epoch = max(count // size, 1)
     total = max(round(recipe.epochs * per_epoch), 1)
-    assert recipe.base_lr is not None
     learning_rate = warmup_cosine(
-        peak=recipe.base_lr * size / 256,
+        peak=recipe.learning_rate,
         warmup_steps=recipe.warmup_epochs / recipe.epochs * total,
         total_steps=total,
     )
