@@ -106,7 +106,7 @@ def _warm(config: Config, state: TrainState, shardings: TrainState, workdir: Pat
     try:
         start = tasks.make_warm_start(config, {**state.params, **state.batch_stats})
     except ConvertError as error:
-        raise ConfigError(f"init.path: {path}: {error}") from error
+        raise ConfigError(f"init.path: {error}") from error
     warm_start.report(path, start)
     names = {name: vars(start)[name] for name in ("loaded", "fresh", "unused")}
     write_json(workdir / ORIGIN, {"path": path, **names})

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ SIGNED = {"rotate", "color", "contrast", "brightness", "sharpness"}
 SIGNED |= {"shear_x", "shear_y", "translate_x", "translate_y"}
 
 
-def noise_image(mode="RGB", size=(40, 20), low=0, high=256):
+def noise_image(mode="RGB", size=(80, 40), low=0, high=256):
     """An image of size width, height with values from low to high - 1."""
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
     return Image.fromarray(np.random.default_rng(0).integers(low, high, shape, dtype=np.uint8))
@@ -49,7 +50,7 @@ class TestOperations:
         no_colours = name == "color" and image.mode == "L"
         assert (plus != minus).any() == (name in SIGNED and not no_colours)
 
-    @pytest.mark.parametrize("name", SIGNED | {"solarize", "solarize_add"})
+    @pytest.mark.parametrize("name", sorted(SIGNED | {"solarize", "solarize_add"}))
     def test_level_0_changes_nothing(self, name, image):
         assert_image(apply(name, image, 0.0), image)
 
@@ -105,10 +106,8 @@ class TestOperations:
     @pytest.mark.parametrize("level", [0.5, 1.0])
     @pytest.mark.parametrize("axis", [0, 1])
     def test_translate(self, image, axis, level):
-        """A positive sign moves it left or up by .45 of the width, 40, or height, 20."""
-        if axis == 0 and level == 0.5:
-            pytest.skip("4.5 pixels")
-        name, pixels = ("translate_y", "translate_x")[axis], round(level * (9, 18)[axis])
+        """A positive sign moves it left or up by .45 of the width, 80, or height, 40."""
+        name, pixels = ("translate_y", "translate_x")[axis], int(level * (18, 36)[axis])
         forward, backward = (np.moveaxis(apply(name, image, level, s), axis, 0) for s in (1, -1))
         before = np.moveaxis(np.asarray(image), axis, 0)
         assert_image(forward[:-pixels], before[pixels:])
@@ -199,6 +198,12 @@ class TestRandAugment:
         share = np.mean([pixels == image.tobytes() for pixels in drawn])
         assert share == pytest.approx(unchanged, abs=0.06 if 0 < unchanged < 1 else 0.005)
 
+    @pytest.mark.parametrize("mode", FILL)
+    def test_outside_has_the_colour_of_fill(self, mode):
+        augment = RandAugment(fill=FILL["RGB"], std=0.0, layers=1, prob=1.0)
+        rng, black = np.random.default_rng(0), Image.new(mode, (20, 20))
+        assert FILL[mode] in {augment(black, rng).getpixel((0, 0)) for _ in range(100)}
+
     def test_magnitudes_are_clipped(self):
         image = noise_image(size=(20, 16), low=10, high=200)
         outcomes = self.outcomes(image, [0.0, 1.0])
@@ -267,6 +272,15 @@ class TestWeakCrop:
             assert 0 <= top < lower <= size[0]
 
 
+@pytest.mark.parametrize("law", [random_crop_box, weak_crop_box])
+def test_places_of_a_crop_are_equally_likely(law):
+    """A quarter of 4x4 pixels is always 2x2 of them."""
+    rng = np.random.default_rng(0)
+    count = Counter(law(rng, (4, 4), (0.25, 0.25)) for _ in range(4500))
+    assert set(count) == {(x, y, x + 2, y + 2) for x in range(3) for y in range(3)}
+    assert max(abs(n - 500) for n in count.values()) < 90
+
+
 class TestTransform:
     @pytest.fixture(params=[1, 3])
     def channels(self, request):
@@ -299,7 +313,7 @@ class TestTransform:
         transform, data = self.make(law, channels, flip=False), self.encoded(image)
         for seed in range(10):
             rng = np.random.default_rng(seed)
-            expected = image.crop(CROPS[law](rng, (20, 40), (0.2, 1.0))).resize((24, 16), BICUBIC)
+            expected = image.crop(CROPS[law](rng, (40, 80), (0.2, 1.0))).resize((24, 16), BICUBIC)
             if law == "randaugment":
                 expected = transform.augment(expected, rng)
             found = transform(data, np.random.default_rng(seed))

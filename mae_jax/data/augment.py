@@ -62,7 +62,8 @@ def translate_y(image: Image.Image, draw: Draw) -> Image.Image:
 
 def posterize(image: Image.Image, draw: Draw) -> Image.Image:
     """Down to no bit of each value at the largest magnitude, 4 bits at the smallest."""
-    return ImageOps.posterize(image, 4 - int(draw.level * 4))
+    mask = 256 - 2 ** (4 + int(draw.level * 4))  # ImageOps.posterize refuses 0 bits
+    return _each_value(image, lambda value: value & mask)
 
 
 def solarize(image: Image.Image, draw: Draw) -> Image.Image:
@@ -73,8 +74,11 @@ def solarize(image: Image.Image, draw: Draw) -> Image.Image:
 def solarize_add(image: Image.Image, draw: Draw) -> Image.Image:
     """Adds up to 110 to values below 128."""
     add = int(draw.level * 110)
-    table = [min(255, value + add) if value < 128 else value for value in range(256)]
-    return image.point(table * len(image.getbands()))
+    return _each_value(image, lambda value: min(255, value + add) if value < 128 else value)
+
+
+def _each_value(image: Image.Image, function: Callable[[int], int]) -> Image.Image:
+    return image.point([function(value) for value in range(256)] * len(image.getbands()))
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
