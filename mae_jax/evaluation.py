@@ -87,23 +87,25 @@ class MeasureAccuracy:
 
     def run(self, step: int, state: TrainState) -> Results:
         """Over the whole evaluation split."""
-        score = self._score(state.params, state)
-        found: Results = {"top1": score.top1, "top5": score.top5}
-        if state.ema is not None:
-            averaged = self._score(state.ema, state)
-            found |= {"top1_ema": averaged.top1, "top5_ema": averaged.top5}
-        return found
+        return self._measure(state)[0]
 
     def finish(self, step: int, state: TrainState) -> Results:
         """The same, with the number of images, a confidence interval and the time."""
         begin = time.perf_counter()
-        found = self.run(step, state)
-        score = Score(found["top1"], found["top5"], self.accuracy.count)
+        found, score = self._measure(state)
         return found | {
             "top1_interval": list(score.interval),
             "eval_images": score.images,
             "eval_seconds": round(time.perf_counter() - begin, 2),
         }
+
+    def _measure(self, state: TrainState) -> tuple[Results, Score]:
+        score = self._score(state.params, state)
+        found: Results = {"top1": score.top1, "top5": score.top5}
+        if state.ema is not None:
+            averaged = self._score(state.ema, state)
+            found |= {"top1_ema": averaged.top1, "top5_ema": averaged.top5}
+        return found, score
 
     def _score(self, params: Any, state: TrainState) -> Score:
         def logits(params: Any, stats: Any, images: Array) -> Array:

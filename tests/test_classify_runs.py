@@ -12,6 +12,7 @@ from configs import attentive, finetune, knn, linprobe
 from mae_jax import experiment, predict
 from mae_jax.convert import __main__ as convert
 from mae_jax.convert import weights
+from mae_jax.data.sources import DataError
 from mae_jax.start import ConfigError
 
 CLASSES = {"dark": 0, "light": 128, "mixed": 64}
@@ -224,3 +225,18 @@ def test_a_checkpoint_without_the_encoder(images, golden, tmp_path):
 def test_a_checkpoint_that_is_not_there(tmp_path, images):
     config = config_of(linprobe, images, init__path=str(tmp_path / "gone.pth"), **LINPROBE)
     refused("init.path: .*gone.pth does not exist", config, tmp_path / "run")
+
+
+def test_a_bad_image_is_left_out_of_the_accuracy(finetuned, images, tmp_path, caplog):
+    shutil.copytree(images, tmp_path / "images")
+    bad = tmp_path / "images" / "validation" / "light" / "3.png"
+    bad.write_bytes(b"not an image")
+    overrides = FINETUNE | dict(init__path=str(finetuned), steps=0, optim__ema=None)
+    config = config_of(finetune, tmp_path / "images", **overrides)
+    with pytest.raises(DataError, match="light/3.png is bad"):
+        experiment.run(config, tmp_path / "a")
+    config = config_of(finetune, tmp_path / "images", data__on_bad="skip", **overrides)
+    with caplog.at_level("WARNING", "mae_jax"):
+        experiment.run(config, tmp_path / "b")
+    assert summary_of(tmp_path / "b")["eval_images"] == 36
+    assert caplog.text.count("left out a bad image: ") == 1

@@ -65,5 +65,5 @@ def test_padding_is_left_out():
     np.testing.assert_array_equal(features["a"][:, 0], 2 * np.arange(10))
     np.testing.assert_array_equal(features["b"][:, 0], -np.arange(10))
     np.testing.assert_array_equal(labels, np.arange(10) % 3)
-    with pytest.raises(ValueError, match="10 images came where 11"):
-        extract(lambda x: {"a": x}, batches(), 11)
+    _, fewer = extract(lambda x: {"a": x}, batches(), 12)
+    np.testing.assert_array_equal(fewer, labels)

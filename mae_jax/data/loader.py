@@ -181,16 +181,20 @@ def ordered_batches(
 ) -> Iterator[Batch]:
     """Every record once, in order; the last batch is filled up with copies marked "valid" False.
 
-    With `skip` a bad record counts as the next good one; `advice` ends the error about it.
+    With `skip` a bad record is not valid either, and named in the log; what stands in its place is
+    the next good one. `advice` ends the error about a bad record.
     """
     load = Load(source, transform, skip, advice, num_classes)
+    last = len(source) - 1
     count = -(-len(source) // batch_size) * batch_size
-    dataset = grain.MapDataset.range(count).map(lambda i: load(min(i, len(source) - 1)))
-    dataset = dataset.batch(batch_size)
+    dataset = grain.MapDataset.range(count).map(lambda i: load(min(i, last))).batch(batch_size)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     for number, batch in enumerate(dataset.to_iter_dataset(options)):
         position = number * batch_size + np.arange(batch_size)
-        yield batch | {"valid": position < len(source)}
+        bad = (batch.pop("skipped") > 0) & (position <= last)
+        for index in position[bad]:
+            log.warning("left out a bad image: %s", source.key(int(index)))
+        yield batch | {"valid": (position <= last) & ~bad}
 
 
 def _mark_flags_parsed() -> None:

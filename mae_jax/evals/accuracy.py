@@ -15,7 +15,7 @@ Logits = Callable[[np.ndarray], Array]  # images uint8 [b, h, w, c] -> [b, class
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Scores over `count` images that come in batches with a "valid" mask."""
+    """Scores over at most `count` images that come in batches with a "valid" mask."""
 
     count: int
     batches: Callable[[], Iterable[dict[str, np.ndarray]]]

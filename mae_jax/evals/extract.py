@@ -12,9 +12,10 @@ FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images uint8 [b, h, w,
 def extract(
     features: FeaturesFn, batches: Iterable[dict[str, np.ndarray]], count: int
 ) -> tuple[dict[str, Float[np.ndarray, "n ..."]], Int[np.ndarray, " n"]]:
-    """Features by name, and the labels, of the `count` "valid" records of batches, in order.
+    """Features by name, and the labels, of all "valid" records of batches, in order.
 
-    Each array is allocated once, so memory holds features only once.
+    `count` is the largest number that there can be: each array is allocated once, so memory holds
+    features only once.
     """
     found: dict[str, np.ndarray] = {}
     labels, done = np.zeros(count, np.int32), 0
@@ -28,6 +29,4 @@ def extract(
                 found[name] = np.empty((count, *made.shape[1:]), made.dtype)
             found[name][rows] = made[valid]
         done = rows.stop
-    if done != count:
-        raise ValueError(f"{done} images came where {count} were expected")
-    return found, labels
+    return {name: array[:done] for name, array in found.items()}, labels[:done]
