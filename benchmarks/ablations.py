@@ -59,21 +59,21 @@ def main(argv: list[str]) -> None:
     for name, row, seed, steps in runs:
         overrides = [] if steps is None else [f"--config.steps={steps}"]
         config = f"configs/ablations.py:demo,{row}"
-        pretrain(arguments, name, config, [f"--config.seed={seed}", *overrides])
+        train(arguments, name, config, [f"--config.seed={seed}", *overrides])
         evaluate(arguments, name, str(arguments.workdir / name))
     evaluate_random(arguments)
     for name in FINETUNED:
         start = name if name == "random" else str(arguments.workdir / name)
         overrides = [f"--config.init.path={start}", f"--config.steps={FINETUNE_STEPS}"]
         overrides += ["--config.eval.accuracy_every_epochs=0.0"]
-        pretrain(arguments, f"finetune_{name}", "configs/demo.py:finetune", overrides)
+        train(arguments, f"finetune_{name}", "configs/demo.py:finetune", overrides)
     report = collect(arguments)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     draw(report, arguments.pictures)
     print(table(report))
 
 
-def pretrain(arguments: argparse.Namespace, name: str, config: str, overrides: list[str]) -> None:
+def train(arguments: argparse.Namespace, name: str, config: str, overrides: list[str]) -> None:
     """One run of train.py, unless it is finished."""
     workdir = arguments.workdir / name
     if (workdir / "summary.json").exists():
@@ -93,12 +93,10 @@ def evaluate(arguments: argparse.Namespace, name: str, checkpoint: str) -> None:
 
 
 def evaluate_random(arguments: argparse.Namespace) -> None:
-    """What a run of no steps at all, and raw pixels, come to: the baselines of the demo."""
-    workdir = arguments.workdir / "baselines"
+    """Random encoders and raw pixels, as a run measures them at its end; here after one step."""
     overrides = ["--config.steps=1", "--config.optim.warmup_steps=0", "--config.eval.linear=True"]
     overrides += ["--config.eval.baselines=True", "--config.eval.knn_bank=100000"]
-    if not (workdir / "summary.json").exists():
-        pretrain(arguments, "baselines", "configs/ablations.py:demo,baseline", overrides)
+    train(arguments, "baselines", "configs/ablations.py:demo,baseline", overrides)
 
 
 def spend(workdir: Path, command: list[str]) -> None:
@@ -132,7 +130,8 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     return {
         "command": "python -m benchmarks.ablations",
-        "machine": f"{platform.machine()}, {cores} cores",
+        "machine": platform.machine(),
+        "cores": cores,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "machine_minutes": round(seconds / 60 / cores, 1),
@@ -173,10 +172,8 @@ def draw(report: dict[str, Any], folder: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     baselines = report["runs"]["baselines"]
-    cores = int(report["machine"].split()[-2])
-    minutes = [
-        report["runs"][f"steps_{steps}-s0"]["processor_seconds"] / 60 / cores for steps in CURVE
-    ]
+    seconds = [report["runs"][f"steps_{steps}-s0"]["processor_seconds"] for steps in CURVE]
+    minutes = [s / 60 / report["cores"] for s in seconds]
     for number, (measure, name) in enumerate(
         (("k-NN mean", "knn"), ("linear probe mean", "linear"))
     ):

@@ -28,8 +28,8 @@ ROWS = {
     "decoder_width_1024": {"model.decoder_width": 1024},
     # 1d: what is predicted
     "pixels": {"target.norm_pix": False},
-    # 1e: augmentation; the whole image and no flip is "none"
-    "no_augmentation": {"data.crop_scale": (1.0, 1.0), "data.flip": False},
+    # 1e: augmentation; "none" is a central crop without a flip
+    "no_augmentation": {"data.augment": "none"},
     # 1f: mask sampling
     "block_50": {"mask.kind": "block", "mask.ratio": 0.5},
     "block_75": {"mask.kind": "block"},

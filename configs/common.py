@@ -142,7 +142,8 @@ def _evaluation() -> ConfigDict:
     evaluation.knn_bank = 50_000  # training images at most, evenly spaced
     evaluation.knn_queries = 10_000  # evaluation images at most
     evaluation.linear = False  # at the end, also a linear probe on the same images
-    evaluation.baselines = False  # at the end, also of raw pixels and 3 random encoders
+    evaluation.baselines = False  # at the end, also of raw pixels and 3 random encoders; pixels of
+    # knn_bank images have to fit into memory, 12 bytes each
     evaluation.pictures_every_epochs = 20.0  # 0.0 draws at the end only
     evaluation.pictures = 8  # images per picture
     evaluation.stats = "visible"  # brightness of norm_pix pictures: of "visible" patches or "gt"

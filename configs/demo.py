@@ -12,14 +12,17 @@ start from what the demo has learned (`--config.init.path=random` shows what tha
 
 from configs import common, finetune, linprobe
 
-TASKS = ("pretrain", "linprobe", "finetune")
+TASKS = {
+    "pretrain": common.base,
+    "linprobe": linprobe.get_config,
+    "finetune": finetune.get_config,
+}
 
 
 def get_config(task: str = "pretrain"):
     if task not in TASKS:
         raise ValueError(f"{task!r} is not one of {', '.join(TASKS)}")
-    recipes = {"pretrain": common.base, "linprobe": linprobe.get_config}
-    config = recipes.get(task, finetune.get_config)()
+    config = TASKS[task]()
     config.batch_size = 64
     config.model.update(image_size=(64, 64), patch=8, width=128, depth=4, heads=4)
     config.model.update(decoder_width=64, decoder_depth=1, decoder_heads=4)

@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mae_jax import console
 from mae_jax.convert.info import TARGETS, ConvertError
 from mae_jax.convert.layouts import DIALECTS
 from mae_jax.data.sources import DataError, FileSource
+from mae_jax.evals.extract import Images, extract
 from mae_jax.pretrained import Params, Pretrained, load
 
 # Errors from below name config keys; here the same values are flags.
@@ -142,12 +143,11 @@ def over_images(
     function: Callable[[np.ndarray], dict[str, Any]],
 ) -> dict[str, np.ndarray]:
     """function's arrays for all images of a source, computed in batches, with a progress bar."""
-    batches = model.batches(source, min(batch_size, len(source)))
-    parts = []
-    for batch in console.progress(batches, len(source), lambda batch: batch["valid"].sum()):
-        made = function(batch["image"])
-        parts.append({name: np.asarray(x)[batch["valid"]] for name, x in made.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def read() -> Iterator[dict[str, np.ndarray]]:
+        return console.progress(model.batches(source, min(batch_size, len(source))), len(source))
+
+    return extract(function, Images(len(source), read))[0]
 
 
 def check_output(flag: str, path: Path, suffix: str) -> None:

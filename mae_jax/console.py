@@ -1,10 +1,11 @@
 """What a person sees: the log, tables, and the progress of long work."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import absl.logging
+import numpy as np
 import rich.box
 from rich.console import Console
 from rich.logging import RichHandler
@@ -14,8 +15,6 @@ from rich.table import Table
 
 console = Console(stderr=True)
 log = logging.getLogger("mae_jax")
-
-T = TypeVar("T")
 
 
 def setup_logging() -> None:
@@ -49,12 +48,10 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def progress(batches: Iterable[T], total: int, count: Callable[[T], int]) -> Iterator[T]:
-    """Passes batches on, with a bar of how many of `total` images are done, how fast, time left.
-
-    Args:
-      count: how many images a batch has.
-    """
+def progress(
+    batches: Iterable[dict[str, np.ndarray]], total: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Passes batches on, with a bar of how many of `total` images are done, how fast, time left."""
     columns = (
         TextColumn("images"),
         BarColumn(None),
@@ -66,6 +63,6 @@ def progress(batches: Iterable[T], total: int, count: Callable[[T], int]) -> Ite
         task = bar.add_task("", total=total, speed="")
         for batch in batches:
             yield batch
-            bar.advance(task, count(batch))
+            bar.advance(task, int(batch["valid"].sum()))
             speed = bar.tasks[task].speed
             bar.update(task, speed=f"{speed:,.0f} images/s" if speed else "")

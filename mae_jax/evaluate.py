@@ -6,111 +6,55 @@ python -m mae_jax.evaluate --checkpoint ANY --data DIR_OR_TFDS_NAME [--suite knn
 import argparse
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
 import mae_jax
 from mae_jax import command_line, console, sharding
 from mae_jax.convert.info import ConvertError
-from mae_jax.data.loader import Batch, ordered_batches
+from mae_jax.data.loader import Batch
 from mae_jax.data.sources import DataError, Source, make_source
 from mae_jax.data.subsets import evenly_spaced
-from mae_jax.evals.accuracy import ranked
-from mae_jax.evals.extract import extract
-from mae_jax.evals.knn import knn_scores
-from mae_jax.evals.probe import ProbeRecipe, probe_scores
-from mae_jax.evals.scores import Score, score_of
+from mae_jax.evals.extract import Images, extract
+from mae_jax.evals.probe import ProbeRecipe
+from mae_jax.evals.scores import ranked
+from mae_jax.evals.suite import SUITE, Labelled, Row, Suite
 from mae_jax.evaluation import over_devices
 from mae_jax.metrics import write_json
 from mae_jax.pretrained import Params, Pretrained
 
 log = logging.getLogger("mae_jax")
 
-SUITE = {
-    "knn": "k nearest neighbours, of cls and mean of the patches",
-    "linear": "linear probe of cls and mean",
-    "attentive": "attentive probe: a learned query over the patches",
-    "layers": "linear probes of cls and mean after every block",
-    "few_shot": "linear probes on a few images per class, mean of 5 draws",
-    "head": "the checkpoint's own head",
-}
-KS = (1, 5, 10, 20, 100, 200)
-DRAWS = 5  # of few-shot training sets
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; spread is a standard deviation where a row is a mean."""
-
-    measure: str
-    features: str
-    top1: float
-    top5: float
-    images: int
-    interval: tuple[float, float]
-    seconds: float
-    spread: float | None = None
-
-
-@dataclass(frozen=True)
-class Sets:
-    """Features by name, and labels, of the training and of the evaluation images."""
-
-    train: dict[str, np.ndarray]
-    train_labels: np.ndarray
-    test: dict[str, np.ndarray]
-    test_labels: np.ndarray
-    num_classes: int
-    heads: int
-
-    def some(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The training and evaluation features of these names."""
-        names = list(names)
-        return {name: self.train[name] for name in names}, {name: self.test[name] for name in names}
-
 
 def main(argv: list[str]) -> None:
     arguments = _parse(argv)
-    suite = _suite(arguments.suite)
+    names = _suite(arguments.suite)
     if arguments.out:
         command_line.check_output("--out", arguments.out, ".json")
     begin = time.perf_counter()
-    train, test = _sources(arguments)
+    train, test = _sources(arguments, names)
     model, params = command_line.load_model(arguments)
-    if "head" in suite:
-        _check_head(model, test)
-    _check_memory(model, suite, len(train), len(test), arguments.max_gb)
-    sets, seconds = _extract(model, params, suite, train, test, arguments.batch_size)
-    log.info("features of %d images took %.1f s", len(train) + len(test), seconds)
+    if "head" in names:
+        _check_head(model, test.classes)
+    _check_memory(model, names, len(train or ()) + len(test), arguments.max_gb)
+
+    found = _extract(model, params, names, train, test, arguments.batch_size)
+    seconds = time.perf_counter() - begin
+    log.info("the features of all images took %.1f s", seconds)
     recipe = ProbeRecipe(
-        epochs=arguments.epochs,
-        warmup_epochs=arguments.epochs / 9,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
+        epochs=arguments.epochs, learning_rate=arguments.learning_rate, seed=arguments.seed
     )
-    rows = [row for name in suite for row in _measure(name, sets, recipe, arguments.shots)]
-    _print(rows, arguments, len(train), len(test))
+    suite = Suite(*found, test.classes, model.info.heads, recipe, arguments.shots)
+    rows = [row for name in names for row in suite.measure(name)]
+    _print(rows, f"{arguments.checkpoint} on {arguments.data}")
     if arguments.out:
-        report = {
-            "checkpoint": arguments.checkpoint,
-            "data": arguments.data,
-            "train_split": arguments.train_split,
-            "eval_split": arguments.eval_split,
-            "train_images": len(train),
-            "eval_images": len(test),
-            "classes": sets.num_classes,
-            "features_seconds": round(seconds, 2),
-            "seconds": round(time.perf_counter() - begin, 2),
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "versions": {"mae_jax": mae_jax.__version__, "jax": jax.__version__},
-            "results": [asdict(row) for row in rows],
-        }
-        write_json(arguments.out, report)
+        report = _report(arguments, suite, rows)
+        report |= {"features_seconds": round(seconds, 2)}
+        write_json(arguments.out, report | {"seconds": round(time.perf_counter() - begin, 2)})
         print(arguments.out)
 
 
@@ -158,60 +102,67 @@ def _suite(text: str) -> list[str]:
     return names
 
 
-def _sources(arguments: argparse.Namespace) -> tuple[Source, Source]:
-    """Labelled training and evaluation images; for TFDS --data is a name, else a folder."""
-    folder = Path(arguments.data).is_dir()
-    if not folder and (Path(arguments.data).exists() or "/" in arguments.data):
-        raise DataError(f"--data {arguments.data} is not a directory")
-    kind, path = ("folder", arguments.data) if folder else ("tfds", arguments.data_dir)
-    for split in (arguments.train_split, arguments.eval_split):
-        if folder and not (Path(path) / split).is_dir():
-            raise DataError(
-                f"{Path(path) / split} does not exist: --data is a folder with a folder for each "
-                "split, named by --train-split and --eval-split, and in them one for each class"
-            )
-    train = make_source(kind, arguments.data, path, arguments.train_split)
-    if not train.classes:
-        raise DataError(
-            f"{arguments.data}/{arguments.train_split} has no class labels: probes and k-NN need "
-            "one folder per class, or a TFDS data set with a ClassLabel called 'label'"
-        )
-    test = make_source(kind, arguments.data, path, arguments.eval_split, train.classes)
-    if not test.classes:
-        raise DataError(f"{arguments.data}/{arguments.eval_split} has no class labels")
+def _sources(arguments: argparse.Namespace, names: list[str]) -> tuple[Source | None, Source]:
+    """Images to learn from, unless there is nothing to learn, and images to judge on."""
+    if names == ["head"]:
+        return None, _source(arguments, arguments.eval_split)
+    train = _source(arguments, arguments.train_split)
+    test = _source(arguments, arguments.eval_split, train.classes)
     if arguments.train_images:
         train = evenly_spaced(train, arguments.train_images)
     return train, test
 
 
-def _check_head(model: Pretrained, test: Source) -> None:
+def _source(arguments: argparse.Namespace, split: str, classes: tuple[str, ...] = ()) -> Source:
+    """A labelled split; --data is a folder where one has that name, else a TFDS data set."""
+    data = arguments.data
+    if not Path(data).is_dir():
+        if "/" in data or Path(data).exists():
+            raise DataError(f"--data {data} is not a directory")
+        source = make_source("tfds", data, arguments.data_dir, split, classes)
+    elif (Path(data) / split).is_dir():
+        source = make_source("folder", data, data, split, classes)
+    else:
+        raise DataError(
+            f"{Path(data) / split} does not exist: --data is a folder with a folder for each "
+            "split, named by --train-split and --eval-split, and in them one for each class"
+        )
+    if not source.classes:
+        raise DataError(
+            f"{data}/{split} has no class labels: that takes one folder per class, or a TFDS data "
+            "set with a ClassLabel called 'label'"
+        )
+    return source
+
+
+def _check_head(model: Pretrained, classes: tuple[str, ...]) -> None:
     model.check_head()
     count, names = model.info.num_classes, model.info.class_names
-    if count != len(test.classes):
+    if count != len(classes):
         raise ConvertError(
-            f"the head of {model.path} has {count} classes, the data set {len(test.classes)}"
+            f"the head of {model.path} has {count} classes, the data set {len(classes)}"
         )
-    if names and names != test.classes:
+    if names and names != classes:
         log.warning(
             "the head's classes are called otherwise than the data set's (%s, ... and %s, ...): "
             "its accuracy counts only if they are in one order",
             names[0],
-            test.classes[0],
+            classes[0],
         )
 
 
-def _layers(model: Pretrained, suite: list[str]) -> tuple[int, ...]:
-    return tuple(range(1, model.info.depth + 1)) if "layers" in suite else ()
+def _layers(model: Pretrained, names: list[str]) -> tuple[int, ...]:
+    return tuple(range(1, model.info.depth + 1)) if "layers" in names else ()
 
 
-def _check_memory(model: Pretrained, suite: list[str], train: int, test: int, most: float) -> None:
+def _check_memory(model: Pretrained, names: list[str], images: int, most: float) -> None:
     """ConvertError where features would not fit into memory, and what would help."""
     rows, columns = model.info.grid
-    vectors = 2 + 2 * len(_layers(model, suite)) + rows * columns * ("attentive" in suite)
-    needed = (train + test) * vectors * model.info.width * 4 / 1e9
+    vectors = 2 + 2 * len(_layers(model, names)) + rows * columns * ("attentive" in names)
+    needed = images * vectors * model.info.width * 4 / 1e9
     if needed > most:
         raise ConvertError(
-            f"{vectors} vectors of {model.info.width} for each of {train + test} images are "
+            f"{vectors} vectors of {model.info.width} for each of {images} images are "
             f"{needed:.1f} GB: allow them with --max-gb, take fewer with --train-images, leave "
             "layers or attentive out of --suite, or train a probe with configs/attentive.py"
         )
@@ -220,143 +171,83 @@ def _check_memory(model: Pretrained, suite: list[str], train: int, test: int, mo
 def _extract(
     model: Pretrained,
     params: Params,
-    suite: list[str],
-    train: Source,
+    names: list[str],
+    train: Source | None,
     test: Source,
     batch_size: int,
-) -> tuple[Sets, float]:
-    """All features that the suite needs, in one pass over the images, and the seconds it took."""
-    layers = _layers(model, suite)
+) -> tuple[Labelled | None, Labelled]:
+    """All features that the suite needs, each image being read once."""
+    layers = _layers(model, names)
 
+    @jax.jit
     def features(params: Params, images: Array) -> dict[str, Array]:
-        found = model.features(params, images, layers=layers, grid="attentive" in suite)
-        if "attentive" in suite:
-            grid = found.pop("grid")
-            found["patches"] = grid.reshape(len(images), -1, grid.shape[-1])
-            found = {name: x for name, x in found.items() if not name.startswith("grid_")}
-        if "head" in suite:
+        found = {}
+        if names != ["head"]:
+            found = model.features(params, images, layers=layers)
+        if "attentive" in names:
+            found["patches"] = model.outputs(params, images).tokens[:, 1:].astype("float32")
+        if "head" in names:
             found["ranking"] = ranked(model.logits(params, images))
         return found
 
     mesh = sharding.make_mesh()
+    params = jax.device_put(params, sharding.state_shardings(params, mesh))
     function = over_devices(features, mesh, params)
-    # The last batch is filled up, so every batch splits over the devices.
-    batch_size = int(np.ceil(batch_size / mesh.size)) * mesh.size
 
-    def all_of(source: Source) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        batches: Iterable[Batch] = ordered_batches(
-            source,
-            model.transform,
-            batch_size,
-            advice="Mend it, or leave it out",
-            num_classes=len(train.classes),
-        )
-        bar = console.progress(batches, len(source), lambda batch: int(batch["valid"].sum()))
-        return extract(function, bar, len(source))
+    def all_of(source: Source) -> Labelled:
+        def read() -> Iterator[Batch]:
+            size = sharding.round_up(batch_size, mesh)
+            batches = model.batches(source, size, num_classes=len(test.classes))
+            return console.progress(batches, len(source))
 
-    begin = time.perf_counter()
-    sets = Sets(*all_of(train), *all_of(test), len(train.classes), model.info.heads)
-    return sets, time.perf_counter() - begin
+        return Labelled(*extract(function, Images(len(source), read)))
+
+    return all_of(train) if train else None, all_of(test)
 
 
-def _measure(name: str, sets: Sets, recipe: ProbeRecipe, shots: int) -> list[Row]:
-    begin = time.perf_counter()
-    if name == "knn":
-        scores = {
-            (f"k-NN, k = {k}", pool): score
-            for pool in ("mean", "cls")
-            for k, score in _knn(sets, pool).items()
-        }
-    elif name == "head":
-        scores = {("its own head", ""): score_of(sets.test["ranking"], sets.test_labels)}
-    elif name == "few_shot":
-        return _few_shot(sets, recipe, shots)
-    else:
-        kinds = {
-            "linear": ["cls", "mean"],
-            "attentive": ["patches"],
-            "layers": [n for n in sets.train if n.startswith(("cls_", "mean_"))],
-        }
-        heads = sets.heads if name == "attentive" else 0
-        found = _probe(sets, kinds[name], recipe, np.arange(len(sets.train_labels)), heads)
-        label = "attentive probe" if name == "attentive" else "linear probe"
-        scores = {(label, features): score for features, score in found.items()}
-    seconds = (time.perf_counter() - begin) / len(scores)
-    return [_row(*names, score, seconds) for names, score in scores.items()]
+def _report(arguments: argparse.Namespace, suite: Suite, rows: list[Row]) -> dict[str, Any]:
+    return {
+        "checkpoint": arguments.checkpoint,
+        "data": arguments.data,
+        "train_split": arguments.train_split,
+        "eval_split": arguments.eval_split,
+        "train_images": len(suite.train.labels) if suite.train else 0,
+        "eval_images": len(suite.test.labels),
+        "classes": len(suite.classes),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"mae_jax": mae_jax.__version__, "jax": jax.__version__},
+        "results": [
+            {
+                "measure": row.measure,
+                "features": row.features,
+                **vars(row.score),
+                "interval": row.score.interval,
+                "spread": row.spread,
+                "seconds": row.seconds,
+            }
+            for row in rows
+        ],
+    }
 
 
-def _row(measure: str, features: str, score: Score, seconds: float) -> Row:
-    images, interval = score.images, score.interval
-    return Row(measure, features, score.top1, score.top5, images, interval, round(seconds, 2))
-
-
-def _knn(sets: Sets, pool: str) -> dict[int, Score]:
-    arrays = sets.train[pool], sets.train_labels, sets.test[pool], sets.test_labels
-    return knn_scores(*arrays, num_classes=sets.num_classes, ks=KS)
-
-
-def _probe(
-    sets: Sets, names: list[str], recipe: ProbeRecipe, rows: np.ndarray, heads: int = 0
-) -> dict[str, Score]:
-    train, test = sets.some(names)
-    whole = len(rows) == len(sets.train_labels)
-    return probe_scores(
-        train if whole else {name: x[rows] for name, x in train.items()},
-        sets.train_labels[rows],
-        test,
-        sets.test_labels,
-        num_classes=sets.num_classes,
-        attention_heads=heads,
-        recipe=recipe,
-    )
-
-
-def _few_shot(sets: Sets, recipe: ProbeRecipe, shots: int) -> list[Row]:
-    """Means over training sets drawn with seeds 0, 1, ..., whatever the seed of probes."""
-    begin = time.perf_counter()
-    names, found = ["cls", "mean"], []
-    for draw in range(DRAWS):
-        order = np.random.default_rng(draw).permutation(len(sets.train_labels))
-        of_class = [order[sets.train_labels[order] == c][:shots] for c in range(sets.num_classes)]
-        fewest = min(map(len, of_class))
-        if fewest < shots:
-            raise DataError(f"--shots {shots}, but a class has only {fewest} training images")
-        found.append(_probe(sets, names, recipe, np.sort(np.concatenate(of_class))))
-    seconds = round((time.perf_counter() - begin) / len(names), 2)
-    rows = []
-    for name in names:
-        scores = [scores[name] for scores in found]
-        top1, top5 = (
-            float(np.mean([vars(score)[t] for score in scores])) for t in ("top1", "top5")
-        )
-        score = Score(top1, top5, scores[0].images)
-        spread = float(np.std([score.top1 for score in scores], ddof=1))
-        measure = f"linear, {shots} shots"
-        rows.append(Row(measure, name, top1, top5, score.images, score.interval, seconds, spread))
-    return rows
-
-
-def _print(rows: list[Row], arguments: argparse.Namespace, train: int, test: int) -> None:
-    best = max((row.top1 for row in rows if row.features.startswith(("cls_", "mean_"))), default=-1)
+def _print(rows: list[Row], title: str) -> None:
+    layers = [row.score.top1 for row in rows if "_" in row.features]
     lines = []
     for row in rows:
-        low, high = row.interval
-        measure = row.measure
-        if "_" in row.features and row.top1 == best:
-            measure = "best layer"
+        low, high = row.score.interval
+        best = "_" in row.features and row.score.top1 == max(layers)
         spread = f"±{row.spread:.3f}" if row.spread is not None else ""
         lines.append(
             (
-                measure,
+                "best layer" if best else row.measure,
                 row.features,
-                f"{row.top1:.3f}{spread}",
+                f"{row.score.top1:.3f}{spread}",
                 f"{low:.2f}-{high:.2f}",
-                f"{row.top5:.3f}",
-                f"{row.images}",
+                f"{row.score.top5:.3f}",
+                row.score.images,
                 f"{row.seconds:.1f}",
             )
         )
-    title = f"{arguments.checkpoint} on {arguments.data}: {train} images to learn from"
     columns = ("measure", "features", "top-1", "95 %", "top-5", "images", "s")
     console.print_rows(title, columns, lines)
 

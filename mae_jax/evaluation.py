@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,12 +15,11 @@ from jaxtyping import Array, Key
 
 from mae_jax import sharding
 from mae_jax.console import print_table
-from mae_jax.evals.accuracy import Accuracy
-from mae_jax.evals.extract import extract
+from mae_jax.evals.extract import Images, extract
 from mae_jax.evals.knn import knn_scores
 from mae_jax.evals.probe import probe_scores
 from mae_jax.evals.reconstruct import Pictures, save_png
-from mae_jax.evals.scores import Score
+from mae_jax.evals.scores import Score, ranked, score_of
 from mae_jax.metrics import RunLog, write_json
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
@@ -49,10 +49,9 @@ class Evaluator(Protocol):
 
 
 def over_devices(
-    function: Callable[..., Any], mesh: jax.sharding.Mesh, *state: Any
+    compiled: Callable[..., Any], mesh: jax.sharding.Mesh, *state: Any
 ) -> Callable[[np.ndarray], Any]:
-    """`function(*state, images)` as a function of a batch of images, split over all devices."""
-    compiled = jax.jit(function)
+    """A jitted function of state and images as one of a batch of images, split over all devices."""
     return lambda images: compiled(*state, sharding.shard_batch({"image": images}, mesh)["image"])
 
 
@@ -81,7 +80,7 @@ class MeasureAccuracy:
     """top1 and top5 of the classifier, and of its averaged parameters where they are kept."""
 
     task: Classify
-    accuracy: Accuracy
+    images: Images
     mesh: jax.sharding.Mesh
     every: int | None
 
@@ -108,25 +107,31 @@ class MeasureAccuracy:
         return found, score
 
     def _score(self, params: Any, state: TrainState) -> Score:
-        def logits(params: Any, stats: Any, images: Array) -> Array:
-            made = self.task.outputs(params, stats, images).logits
-            assert made is not None
-            return made
+        function = over_devices(self._ranking, self.mesh, params, state.batch_stats)
+        found, labels = extract(function, self.images)
+        return score_of(found["ranking"], labels)
 
-        return self.accuracy.run(over_devices(logits, self.mesh, params, state.batch_stats))
+    @cached_property  # compiled once in a run
+    def _ranking(self) -> Callable[..., dict[str, Array]]:
+        def ranking(params: Any, stats: Any, images: Array) -> dict[str, Array]:
+            logits = self.task.outputs(params, stats, images).logits
+            assert logits is not None
+            return {"ranking": ranked(logits)}
+
+        return jax.jit(ranking)
 
 
 @dataclass(frozen=True)
 class MeasureFeatures:
     """k-NN of the encoder's features; at the end also a linear probe and baselines if asked for.
 
-    bank, queries: how many images, and a function that reads them. ks: the first is logged while
-    training. baseline_key: random encoders are initialised from it; None has no baselines.
+    ks: the first is logged while training. baseline_key: random encoders are initialised from it;
+    None has no baselines.
     """
 
     task: Pretrain | Classify
-    bank: tuple[int, Callable[[], Any]]
-    queries: tuple[int, Callable[[], Any]]
+    bank: Images
+    queries: Images
     num_classes: int
     ks: tuple[int, ...]
     temperature: float
@@ -145,9 +150,11 @@ class MeasureFeatures:
         if self.baseline_key is None:
             return self._measure(kinds, self.ks, linear=self.linear)
         kinds["_pixels"] = None
+        layout = jax.tree.map(lambda x: x.sharding, state.params)
+        init = jax.jit(self.task.init, out_shardings=layout)
         for number in range(RANDOM_ENCODERS):
             key = jax.random.fold_in(self.baseline_key, 1 + number)
-            kinds[f"_random_init_{number}"] = jax.jit(self.task.init)(key)
+            kinds[f"_random_init_{number}"] = init(key)
         found = self._measure(kinds, self.ks, linear=self.linear)
         for name in [name for name in found if name.endswith("_random_init_0")]:
             common = name.removesuffix("_0")
@@ -158,15 +165,15 @@ class MeasureFeatures:
     def _measure(self, kinds: Mapping[str, Any], ks: tuple[int, ...], *, linear: bool) -> Results:
         """Of several kinds of features: parameters, or None for raw pixels."""
         functions = {
-            kind: _pixels if params is None else over_devices(self.task.features, self.mesh, params)
+            kind: _pixels if params is None else over_devices(self._features, self.mesh, params)
             for kind, params in kinds.items()
         }
 
         def features(images: np.ndarray) -> dict[str, Any]:
             return {kind: function(images) for kind, function in functions.items()}
 
-        bank, bank_labels = extract(features, self.bank[1](), self.bank[0])
-        queries, labels = extract(features, self.queries[1](), self.queries[0])
+        bank, bank_labels = extract(features, self.bank)
+        queries, labels = extract(features, self.queries)
         found: Results = {}
         for kind in kinds:
             scores = knn_scores(
@@ -188,6 +195,10 @@ class MeasureFeatures:
                 )
                 found[f"linear_top1{kind}"] = scores[kind].top1
         return found
+
+    @cached_property  # compiled once in a run
+    def _features(self) -> Callable[..., Array]:
+        return jax.jit(self.task.features)
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

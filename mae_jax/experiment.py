@@ -17,8 +17,8 @@ from mae_jax.evals.extract import extract
 from mae_jax.evaluation import Evaluation, over_devices, print_summary, summary_of
 from mae_jax.health import StopSignal, check_finite
 from mae_jax.metrics import RunLog, write_json
-from mae_jax.recipe import data, judges, schedule, tasks
-from mae_jax.recipe.schedule import Config, Duration
+from mae_jax.recipe import Config, data, judges, schedule, tasks
+from mae_jax.recipe.schedule import Duration
 from mae_jax.start import ConfigError, origin, run_keys, starting_state
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
@@ -50,18 +50,20 @@ def build(config: Config, workdir: Path) -> Run:
       ConfigError, DataError: a value, a file or a folder is not as it should be.
     """
     try:
-        judges.check_counts(config)
+        judges.check_evaluation(config)
         mesh = sharding.make_mesh(config.mesh.fsdp)
         sharding.check_batch(config.batch_size, config.accumulate, mesh)
         train_source = data.make_train_source(config)
         eval_source = data.make_eval_source(config, train_source.classes)
         task = tasks.make_task(config, mesh, train_source.classes)
-        num_classes = task.model.num_classes if isinstance(task, Classify) else None
+        classifies = isinstance(task, Classify)
         duration = schedule.make_duration(config, len(train_source))
         learning_rate = schedule.make_learning_rate(config, duration)
+        blocks = task.train_last_blocks if classifies else None
         loader = None
         if duration.total_steps:
-            loader = data.make_loader(config, train_source, num_classes)
+            classes = task.model.num_classes if classifies else None
+            loader = data.make_loader(config, train_source, classes)
         return Run(
             config=config,
             workdir=workdir,
@@ -72,7 +74,9 @@ def build(config: Config, workdir: Path) -> Run:
             loader=loader,
             duration=duration,
             learning_rate=learning_rate,
-            tx=schedule.make_optimizer(config, learning_rate),
+            tx=schedule.make_optimizer(config, learning_rate, blocks)
+            if duration.total_steps
+            else optax.identity(),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -176,12 +180,12 @@ def _cached(run: Run, state: TrainState) -> ArrayLoader:
     task, config = run.task, run.config
     assert isinstance(task, Classify)
     classes = task.model.num_classes
-    count, read = data.make_ordered(config, run.train_source, run.mesh, classes, show=True)
-    log.info("computing the features of %d images once", count)
-    function = over_devices(task.head_inputs, run.mesh, state.params)
-    found, labels = extract(lambda images: {"features": function(images)}, read(), count)
-    log.info("they take %.1f MB of memory", found["features"].nbytes / 1e6)
-    arrays = {"features": found["features"], "label": labels}
+    images = data.make_images(config, run.train_source, run.mesh, num_classes=classes, show=True)
+    log.info("computing the features of %d images once", images.count)
+    pooled = over_devices(jax.jit(task.pooled), run.mesh, state.params)
+    found, labels = extract(lambda images: {"pooled": pooled(images)}, images)
+    log.info("they take %.1f MB of memory", found["pooled"].nbytes / 1e6)
+    arrays = {"pooled": found["pooled"], "label": labels}
     return ArrayLoader(arrays=arrays, seed=config.seed, batch_size=config.batch_size)
 
 
@@ -223,7 +227,7 @@ def _say_hello(run: Run, start_step: int) -> None:
     if duration.total_steps:
         log.info(
             "learning rate %.6g = base_lr %.6g * batch_size %d / 256, after %g steps of warm-up",
-            config.optim.base_lr * config.batch_size / 256,
+            schedule.peak_learning_rate(config),
             config.optim.base_lr,
             config.batch_size,
             duration.warmup_steps,
@@ -242,12 +246,12 @@ def _make_evaluation(run: Run, run_log: RunLog) -> Evaluation:
     evaluators = judges.make_evaluators(
         run.config,
         run.task,
-        run.train_source,
-        run.eval_source,
-        run.duration,
-        run.mesh,
-        run_log,
-        run.workdir,
-        run_keys(run.config)[0],
+        train_source=run.train_source,
+        eval_source=run.eval_source,
+        duration=run.duration,
+        mesh=run.mesh,
+        run_log=run_log,
+        workdir=run.workdir,
+        init_key=run_keys(run.config)[0],
     )
     return Evaluation(run_log, run.workdir, evaluators, run.duration.total_steps)

@@ -29,7 +29,7 @@ def encoder_flops(
     size: Size, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
 ) -> float:
     """FLOPs of the encoder's forward pass over one image."""
-    embed = 2 * num_patches * patch_values * size.width
+    embed = _embed(size, num_patches, patch_values)
     return embed + _blocks(size.width, size.depth, kept + 1, mlp_ratio)
 
 
@@ -40,8 +40,20 @@ def train_flops(
 
     Except for the patch embedding, which needs no gradient with respect to its input.
     """
-    embed = 2 * num_patches * patch_values * size.width
-    return 3 * forward_flops(size, num_patches, kept, patch_values, mlp_ratio) - embed
+    forward = forward_flops(size, num_patches, kept, patch_values, mlp_ratio)
+    return 3 * forward - _embed(size, num_patches, patch_values)
+
+
+def finetune_flops(
+    size: Size, num_patches: int, patch_values: int, mlp_ratio: float = 4.0
+) -> float:
+    """FLOPs of one whole image in training of the encoder alone."""
+    forward = encoder_flops(size, num_patches, num_patches, patch_values, mlp_ratio)
+    return 3 * forward - _embed(size, num_patches, patch_values)
+
+
+def _embed(size: Size, num_patches: int, patch_values: int) -> float:
+    return 2 * num_patches * patch_values * size.width
 
 
 # Vendors' dense bf16 peak, FLOP/s, by a part of `jax.Device.device_kind`; the first match counts.

@@ -34,6 +34,9 @@ def warmup_cosine(
     return learning_rate
 
 
+TRAINED_BY_PROBES = ("head", "attention_pool")
+
+
 def decay_mask(params: Tree, without: Collection[str] = ()) -> dict:
     """True where weight decay applies: everything but 1-D parameters (biases and norms).
 
@@ -60,12 +63,8 @@ def update_scales(
       train_last_blocks: freeze all before the last so many blocks (paper figure 9). None trains
         everything; 0 trains the head alone.
     """
-    depth = _depth(params)
+    depth = len(jax.tree.leaves(params["encoder"]["blocks"])[0])
     first = 0 if train_last_blocks is None else depth + 1 - train_last_blocks
-    if not 0 <= first <= depth + 1:
-        raise ValueError(
-            f"optim.train_last_blocks={train_last_blocks} is not between 0 and the {depth} blocks"
-        )
     layers = np.arange(depth + 2)
     factors = np.where(layers < first, 0.0, layer_decay ** (depth + 1.0 - layers))
 
@@ -75,21 +74,18 @@ def update_scales(
             return factors[1:-1].reshape(-1, *[1] * (leaf.ndim - 1)).astype(np.float32)
         if part == "encoder" and rest[0] != "norm":
             return np.float32(factors[0])
-        trained = train_last_blocks != 0 or part in HEAD
+        trained = train_last_blocks != 0 or part in TRAINED_BY_PROBES
         return np.float32(factors[-1] if trained else 0.0)
 
     return map_named(scale, params)
 
 
-HEAD = ("head", "attention_pool")  # what a probe trains
-
-
-def _depth(params: Tree) -> int:
-    return len(jax.tree.leaves(params["encoder"]["blocks"])[0])
-
-
 def freeze(params: Tree, train_last_blocks: int | None) -> Tree:
-    """The parameters, those that are not trained cut off from gradients; a step back costs less."""
+    """The parameters, those that are not trained cut off from gradients.
+
+    That keeps them out of gradient norms and clipping; a wholly frozen encoder also costs no
+    backward pass (part of a stack of blocks does: it is one loop).
+    """
     if train_last_blocks is None:
         return params
     scales = update_scales(params, train_last_blocks=train_last_blocks)

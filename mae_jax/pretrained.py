@@ -1,5 +1,6 @@
 """A checkpoint of any dialect as a model that runs: features, reconstructions, classes."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
 from mae_jax.data.loader import ordered_batches
-from mae_jax.data.sources import FileSource
+from mae_jax.data.sources import FileSource, Source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.models.classifier import Outputs
 from mae_jax.models.layers import Execution
@@ -116,7 +117,7 @@ class Pretrained:
                 raise ConvertError(f"there is no layer {layer}: {self.path} has 1 to {depth}")
         made = self.outputs(params, images, observe=bool(layers) or attention)
         found = self._of_tokens(made.tokens, "", grid)
-        if self.info.fc_norm:
+        if self.info.fc_norm and self.info.pool == "mean":
             found["mean"] = made.pooled
         for layer in layers:
             assert made.observed is not None
@@ -246,10 +247,18 @@ class Pretrained:
         (batch,) = self.batches(source, len(source))
         return batch["image"]
 
-    def batches(self, source: FileSource, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(
+        self, source: Source, batch_size: int, num_classes: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
         """The images of a source in order; see `ordered_batches`."""
-        advice = "Mend it, or leave it out"
-        return ordered_batches(source, self.transform, batch_size, advice=advice)
+        return ordered_batches(
+            source,
+            self.transform,
+            batch_size,
+            threads=os.cpu_count() or 1,
+            advice="Mend it, or leave it out",
+            num_classes=num_classes,
+        )
 
 
 @partial(jax.jit, static_argnames=("model", "mask", "mask_ratio", "stats"))

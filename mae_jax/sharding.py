@@ -36,6 +36,11 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh, hosts: int = 1) ->
         )
 
 
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The next batch size that splits over all devices."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """A sharding for every leaf of a state of arrays or shapes.
 

@@ -14,9 +14,10 @@ from mae_jax import sharding, warm_start
 from mae_jax.checkpoint import Checkpointer, check_resume, flatten
 from mae_jax.convert.info import ConvertError, variables
 from mae_jax.metrics import write_json
-from mae_jax.recipe import tasks
-from mae_jax.recipe.schedule import Config
-from mae_jax.training import Task, TrainState, init_state
+from mae_jax.recipe import Config, tasks
+from mae_jax.tasks.classify import Classify
+from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.training import TrainState, init_state
 
 log = logging.getLogger("mae_jax")
 
@@ -52,7 +53,7 @@ def run_keys(config: Config) -> tuple[jax.Array, jax.Array]:
 
 def starting_state(
     config: Config,
-    task: Task,
+    task: Pretrain | Classify,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     checkpointer: Checkpointer,
@@ -94,17 +95,25 @@ def starting_state(
     # Each device makes only the part of the state that it holds.
     state = jax.jit(init, out_shardings=shardings)(key)
     if path not in (None, "random"):
-        state = _warm(config, state, shardings, checkpointer.directory.parent)
-    elif config.task == "classify":
+        return _warm(config, task, state, shardings, meta, checkpointer.directory.parent), shardings
+    if config.task == "classify":
         log.warning("init.path=random: the encoder starts from random weights")
+    write_json(checkpointer.directory.parent / ORIGIN, {"path": "random"})
     return state, shardings
 
 
-def _warm(config: Config, state: TrainState, shardings: TrainState, workdir: Path) -> TrainState:
+def _warm(
+    config: Config,
+    task: Pretrain | Classify,
+    state: TrainState,
+    shardings: TrainState,
+    meta: dict[str, Any],
+    workdir: Path,
+) -> TrainState:
     """The first state with the parameters that init.path has for it."""
-    path = config.init.path
+    path, arrays = config.init.path, {**state.params, **state.batch_stats}
     try:
-        start = tasks.make_warm_start(config, {**state.params, **state.batch_stats})
+        start = tasks.make_warm_start(config, task, arrays, tuple(meta["classes"]))
     except ConvertError as error:
         raise ConfigError(f"init.path: {error}") from error
     warm_start.report(path, start)

@@ -69,7 +69,7 @@ def _without_tables(found: Weights) -> Weights:
     return dataclasses.replace(found, arrays=arrays)
 
 
-HEAD = ("head", "head_norm", "attention_pool")
+HEAD_PARTS = ("head", "head_norm", "attention_pool")
 
 
 def _part(name: str) -> str:
@@ -78,7 +78,7 @@ def _part(name: str) -> str:
 
 def without_head(found: Weights) -> Weights:
     """The same weights without a classification head."""
-    arrays = {name: x for name, x in found.arrays.items() if _part(name) not in HEAD}
+    arrays = {name: x for name, x in found.arrays.items() if _part(name) not in HEAD_PARTS}
     return dataclasses.replace(found, arrays=arrays)
 
 
@@ -86,11 +86,9 @@ def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
     """A tree of fresh arrays with the checkpoint's in their place; its encoder must be whole.
 
     Raises:
-      ConvertError: lists every array that is missing from the encoder or of another shape; or the
-        head of the checkpoint is of another kind than the model's.
+      ConvertError: lists every array that is missing from the encoder or of another shape.
     """
     leaves = named_leaves(params)
-    _check_head(leaves, found)
     loaded = [name for name in leaves if name in found.arrays]
     fresh = [name for name in leaves if name not in found.arrays]
     unused = [name for name in found.arrays if name not in leaves]
@@ -104,7 +102,7 @@ def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
             advice = (
                 "\nIf only the decoder is another, --config.init.encoder_only=True leaves it out"
             )
-        if all(_part(line.split()[1]) in HEAD for line in wrong):
+        if all(_part(line.split()[1]) in HEAD_PARTS for line in wrong):
             advice = "\n--config.init.new_head=True begins with a new head"
         listed = "\n  ".join(wrong)
         raise ConvertError(f"it does not fit the model of this run:\n  {listed}{advice}")
@@ -112,16 +110,29 @@ def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
     return WarmStart(from_named(merged), loaded, fresh, unused)
 
 
-def _check_head(leaves: Mapping[str, Any], found: Weights) -> None:
-    """ConvertError if both have a head, and they do not consist of the same."""
-    ours, theirs = ({_part(name) for name in names} for names in (leaves, found.arrays))
-    if "head" in ours and "head" in theirs:
-        kinds = [sorted(parts & {*HEAD, "fc_norm"}) for parts in (theirs, ours)]
-        if kinds[0] != kinds[1]:
-            raise ConvertError(
-                f"its head consists of {' and '.join(kinds[0])}, this model's of "
-                f"{' and '.join(kinds[1])}: --config.init.new_head=True begins with a new head"
-            )
+def check_head(
+    found: Weights, params: Mapping[str, Any], pool: str, classes: tuple[str, ...]
+) -> None:
+    """ConvertError if model and checkpoint have heads of different kinds; warns of other classes.
+
+    Args:
+      params: of the model; pool: what its head takes; classes: what they are called in the data.
+    """
+    ours, theirs = ({_part(name) for name in names} for names in (params, found.arrays))
+    if "head" not in ours or "head" not in theirs:
+        return
+    kinds = [
+        f"{' and '.join(sorted(parts & {*HEAD_PARTS, 'fc_norm'}))} over {pooled}"
+        for parts, pooled in ((theirs, found.info.pool), (ours, pool))
+    ]
+    if kinds[0] != kinds[1]:
+        raise ConvertError(
+            f"its head is {kinds[0]}, this model's {kinds[1]}: --config.init.new_head=True begins "
+            "with a new head"
+        )
+    names = found.info.class_names
+    if names and names != classes:
+        log.warning("the head of the checkpoint names its classes otherwise than the data set does")
 
 
 def report(path: str, start: WarmStart) -> None:

@@ -147,7 +147,7 @@ def test_linear_probe_trajectory(vit, golden, cached):
         pixels = nhwc(batches["images"][number])
         if cached:
             headless = task.model.clone(num_classes=0)
-            batch["features"] = headless.apply({"params": params}, patchify(pixels, 8)).pooled
+            batch["pooled"] = headless.apply({"params": params}, patchify(pixels, 8)).pooled
         else:
             batch["pixels"] = pixels
         state, metrics = step(state, batch)

@@ -200,7 +200,11 @@ def test_another_head_is_replaced_only_when_asked(images, golden, tmp_path):
     with_head = str(golden / "vit" / "v0_cls" / "state_dict.safetensors")
     overrides = LINPROBE | dict(init__path=with_head, data__cache_features=True)
     config = config_of(linprobe, images, **overrides)
-    refused("head consists of head, this model's of head and head_norm.*new_head", config, tmp_path)
+    refused(
+        "head is head over cls, this model's head and head_norm over cls.*new_head",
+        config,
+        tmp_path,
+    )
     plain = overrides | dict(classify__head_norm=False)
     refused(
         r"head/kernel has shape \(32, 10\)(?s:.)*new_head",

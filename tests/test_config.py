@@ -228,7 +228,7 @@ def test_classification_needs_labels_and_something_to_judge_on(folder, labelled)
     (labelled / "empty" / "a").mkdir(parents=True)
     with pytest.raises(DataError, match="no images in .*empty"):
         build(classify(labelled, data__eval_split="empty"), labelled / "run")
-    with pytest.raises(DataError, match="data.shots=5, but class 'a' has only 4 images"):
+    with pytest.raises(DataError, match="5 shots, but class 'a' has only 4 images"):
         build(classify(labelled, data__shots=5), labelled / "run")
     (labelled / "validation" / "c").rename(labelled / "validation" / "d")
     with pytest.raises(DataError, match="classes that training has not: d"):

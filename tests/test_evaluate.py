@@ -93,7 +93,7 @@ def test_a_head_of_its_own(golden, images, tmp_path):
     [
         (["--suite", "probe"], ConvertError, "there is no 'probe'; use some of knn, linear"),
         (["--suite", "head"], ConvertError, "has no classification head"),
-        (["--suite", "few_shot", "--shots", "50"], DataError, "a class has only 20 training"),
+        (["--suite", "few_shot", "--shots", "50"], DataError, "has only 20 images"),
         (["--eval-split", "val"], DataError, "val does not exist"),
         (["--max-gb", "0.00001"], ConvertError, "allow them with --max-gb"),
         (["--out", "results.txt"], ConvertError, "must end in .json"),
@@ -124,7 +124,7 @@ def test_probes_are_trained_together_as_they_would_be_alone():
     make = lambda c, y: (c[y] + rng.normal(size=(len(y), 6)) * 0.7).astype(np.float32)
     train = {name: make(c, labels) for name, c in zip("ab", centres)}
     test = {name: make(c, test_labels) for name, c in zip("ab", centres)}
-    sets = dict(num_classes=4, recipe=ProbeRecipe(epochs=20.0, warmup_epochs=2.0))
+    sets = dict(num_classes=4, recipe=ProbeRecipe(epochs=20.0))
     together = probe_scores(train, labels, test, test_labels, **sets)
     for name in "ab":
         alone = probe_scores({name: train[name]}, labels, {name: test[name]}, test_labels, **sets)

@@ -66,7 +66,7 @@ class TestMixup:
     @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
     def test_prob(self, prob):
         blend, paste = (Mixup(**{kind: 0.8}, prob=prob, mode="elem") for kind in KINDS)
-        assert bool(blend) == bool(paste) == (prob > 0)
+        assert blend.active == paste.active == (prob > 0)
         wanted = pytest.approx(prob, abs=0.03 if prob == 0.5 else 0)
         assert (draw(blend).share < 1).mean() == wanted
         pasted = draw(paste)
@@ -79,9 +79,9 @@ class TestMixup:
         np.testing.assert_array_equal(mix_images(pixels, mix), pixels)
 
     def test_without_alphas_it_is_false(self):
-        assert not Mixup()
-        assert Mixup(mixup=0.1)
-        assert Mixup(cutmix=0.1)
+        assert not Mixup().active
+        assert Mixup(mixup=0.1).active
+        assert Mixup(cutmix=0.1).active
 
     @pytest.mark.parametrize("switch", [0.0, 0.3, 1.0])
     def test_switch(self, switch):

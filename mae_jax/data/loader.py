@@ -63,8 +63,8 @@ class Load:
     def _check_label(self, number: int, label: int) -> None:
         if self.num_classes is not None and not 0 <= label < self.num_classes:
             raise DataError(
-                f"{self.source.key(number)} has label {label}, and the head has classes 0 to "
-                f"{self.num_classes - 1}: set classify.num_classes, or take a labelled split"
+                f"{self.source.key(number)} has label {label}, which is no class from 0 to "
+                f"{self.num_classes - 1}: mend it, or take another split"
             )
 
 
@@ -92,7 +92,11 @@ class Loader:
     hosts: int = 1
 
     def __post_init__(self):
-        _check_batch_size(self.batch_size, len(self.source))
+        if len(self.source) < self.batch_size:
+            raise DataError(
+                f"batch_size={self.batch_size} is larger than the data set of "
+                f"{len(self.source)} images"
+            )
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: {"image": uint8 [b, h, w, c], "label": [b], "index": [b]}."""
@@ -146,7 +150,6 @@ class ArrayLoader:
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: rows of each array."""
         count = len(next(iter(self.arrays.values())))
-        _check_batch_size(self.batch_size, count)
         order = _order(count, self.seed)
         for rows in _from_step(order, self.batch_size, start_step, self.host, self.hosts):
             yield {name: array[rows] for name, array in self.arrays.items()}
@@ -163,11 +166,6 @@ def _from_step(
 ) -> grain.MapDataset:
     """This host's batches. Batching before slicing keeps the global batch on any host count."""
     return dataset.batch(batch_size // hosts)[start_step * hosts + host :: hosts]
-
-
-def _check_batch_size(batch_size: int, count: int) -> None:
-    if count < batch_size:
-        raise DataError(f"batch_size={batch_size} is larger than the data set of {count} images")
 
 
 def ordered_batches(

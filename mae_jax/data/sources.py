@@ -31,6 +31,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def label(self, index: int) -> int:
+        """The class number of a record, -1 where there are no labels."""
+        ...
+
     def key(self, index: int) -> str:
         """What to call a record in messages."""
         ...
@@ -82,6 +86,9 @@ class TfdsSource:
         record = self._records[index]
         label = int(record["label"]) if self.classes else -1
         return {"image": record["image"], "label": label, "key": self.key(index)}
+
+    def label(self, index: int) -> int:
+        return self[index]["label"]
 
     def key(self, index: int) -> str:
         return f"record {index} of {self.name}/{self.split}"
@@ -155,6 +162,9 @@ class FolderSource:
         image = _read(self.root / self.files[index])
         return {"image": image, "label": self.labels[index], "key": self.key(index)}
 
+    def label(self, index: int) -> int:
+        return self.labels[index]
+
     def key(self, index: int) -> str:
         return str(self.root / self.files[index])
 
@@ -214,6 +224,9 @@ class FileSource:
 
     def __getitem__(self, index: int) -> Record:
         return {"image": _read(self.files[index]), "label": -1, "key": self.key(index)}
+
+    def label(self, index: int) -> int:
+        return -1
 
     def key(self, index: int) -> str:
         return str(self.files[index])

@@ -1,7 +1,7 @@
 """Parts of a source: evenly spaced records, or a few of every class."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,6 +22,9 @@ class Subset:
     def __getitem__(self, index: int) -> Record:
         return self._source[int(self._numbers[index])]
 
+    def label(self, index: int) -> int:
+        return self._source.label(int(self._numbers[index]))
+
     def key(self, index: int) -> str:
         return self._source.key(int(self._numbers[index]))
 
@@ -37,22 +40,28 @@ def evenly_spaced(source: Source, count: int) -> Subset:
 
 
 def few_shot(source: Source, shots: int, seed: int) -> Subset:
-    """`shots` records of every class, the first of a random order that the seed decides.
+    """`shots` records of every class; see `draw_shots`."""
+    return Subset(source, draw_shots(source.label, len(source), source.classes, shots, seed))
+
+
+def draw_shots(
+    label: Callable[[int], int], count: int, classes: Sequence[str], shots: int, seed: int
+) -> list[int]:
+    """Numbers of `shots` records of every class, the first of a random order of all `count`.
 
     Raises:
       DataError: there are not as many of some class.
     """
-    chosen: dict[int, list[int]] = {label: [] for label in range(len(source.classes))}
+    chosen: list[list[int]] = [[] for _ in classes]
     lacking = len(chosen)
-    for number in np.random.default_rng(seed).permutation(len(source)):
+    for number in map(int, np.random.default_rng(seed).permutation(count)):
         if not lacking:
             break
-        of_class = chosen.get(source[int(number)]["label"])
-        if of_class is not None and len(of_class) < shots:
-            of_class.append(int(number))
+        of_class = chosen[label(number)]
+        if len(of_class) < shots:
+            of_class.append(number)
             lacking -= len(of_class) == shots
     if lacking:
-        scarce = {source.classes[c]: len(found) for c, found in chosen.items()}
-        name, count = min(scarce.items(), key=lambda item: item[1])
-        raise DataError(f"data.shots={shots}, but class {name!r} has only {count} images")
-    return Subset(source, sorted(number for found in chosen.values() for number in found))
+        fewest, name = min((len(found), name) for found, name in zip(chosen, classes))
+        raise DataError(f"{shots} shots, but class {name!r} has only {fewest} images")
+    return sorted(number for found in chosen for number in found)

@@ -107,8 +107,8 @@ def weak_crop_box(
 
 def _resize(
     image: Image.Image, size: tuple[int, int], interpolation: str = "bicubic"
-) -> UInt8[np.ndarray, "h w c"]:
-    return _as_array(image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()]))
+) -> Image.Image:
+    return image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()])
 
 
 def _as_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
@@ -116,34 +116,33 @@ def _as_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
     return array[..., None] if array.ndim == 2 else array
 
 
-CROPS = {"crop": random_crop_box, "weak_crop": weak_crop_box, "randaugment": random_crop_box}
-AUGMENTS = ("none", *CROPS)
+AUGMENTS = ("none", "crop", "weak_crop", "randaugment")
 
 
 @dataclass(frozen=True)
 class TrainTransform:
     """A random resized crop (bicubic, antialiased), a flip, and RandAugment where given.
 
-    image_size: height and width in pixels; scale: range of the crop's share of the area; crop: a
-    key of CROPS.
+    image_size: height and width in pixels; scale: range of the crop's share of the area; weak: the
+    crop's law is linear probing's.
     """
 
     image_size: tuple[int, int]
     channels: int
     scale: tuple[float, float]
     flip: bool = True
-    crop: str = "crop"
+    weak: bool = False
     augment: RandAugment | None = None
 
     def __call__(self, encoded: bytes, rng: np.random.Generator) -> UInt8[np.ndarray, "h w c"]:
         image = decode(encoded, self.channels)
-        box = CROPS[self.crop](rng, (image.height, image.width), self.scale)
-        array = _resize(image.crop(box), self.image_size)
-        array = array[:, ::-1] if self.flip and rng.random() < 0.5 else array
-        if self.augment is None:
-            return array
-        pixels = array[..., 0] if self.channels == 1 else array
-        return _as_array(self.augment(Image.fromarray(pixels), rng))
+        crop_box = weak_crop_box if self.weak else random_crop_box
+        image = _resize(
+            image.crop(crop_box(rng, (image.height, image.width), self.scale)), self.image_size
+        )
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return _as_array(image if self.augment is None else self.augment(image, rng))
 
 
 @dataclass(frozen=True)
@@ -164,9 +163,9 @@ class EvalTransform:
         image = decode(encoded, self.channels)
         height, width = self.image_size
         if self.squash:
-            return _resize(image, self.image_size, self.interpolation)
+            return _as_array(_resize(image, self.image_size, self.interpolation))
         scale = max(height / image.height, width / image.width) / self.crop
         shape = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-        array = _resize(image, shape, self.interpolation)
+        array = _as_array(_resize(image, shape, self.interpolation))
         top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
         return array[top : top + height, left : left + width]

@@ -1,6 +1,7 @@
 """Features of every image of a data set, in memory."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,24 +10,31 @@ from jaxtyping import Float, Int
 FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images uint8 [b, h, w, c] -> [b, ...]
 
 
-def extract(
-    features: FeaturesFn, batches: Iterable[dict[str, np.ndarray]], count: int
-) -> tuple[dict[str, Float[np.ndarray, "n ..."]], Int[np.ndarray, " n"]]:
-    """Features by name, and the labels, of all "valid" records of batches, in order.
+@dataclass(frozen=True)
+class Images:
+    """At most `count` labelled images, which `read` gives in batches with a "valid" mask."""
 
-    `count` is the largest number that there can be: each array is allocated once, so memory holds
-    features only once.
+    count: int
+    read: Callable[[], Iterable[dict[str, np.ndarray]]]
+
+
+def extract(
+    features: FeaturesFn, images: Images
+) -> tuple[dict[str, Float[np.ndarray, "n ..."]], Int[np.ndarray, " n"]]:
+    """Features by name, and the labels, of all valid images, in order.
+
+    Each array is allocated once, so memory holds features only once.
     """
     found: dict[str, np.ndarray] = {}
-    labels, done = np.zeros(count, np.int32), 0
-    for batch in batches:
+    labels, done = np.zeros(images.count, np.int32), 0
+    for batch in images.read():
         valid = batch["valid"]
         rows = slice(done, done + int(valid.sum()))
         labels[rows] = batch["label"][valid]
         for name, made in features(batch["image"]).items():
             made = np.asarray(made)
             if name not in found:
-                found[name] = np.empty((count, *made.shape[1:]), made.dtype)
+                found[name] = np.empty((images.count, *made.shape[1:]), made.dtype)
             found[name][rows] = made[valid]
         done = rows.stop
     return {name: array[:done] for name, array in found.items()}, labels[:done]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mae_jax.evals.scores import TOP, Score, score_of
+from mae_jax.evals.scores import Score, ranked, score_of
 
 QUERY_TILE = 1024  # queries compared at once ...
 BANK_TILE = 65_536  # ... with so many of the bank: 268 MB of similarities
@@ -86,4 +86,4 @@ def _elect(near: Array, labels: Array, temperature: float, *, k: int, num_classe
     # The nearest votes with 1, the others with less: the order is the same, and nothing overflows.
     weights = jnp.exp((near[:, :k] - near[:, :1]) / temperature)
     votes = votes.at[rows, labels[:, :k]].add(weights)
-    return jax.lax.top_k(votes, min(TOP, num_classes))[1]
+    return ranked(votes)

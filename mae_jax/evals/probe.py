@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mae_jax.evals.accuracy import ranked
-from mae_jax.evals.scores import Score, score_of
+from mae_jax.evals.scores import Score, ranked, score_of
 from mae_jax.models.classifier import Probe
 from mae_jax.optim import lars, warmup_cosine
 from mae_jax.tasks.classify import ProbeTask
@@ -33,12 +32,12 @@ class ProbeRecipe:
     before the weights, which start small, have grown.
     """
 
-    epochs: float = 90.0
-    warmup_epochs: float = 10.0
+    epochs: float = 90.0  # the first ninth warms up
     learning_rate: float = 6.4
-    momentum: float = 0.9
-    weight_decay: float = 0.0
     seed: int = 0
+
+
+WARMUP_SHARE, MOMENTUM = 1 / 9, 0.9
 
 
 def batch_size_for(count: int) -> int:
@@ -64,8 +63,8 @@ def probe_scores(
     task = ProbeTask(
         Probe(num_classes, attention_heads=attention_heads), next(iter(train.values())).shape[1:]
     )
-    features = {name: jnp.asarray(x) for name, x in train.items()}
-    states = _train(task, recipe, list(features.values()), jnp.asarray(labels))
+    features = [jnp.asarray(x) for x in train.values()]
+    states = _train(task, recipe, features, jnp.asarray(labels))
     scores = {}
     for number, name in enumerate(train):
         params, stats = jax.tree.map(lambda x: x[number], (states.params, states.batch_stats))  # noqa: B023
@@ -92,10 +91,10 @@ def _train(
     total = max(round(recipe.epochs * per_epoch), 1)
     learning_rate = warmup_cosine(
         peak=recipe.learning_rate,
-        warmup_steps=recipe.warmup_epochs / recipe.epochs * total,
+        warmup_steps=WARMUP_SHARE * total,
         total_steps=total,
     )
-    tx = lars(learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    tx = lars(learning_rate, momentum=MOMENTUM, weight_decay=0.0)
     init_key, order_key, step_key = jax.random.split(jax.random.key(recipe.seed), 3)
     step = make_train_step(task, tx, learning_rate, step_key)
     state = init_state(task, tx, init_key)
@@ -110,8 +109,8 @@ def _train(
             lambda: order,
         )
         rows = jax.lax.dynamic_slice(order, (position * size,), (size,))
-        batch = {"features": jnp.stack([x[rows] for x in features]), "label": labels[rows]}
-        states, _ = jax.vmap(step, in_axes=(0, {"features": 0, "label": None}))(states, batch)
+        batch = {"pooled": jnp.stack([x[rows] for x in features]), "label": labels[rows]}
+        states, _ = jax.vmap(step, in_axes=(0, {"pooled": 0, "label": None}))(states, batch)
         return (states, order), None
 
     order = jnp.arange(count)

@@ -1,13 +1,14 @@
 """The paper's figure 2: what the model sees, what it makes of it, and what was there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Array, Bool, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax.tasks.masking import Mask
@@ -85,8 +86,7 @@ class Pictures:
 
     def run(self, params: Any) -> UInt8[np.ndarray, "y x 3"]:
         """The figure for some parameters."""
-        reconstruct = jax.jit(self.task.reconstruct, static_argnames="stats")
-        pictures = reconstruct(params, self.images, self.mask, stats=self.stats)
+        pictures = self._reconstruct(params, self.images, self.mask, stats=self.stats)
         columns = panels(
             self.images, np.asarray(pictures), np.asarray(self.mask.as_bool()), self.task.patch
         )
@@ -96,6 +96,10 @@ class Pictures:
             made += f" ({STATISTICS[self.stats]})"
         labels = [f"masked, {hidden} of {self.task.num_patches} patches hidden", made]
         return figure(columns, [*labels, "with the visible patches", "original"])
+
+    @cached_property  # compiled once in a run
+    def _reconstruct(self) -> Callable[..., Array]:
+        return jax.jit(self.task.reconstruct, static_argnames="stats")
 
 
 def save_png(path: Path, picture: UInt8[np.ndarray, "y x 3"]) -> None:

@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 TOP = 5  # ranks that count for the second accuracy
 Z95 = 1.959964  # standard deviations of a 95 % interval
@@ -27,7 +28,12 @@ class Score:
         return centre - half, centre + half
 
 
+def ranked(logits: Float[Array, "b classes"]) -> Int[Array, "b r"]:
+    """The best classes of each row, best first, five where there are so many."""
+    return jax.lax.top_k(logits, min(TOP, logits.shape[-1]))[1]
+
+
 def score_of(ranking: Int[np.ndarray, "n r"], labels: Int[np.ndarray, " n"]) -> Score:
-    """The score of classes ranked best first, at least as many as there are, or five."""
+    """The score of classes ranked best first, as `ranked` gives them."""
     hits = ranking[:, :TOP] == labels[:, None]
     return Score(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(labels))

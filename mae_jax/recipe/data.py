@@ -1,21 +1,18 @@
 """Where the images of a run come from, and what is done to them on the host."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 
-from mae_jax import console
+from mae_jax import console, sharding
 from mae_jax.data.augment import RandAugment
 from mae_jax.data.loader import Batch, Loader, ordered_batches
 from mae_jax.data.sources import DataError, Source, make_source
 from mae_jax.data.subsets import few_shot
 from mae_jax.data.transforms import AUGMENTS, EvalTransform, TrainTransform
-
-Config = Any  # an ml_collections.ConfigDict, whose keys no type checker knows
+from mae_jax.evals.extract import Images
+from mae_jax.recipe import Config
 
 
 def make_train_source(config: Config) -> Source:
@@ -41,7 +38,13 @@ def make_eval_source(config: Config, classes: tuple[str, ...]) -> Source | None:
                 "folder of images to evaluate on, beside that of data.train_split"
             )
         return None
-    return make_source(data.source, data.name, data.path, data.eval_split, classes)
+    source = make_source(data.source, data.name, data.path, data.eval_split, classes)
+    if config.task == "classify" and not source.classes:
+        raise DataError(
+            f"the images of data.eval_split={data.eval_split!r} have no class labels: they need "
+            "one folder per class"
+        )
+    return source
 
 
 def make_eval_transform(config: Config) -> EvalTransform:
@@ -71,9 +74,9 @@ def make_train_transform(config: Config) -> EvalTransform | TrainTransform:
         tuple(config.model.image_size),
         config.model.channels,
         tuple(data.crop_scale),
-        data.flip,
-        data.augment,
-        augment,
+        flip=data.flip,
+        weak=data.augment == "weak_crop",
+        augment=augment,
     )
 
 
@@ -94,33 +97,28 @@ def make_loader(config: Config, source: Source, num_classes: int | None) -> Load
     )
 
 
-Ordered = tuple[int, Callable[[], Iterable[Batch]]]
-
-
-def make_ordered(
+def make_images(
     config: Config,
     source: Source,
     mesh: jax.sharding.Mesh,
+    *,
     num_classes: int | None = None,
     show: bool = False,
-) -> Ordered:
-    """How many images, and a function that reads them in order, as evaluation sees them.
+) -> Images:
+    """The images of a source in order, as evaluation sees them.
 
-    With `show` there is a progress bar, which must not be inside another.
+    With `show` reading them has a progress bar, which must not be inside another.
     """
-    # The last batch is filled up, so every batch splits over the devices.
-    batch_size = int(np.ceil(config.eval.batch_size / mesh.size)) * mesh.size
-    read = partial(
-        ordered_batches,
-        source,
-        make_eval_transform(config),
-        batch_size,
-        threads=config.data.threads,
-        skip=config.data.on_bad == "skip",
-        num_classes=num_classes,
-    )
-    if not show:
-        return len(source), read
-    return len(source), lambda: console.progress(
-        read(), len(source), lambda b: int(b["valid"].sum())
-    )
+
+    def read() -> Iterator[Batch]:
+        batches = ordered_batches(
+            source,
+            make_eval_transform(config),
+            sharding.round_up(config.eval.batch_size, mesh),
+            threads=max(config.data.workers, 1) * config.data.threads,
+            skip=config.data.on_bad == "skip",
+            num_classes=num_classes,
+        )
+        return console.progress(batches, len(source)) if show else batches
+
+    return Images(len(source), read)

@@ -1,7 +1,6 @@
 """What a run is judged by, and how often."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,20 +9,18 @@ from jaxtyping import Array, Key
 from mae_jax.data.loader import ordered_batches
 from mae_jax.data.sources import Source
 from mae_jax.data.subsets import evenly_spaced
-from mae_jax.evals.accuracy import Accuracy
 from mae_jax.evals.reconstruct import STATISTICS, Pictures
 from mae_jax.evaluation import DrawPictures, Evaluator, MeasureAccuracy, MeasureFeatures
 from mae_jax.metrics import RunLog
-from mae_jax.recipe.data import make_eval_transform, make_ordered
+from mae_jax.recipe import Config
+from mae_jax.recipe.data import make_eval_transform, make_images
 from mae_jax.recipe.schedule import Duration
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 
-Config = Any  # an ml_collections.ConfigDict, whose keys no type checker knows
 
-
-def check_counts(config: Config) -> None:
-    """ValueError unless what counts something is at least 1."""
+def check_evaluation(config: Config) -> None:
+    """ValueError for cadences, numbers and kinds of evaluation that cannot be."""
     flat = config.to_dict()
     counts = {
         "log": ("every_steps",),
@@ -46,6 +43,7 @@ def check_counts(config: Config) -> None:
 def make_evaluators(
     config: Config,
     task: Pretrain | Classify,
+    *,
     train_source: Source,
     eval_source: Source | None,
     duration: Duration,
@@ -66,8 +64,9 @@ def make_evaluators(
         folder = workdir / "pictures"
         evaluators.append(DrawPictures(pictures, run_log, folder, every["pictures"]))
     elif task.model.num_classes and eval_source is not None:
-        accuracy = Accuracy(*make_ordered(config, eval_source, mesh, task.model.num_classes, alone))
-        evaluators.append(MeasureAccuracy(task, accuracy, mesh, every["accuracy"]))
+        classes = task.model.num_classes
+        images = make_images(config, eval_source, mesh, num_classes=classes, show=alone)
+        evaluators.append(MeasureAccuracy(task, images, mesh, every["accuracy"]))
     if can_measure_features(config, train_source, eval_source):
         assert eval_source is not None
         classes = len(train_source.classes)
@@ -76,8 +75,8 @@ def make_evaluators(
         evaluators.append(
             MeasureFeatures(
                 task=task,
-                bank=make_ordered(config, bank, mesh, classes, alone),
-                queries=make_ordered(config, queries, mesh, classes, alone),
+                bank=make_images(config, bank, mesh, num_classes=classes, show=alone),
+                queries=make_images(config, queries, mesh, num_classes=classes, show=alone),
                 num_classes=classes,
                 ks=tuple(config.eval.knn_k),
                 temperature=config.eval.knn_temperature,

@@ -1,13 +1,12 @@
 """How long a run is, its learning rate and its optimizer."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import optax
 
 from mae_jax.optim import adamw, lars, warmup_cosine
+from mae_jax.recipe import Config
 
-Config = Any  # an ml_collections.ConfigDict, whose keys no type checker knows
 OPTIMIZERS = ("adamw", "lars")
 
 
@@ -35,18 +34,26 @@ def make_duration(config: Config, num_images: int) -> Duration:
     return Duration(per_epoch, total, warmup)
 
 
+def peak_learning_rate(config: Config) -> float:
+    """The paper's linear scaling rule (Goyal et al. 2017)."""
+    return config.optim.base_lr * config.batch_size / 256
+
+
 def make_learning_rate(config: Config, duration: Duration) -> optax.Schedule:
     if duration.total_steps == 0:  # evaluation only
         return optax.constant_schedule(0.0)
     return warmup_cosine(
-        peak=config.optim.base_lr * config.batch_size / 256,
+        peak=peak_learning_rate(config),
         minimum=config.optim.min_lr,
         warmup_steps=duration.warmup_steps,
         total_steps=duration.total_steps,
     )
 
 
-def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Config, learning_rate: optax.Schedule, train_last_blocks: int | None
+) -> optax.GradientTransformation:
+    """The optimizer; `train_last_blocks` as in Classify."""
     optim = config.optim
     if optim.name not in OPTIMIZERS:
         raise ValueError(f"optim.name={optim.name!r}; use one of {', '.join(OPTIMIZERS)}")
@@ -59,7 +66,7 @@ def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.Gradi
             learning_rate,
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
-            train_last_blocks=optim.train_last_blocks,
+            train_last_blocks=train_last_blocks,
         )
     return adamw(
         learning_rate,
@@ -70,5 +77,5 @@ def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.Gradi
         without_decay=() if optim.decay_embeddings else ("cls_token", "pos_embed"),
         clip_norm=optim.clip_norm,
         layer_decay=optim.layer_decay,
-        train_last_blocks=optim.train_last_blocks,
+        train_last_blocks=train_last_blocks,
     )

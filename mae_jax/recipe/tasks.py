@@ -13,13 +13,13 @@ from mae_jax.models.layers import Execution
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_grid
 from mae_jax.models.vit import POSITIONS, Encoder, check_width
+from mae_jax.recipe import Config
 from mae_jax.sizes import Size
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.mixup import Mixup
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.warm_start import WarmStart
 
-Config = Any  # an ml_collections.ConfigDict, whose keys no type checker knows
 TASKS = ("pretrain", "classify")
 
 
@@ -51,7 +51,9 @@ def make_task(
         constrain=sharding.batch_constraint(mesh),
     )
     if config.task == "classify":
-        return _make_classify(config, execution, mean, std, len(classes))
+        task = _make_classify(config, execution, mean, std, len(classes))
+        _check_cache(config, task)
+        return task
     if config.optim.train_last_blocks is not None or config.data.cache_features:
         raise ValueError(
             "optim.train_last_blocks and data.cache_features are for task='classify': pretraining "
@@ -139,10 +141,12 @@ def _make_classify(
 
 
 def _check_head(config: Config, num_classes: int) -> None:
-    """ValueError for heads and frozen encoders that cannot be."""
-    classify, blocks = config.classify, config.optim.train_last_blocks
+    """ValueError for heads that cannot be."""
+    classify = config.classify
     if classify.pool not in POOLS:
         raise ValueError(f"classify.pool={classify.pool!r}; use one of {', '.join(POOLS)}")
+    if classify.pool == "attention" and classify.fc_norm:
+        raise ValueError("classify.pool='attention' takes patches after the final norm: no fc_norm")
     if classify.num_classes is not None and classify.num_classes < num_classes:
         raise ValueError(
             f"classify.num_classes={classify.num_classes} is less than the {num_classes} classes "
@@ -150,19 +154,17 @@ def _check_head(config: Config, num_classes: int) -> None:
         )
     if not classify.head and config.steps != 0:
         raise ValueError("classify.head=False leaves nothing to train: it needs steps=0")
-    if blocks is not None and not 0 <= blocks <= config.model.depth:
+
+
+def _check_cache(config: Config, task: Classify) -> None:
+    """ValueError if features are to be computed once although they would change."""
+    fixed = config.data.augment == "none" and task.train_last_blocks == 0 and not task.random
+    if config.data.cache_features and not fixed:
         raise ValueError(
-            f"optim.train_last_blocks={blocks} is not from 0 to the {config.model.depth} blocks of "
-            "the encoder"
+            "data.cache_features=True computes the features of each image once: it needs a frozen "
+            "encoder (optim.train_last_blocks=0) and images that do not change (data.augment=none, "
+            "classify.mixup, cutmix, erase and drop_path 0.0)"
         )
-    if config.data.cache_features:
-        mixed = classify.erase or (classify.mixup or classify.cutmix) and classify.mixup_prob
-        if config.data.augment != "none" or blocks != 0 or mixed:
-            raise ValueError(
-                "data.cache_features=True computes the features of each image once: it needs a "
-                "frozen encoder (optim.train_last_blocks=0) and images that do not change "
-                "(data.augment=none, classify.mixup, cutmix and erase 0.0)"
-            )
 
 
 def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
@@ -171,11 +173,12 @@ def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
     values = size.patch**2 * config.model.channels
     if isinstance(task, Pretrain):
         return flops.train_flops(size, task.num_patches, task.num_kept, values, mlp_ratio)
-    rows, columns = task.model.encoder.grid
-    encoder = flops.encoder_flops(size, rows * columns, rows * columns, values, mlp_ratio)
     if config.data.cache_features:
         return 0.0
-    return encoder if task.train_last_blocks == 0 else 3 * encoder
+    rows, columns = task.model.encoder.grid
+    if task.train_last_blocks == 0:
+        return flops.encoder_flops(size, rows * columns, rows * columns, values, mlp_ratio)
+    return flops.finetune_flops(size, rows * columns, values, mlp_ratio)
 
 
 def make_user_mask(config: Config) -> np.ndarray | None:
@@ -190,11 +193,13 @@ def make_user_mask(config: Config) -> np.ndarray | None:
     return mask
 
 
-def make_warm_start(config: Config, params: Any) -> WarmStart:
-    """Fresh parameters with those of init.path in their place."""
-    init, model, data = config.init, config.model, config.data
-    classify = config.task == "classify"
-    if init.encoder_only or classify:
+def make_warm_start(
+    config: Config, task: Pretrain | Classify, arrays: Any, classes: tuple[str, ...]
+) -> WarmStart:
+    """Fresh arrays, parameters and statistics, with those of init.path in their place."""
+    init, model = config.init, config.model
+    classifies = isinstance(task, Classify)
+    if init.encoder_only or classifies:
         found = weights.read(init.path, ema=init.ema, heads=model.heads, need_heads=("encoder",))
         found = weights.encoder_only(found)
     else:
@@ -202,19 +207,21 @@ def make_warm_start(config: Config, params: Any) -> WarmStart:
         found = weights.read(init.path, ema=init.ema, **heads)
     now: dict[str, Any] = {
         "layer_norm_eps": model.layer_norm_eps,
-        "mean": tuple(data.mean)[: model.channels],
-        "std": tuple(data.std)[: model.channels],
+        "mean": task.mean,
+        "std": task.std,
     }
-    if not classify:
-        now["target"] = "normalized" if config.target.norm_pix else "pixels"
+    if isinstance(task, Pretrain):
+        now["target"] = "normalized" if task.norm_pix else "pixels"
     found = warm_start.adapt(
         found,
         image_size=tuple(model.image_size),
         channels=model.channels,
         position=model.position,
-        final_norm=not (classify and config.classify.fc_norm),
+        final_norm=not classifies or task.model.encoder.final_norm,
     )
     if init.new_head:
         found = warm_start.without_head(found)
+    elif classifies:
+        warm_start.check_head(found, arrays, task.model.pool, classes)
     warm_start.warn_of_changes(init.path, found.info, now)
-    return warm_start.graft(params, found)
+    return warm_start.graft(arrays, found)

@@ -25,16 +25,18 @@ def soft_cross_entropy(
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
 
 
-def apply_with_stats(module: Any, params: Params, stats: Stats, *args: Any) -> tuple[Any, Stats]:
+def apply_with_stats(
+    module: Any, params: Params, stats: Stats, *args: Any, **named: Any
+) -> tuple[Any, Stats]:
     """What a module makes of its arguments, and its running statistics afterwards."""
     variables = {"params": params, "batch_stats": stats}
-    made, changed = module.apply(variables, *args, mutable=["batch_stats"])
+    made, changed = module.apply(variables, *args, **named, mutable=["batch_stats"])
     return made, changed.get("batch_stats", {})
 
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """Cross-entropy of a head alone, over {"features": [b, *shape], "label": int [b]}."""
+    """Cross-entropy of a head alone, over {"pooled": [b, *shape], "label": int [b]}."""
 
     probe: Probe
     shape: tuple[int, ...]
@@ -59,7 +61,7 @@ class ProbeTask:
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
         """Mean loss of a batch from `draw`, and the statistics after it."""
-        logits, stats = apply_with_stats(self.probe, params, stats, batch["features"], True)
+        logits, stats = apply_with_stats(self.probe, params, stats, batch["pooled"], train=True)
         return soft_cross_entropy(logits, batch["target"]), stats
 
     def logits(self, params: Params, stats: Stats, features: Array) -> Float[Array, "b classes"]:
@@ -71,8 +73,8 @@ class ProbeTask:
 class Classify:
     """Cross-entropy over batches {"image": uint8 [b, h, w, c], "label": int [b]}.
 
-    In place of "image" a batch may hold "features", as `head_inputs` makes them: then the head
-    alone is computed, and images are neither mixed nor erased.
+    In place of "image" a batch may hold what the head takes, "pooled", as the method of that name
+    makes it: then the head alone is computed, and images are neither mixed nor erased.
 
     patch: side in pixels; mean, std: per channel, of 0..1. train_last_blocks: None trains
     everything, 0 the head alone, k also the last k blocks. smoothing: of labels. erase: share of
@@ -94,6 +96,12 @@ class Classify:
                 raise ValueError(f"classify.{name}={vars(self)[name]} is not within 0 to 1")
         if not 0 <= self.model.encoder.drop_path < 1:
             raise ValueError(f"classify.drop_path={self.model.encoder.drop_path} is not in [0, 1)")
+        blocks, depth = self.train_last_blocks, self.model.encoder.depth
+        if blocks is not None and not 0 <= blocks <= depth:
+            raise ValueError(
+                f"optim.train_last_blocks={blocks} is not from 0 to the {depth} blocks of the "
+                "encoder"
+            )
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters."""
@@ -117,11 +125,11 @@ class Classify:
         erase_key, mix_key, path_key = jax.random.split(key, 3)
         targets = mixup.smooth_targets(batch["label"], self.model.num_classes, self.smoothing)
         drawn = {}
-        if "image" in batch and (self.erase or self.mixup):
+        if "image" in batch and (self.erase or self.mixup.active):
             pixels = normalise(batch["image"], self.mean, self.std)
             if self.erase:
                 pixels = mixup.erase(erase_key, pixels, self.erase)
-            if self.mixup:
+            if self.mixup.active:
                 mix = self.mixup.draw(mix_key, len(pixels), (pixels.shape[1], pixels.shape[2]))
                 pixels, targets = mixup.mix_images(pixels, mix), mixup.mix_targets(targets, mix)
             batch = {name: x for name, x in batch.items() if name != "image"}
@@ -136,7 +144,7 @@ class Classify:
     ) -> tuple[Float[Array, ""], Stats]:
         """Mean loss of a batch from `draw`, and the statistics after it."""
         params = dict(freeze(params, self.train_last_blocks))
-        if "features" in batch:
+        if "pooled" in batch:
             return self._head.loss(params, stats, batch)
         pixels = batch.get("pixels")
         if pixels is None:
@@ -145,8 +153,15 @@ class Classify:
         if uniforms is not None:
             uniforms = jnp.moveaxis(uniforms, 0, -1)
         patches = patchify(pixels, self.patch)
-        made, stats = apply_with_stats(self.model, params, stats, patches, False, True, uniforms)
+        made, stats = apply_with_stats(
+            self.model, params, stats, patches, train=True, uniforms=uniforms
+        )
         return soft_cross_entropy(made.logits, batch["target"]), stats
+
+    @property
+    def random(self) -> bool:
+        """Whether training sees anything else of an image than evaluation does."""
+        return bool(self.erase or self.mixup.active or self.model.encoder.drop_path)
 
     @property
     def _head(self) -> ProbeTask:
@@ -165,16 +180,14 @@ class Classify:
         patches = patchify(normalise(images, self.mean, self.std), self.patch)
         return self.model.apply({"params": params, "batch_stats": stats}, patches)  # type: ignore[return-value]
 
-    def head_inputs(
-        self, params: Params, images: UInt8[Array, "b h w c"]
-    ) -> Float[Array, "b *n d"]:
-        """What the head takes of images: the "features" of a batch."""
+    def pooled(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b *n d"]:
+        """What the head takes of images."""
         return self._headless(params, images).pooled
 
     def features(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
-        """Mean of the encoder's patch tokens, float32, after fc_norm where there is one."""
+        """Mean of the encoder's patch tokens, float32, after fc_norm where it is of that mean."""
         made = self._headless(params, images)
-        if self.model.fc_norm:
+        if self.model.fc_norm and self.model.pool == "mean":
             return made.pooled
         return made.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 MODES = ("batch", "pair", "elem")
+ATTEMPTS = 10  # at a box to erase that fits into the image
 
 
 class Mix(NamedTuple):
     """How the images of a batch are mixed with their partners.
 
-    share: of its own that an image and its label keep; cut: paste the box instead of blending;
-    box: top, bottom, left and right of what is pasted, pixels, ends excluded.
+    share: of its own that an image and its label keep, the papers' lambda; cut: paste the box
+    instead of blending; box: top, bottom, left and right of what is pasted, pixels, ends excluded.
     """
 
     share: Float[Array, " b"]
@@ -68,7 +69,9 @@ class Mixup:
         if self.mode not in MODES:
             raise ValueError(f"classify.mixup_mode={self.mode!r}; use one of {', '.join(MODES)}")
 
-    def __bool__(self) -> bool:
+    @property
+    def active(self) -> bool:
+        """Whether anything is mixed at all."""
         return (self.mixup > 0 or self.cutmix > 0) and self.prob > 0
 
     def draw(self, key: Key[Array, ""], batch: int, image_size: tuple[int, int]) -> Mix:
@@ -84,8 +87,8 @@ class Mixup:
         )
         mixed = jax.random.bernoulli(keys[3], self.prob, (batch,))
         centre = jax.random.randint(keys[4], (batch, 2), 0, jnp.array(image_size))
-        box, left = make_box(paste, centre, image_size)
-        mix = Mix(jnp.where(mixed, jnp.where(cut, left, blend), 1.0), cut & mixed, box)
+        box, own = make_box(paste, centre, image_size)
+        mix = Mix(jnp.where(mixed, jnp.where(cut, own, blend), 1.0), cut & mixed, box)
         rows = jnp.arange(batch)
         if self.mode == "batch":
             rows = jnp.zeros_like(rows)
@@ -122,7 +125,7 @@ def _inside(box: Int[Array, "b 4"], image_size: tuple[int, int]) -> Bool[Array, 
 
 
 def erase(
-    key: Key[Array, ""], pixels: Float[Array, "b h w c"], prob: float, attempts: int = 10
+    key: Key[Array, ""], pixels: Float[Array, "b h w c"], prob: float
 ) -> Float[Array, "b h w c"]:
     """Random erasing (Zhong et al. 2020): N(0, 1) noise in a box of some of the images.
 
@@ -131,8 +134,8 @@ def erase(
     """
     batch, height, width, _ = pixels.shape
     keys = jax.random.split(key, 5)
-    area = jax.random.uniform(keys[0], (batch, attempts), minval=0.02, maxval=1 / 3)
-    log_aspect = jax.random.uniform(keys[1], (batch, attempts), minval=-1.0, maxval=1.0)
+    area = jax.random.uniform(keys[0], (batch, ATTEMPTS), minval=0.02, maxval=1 / 3)
+    log_aspect = jax.random.uniform(keys[1], (batch, ATTEMPTS), minval=-1.0, maxval=1.0)
     aspect = jnp.exp(log_aspect * jnp.log(1 / 0.3))
     sides = jnp.stack([jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)], axis=-1)
     sides = jnp.round(sides * (height * width) ** 0.5).astype(int)
