@@ -24,6 +24,7 @@ FLAGS = {
     "model.image_size=": "--image-size ",
     "model.patch=": "",
     "model.": "",
+    "data.path": "--data-dir",
 }
 
 

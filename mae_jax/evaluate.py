@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 import mae_jax
@@ -18,7 +19,7 @@ from mae_jax import command_line, console, sharding
 from mae_jax.convert.info import ConvertError
 from mae_jax.data.loader import Batch
 from mae_jax.data.sources import DataError, Source, make_source
-from mae_jax.data.subsets import evenly_spaced
+from mae_jax.data.subsets import draw_shots, evenly_spaced
 from mae_jax.evals.extract import Images, extract
 from mae_jax.evals.probe import ProbeRecipe
 from mae_jax.evals.scores import ranked
@@ -95,7 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _suite(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in SUITE:
             raise ConvertError(f"--suite: there is no {name!r}; use some of {', '.join(SUITE)}")
@@ -110,6 +111,8 @@ def _sources(arguments: argparse.Namespace, names: list[str]) -> tuple[Source | 
     test = _source(arguments, arguments.eval_split, train.classes)
     if arguments.train_images:
         train = evenly_spaced(train, arguments.train_images)
+    if "few_shot" in names:  # what cannot be drawn is better known before the features are made
+        draw_shots(train.label, len(train), train.classes, arguments.shots, seed=0)
     return train, test
 
 
@@ -200,7 +203,13 @@ def _extract(
             batches = model.batches(source, size, num_classes=len(test.classes))
             return console.progress(batches, len(source))
 
-        return Labelled(*extract(function, Images(len(source), read)))
+        found = Labelled(*extract(function, Images(len(source), read)))
+        for name, array in found.features.items():
+            if not np.isfinite(array).all():
+                log.warning(
+                    "%s holds numbers that are not finite: the weights may be damaged", name
+                )
+        return found
 
     return all_of(train) if train else None, all_of(test)
 
@@ -231,15 +240,15 @@ def _report(arguments: argparse.Namespace, suite: Suite, rows: list[Row]) -> dic
 
 
 def _print(rows: list[Row], title: str) -> None:
-    layers = [row.score.top1 for row in rows if "_" in row.features]
+    layers = [row for row in rows if "_" in row.features]
+    best = max(layers, key=lambda row: row.score.top1, default=None)
     lines = []
     for row in rows:
         low, high = row.score.interval
-        best = "_" in row.features and row.score.top1 == max(layers)
         spread = f"±{row.spread:.3f}" if row.spread is not None else ""
         lines.append(
             (
-                "best layer" if best else row.measure,
+                "best layer" if row is best else row.measure,
                 row.features,
                 f"{row.score.top1:.3f}{spread}",
                 f"{low:.2f}-{high:.2f}",

@@ -109,7 +109,10 @@ def _train(run: Run, stop: StopSignal) -> None:
     state, shardings = starting_state(config, run.task, run.tx, run.mesh, checkpointer, meta)
     start_step = int(state.step)
     if start_step == total > 0 and (summary := summary_of(run.workdir, total)):
-        log.info("this run is already complete")
+        log.info(
+            "this run is already complete; to evaluate it anew, name it as init.path of a run of "
+            "steps=0 in another --workdir"
+        )
         print_summary(summary)
         checkpointer.close()
         return

@@ -82,7 +82,9 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None and ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1 - ema_decay)
+            # In this form an average of what does not change does not change either, to the bit.
+            rate = 1 - ema_decay
+            ema = jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),

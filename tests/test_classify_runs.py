@@ -139,8 +139,8 @@ def test_the_last_blocks_alone(images, pretrained, tmp_path):
     overrides = FINETUNE | dict(init__path=pretrained, optim__train_last_blocks=1)
     experiment.run(config_of(finetune, images, **overrides), tmp_path)
     before = weights.read(pretrained, heads=2, decoder_heads=2).arrays
-    after = weights.read(tmp_path).arrays
-    for name, array in after.items():
+    after, averaged = (weights.read(tmp_path, ema=ema).arrays for ema in (False, True))
+    for name, array in [*after.items(), *averaged.items()]:
         if name.startswith("encoder/blocks/"):
             assert array[0].tobytes() == before[name][0].tobytes(), name
             assert np.any(array[1] != before[name][1]), name
@@ -243,4 +243,4 @@ def test_a_bad_image_is_left_out_of_the_accuracy(finetuned, images, tmp_path, ca
     with caplog.at_level("WARNING", "mae_jax"):
         experiment.run(config, tmp_path / "b")
     assert summary_of(tmp_path / "b")["eval_images"] == 36
-    assert caplog.text.count("left out a bad image: ") == 1
+    assert caplog.text.count("skipped a bad image (1 so far): ") == 1

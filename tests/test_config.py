@@ -153,6 +153,13 @@ def test_epochs_and_steps(folder):
         (dict(optim__train_last_blocks=0), "train_last_blocks .* are for task='classify'"),
         (dict(eval__knn_k=()), r"eval.knn_k=\(\)"),
         (dict(data__shots=0), "data.shots=0"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(eval__knn_k=("a",)), r"eval.knn_k=\('a',\)"),
+        (dict(eval__knn_temperature=0.0), "eval.knn_temperature=0.0"),
+        (dict(data__eval_crop=0.0, data__augment="none"), "data.eval_crop=0.0"),
+        (dict(model__image_size=(64,)), r"model.image_size=\(64,\) is not a height and a width"),
+        (dict(optim__base_lr=-1.0), "optim.base_lr=-1.0"),
+        (dict(optim__ema=1.0), "optim.ema=1.0"),
         (dict(steps=50), "must be shorter than the whole run"),
         (dict(mesh__fsdp=3), "mesh.fsdp=3"),
         (dict(eval__stats="mine"), "eval.stats='mine'"),
@@ -207,6 +214,12 @@ def classify(folder, **overrides):
         (dict(classify__erase=-1.0), "classify.erase=-1.0"),
         (dict(classify__drop_path=1.0), "classify.drop_path=1.0"),
         (dict(classify__head=False), "classify.head=False leaves nothing to train"),
+        (dict(classify__head=False, steps=0, eval__knn_every_epochs=-1.0), "nothing to measure"),
+        (
+            dict(classify__pool="attention", classify__fc_norm=True),
+            "after the final norm: no fc_norm",
+        ),
+        (dict(classify__head_init_std=-1.0), "classify.head_init_std=-1.0"),
         (dict(optim__train_last_blocks=5), "train_last_blocks=5 is not from 0 to the 4 blocks"),
         (dict(data__cache_features=True), "data.augment=none"),
         (dict(optim__name="lars", optim__clip_norm=1.0), "lars has neither"),
@@ -223,6 +236,8 @@ def test_bad_values_of_classification(labelled, overrides, message):
 def test_classification_needs_labels_and_something_to_judge_on(folder, labelled):
     with pytest.raises(DataError, match="has no class labels"):
         build(classify(folder), folder / "run")
+    with pytest.raises(DataError, match="validation exists, but no .*training"):
+        build(classify(labelled, data__train_split="training"), labelled / "run")
     with pytest.raises(DataError, match="eval_split names the folder of images"):
         build(classify(labelled, data__eval_split="val"), labelled / "run")
     (labelled / "empty" / "a").mkdir(parents=True)

@@ -135,6 +135,10 @@ class TestTfds:
     def test_unknown_names_and_splits(self, photo_crops, tmp_path):
         with pytest.raises(DataError, match="no split 'val'; it has train, test"):
             TfdsSource("photo_crops", "val", photo_crops)
+        with pytest.raises(DataError, match=r"the split 'test\[:0\]' of photo_crops is empty"):
+            TfdsSource("photo_crops", "test[:0]", photo_crops)
+        with pytest.raises(DataError, match=r"'test\[:x\]' is no split of photo_crops"):
+            TfdsSource("photo_crops", "test[:x]", photo_crops)
         with pytest.raises(DataError, match="knows no data set called 'imagenot'"):
             TfdsSource("imagenot", "train", str(tmp_path))
         with pytest.raises(DataError, match="cifar10 is not prepared in"):

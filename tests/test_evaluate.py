@@ -51,7 +51,7 @@ def test_every_suite(checkpoint, images, tmp_path, capsys):
     assert rows["linear probe", "mean"]["top1"] == 1.0, "colours are easily told"
     assert rows["k-NN, k = 5", "mean"]["top1"] == 1.0
     assert rows["attentive probe", "patches"]["top1"] > 0.5
-    assert rows["linear, 10 shots", "mean"]["spread"] >= 0
+    assert rows["linear, 10-shot", "mean"]["spread"] >= 0
     for row in rows.values():
         low, high = row["interval"]
         assert 0 <= low <= row["top1"] <= high <= 1.0 + 1e-9

@@ -115,26 +115,16 @@ class Loader:
         bad: set[int] = set()
         try:
             for batch in iterator:
-                self._note_bad(batch.pop("skipped"), batch["index"], bad)
+                self._note_skipped(batch.pop("skipped"), batch["index"], bad)
                 yield batch
         finally:
             iterator.close()
 
-    def _note_bad(self, skipped: np.ndarray, index: np.ndarray, bad: set[int]) -> None:
+    def _note_skipped(self, skipped: np.ndarray, index: np.ndarray, bad: set[int]) -> None:
         for row in np.flatnonzero(skipped):
             for offset in range(skipped[row]):
                 number = int(index[row] + offset) % len(self.source)
-                if number in bad:
-                    continue
-                bad.add(number)
-                log.warning(
-                    "skipped a bad image (%d so far): %s", len(bad), self.source.key(number)
-                )
-                if len(bad) > self.max_bad:
-                    raise DataError(
-                        f"more than data.max_bad={self.max_bad} bad images; the last one was "
-                        f"{self.source.key(number)}"
-                    )
+                _note_bad(self.source, number, bad, self.max_bad)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +158,18 @@ def _from_step(
     return dataset.batch(batch_size // hosts)[start_step * hosts + host :: hosts]
 
 
+def _note_bad(source: Source, number: int, bad: set[int], most: int) -> None:
+    """Names a bad record in the log, once; DataError if there are more than `most`."""
+    if number in bad:
+        return
+    bad.add(number)
+    log.warning("skipped a bad image (%d so far): %s", len(bad), source.key(number))
+    if len(bad) > most:
+        raise DataError(
+            f"more than data.max_bad={most} bad images; the last one was {source.key(number)}"
+        )
+
+
 def ordered_batches(
     source: Source,
     transform: Transform,
@@ -175,13 +177,15 @@ def ordered_batches(
     threads: int = 2,
     skip: bool = False,
     advice: str = SKIP_ADVICE,
+    max_bad: int = 100,
     num_classes: int | None = None,
 ) -> Iterator[Batch]:
     """Every record once, in order; the last batch is filled up with copies marked "valid" False.
 
-    With `skip` a bad record is not valid either, and named in the log; what stands in its place is
-    the next good one. `advice` ends the error about a bad record.
+    With `skip` a bad record is not valid either, and named in the log, up to `max_bad`; what stands
+    in its place is the next good one. `advice` ends the error about a bad record.
     """
+    bad: set[int] = set()
     load = Load(source, transform, skip, advice, num_classes)
     last = len(source) - 1
     count = -(-len(source) // batch_size) * batch_size
@@ -189,10 +193,10 @@ def ordered_batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     for number, batch in enumerate(dataset.to_iter_dataset(options)):
         position = number * batch_size + np.arange(batch_size)
-        bad = (batch.pop("skipped") > 0) & (position <= last)
-        for index in position[bad]:
-            log.warning("left out a bad image: %s", source.key(int(index)))
-        yield batch | {"valid": (position <= last) & ~bad}
+        valid = (position <= last) & (batch.pop("skipped") == 0)
+        for index in position[(position <= last) & ~valid]:
+            _note_bad(source, int(index), bad, max_bad)
+        yield batch | {"valid": valid}
 
 
 def _mark_flags_parsed() -> None:

@@ -1,10 +1,13 @@
 """Random access to encoded images: a TFDS data set, or a folder."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
+
+log = logging.getLogger("mae_jax")
 
 EMBEDDED = ("photo_crops",)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -72,9 +75,13 @@ class TfdsSource:
         labelled = "label" in features and hasattr(features["label"], "names")
         self.classes = tuple(features["label"].names) if labelled else ()
         decoders: Any = {"image": tfds.decode.SkipDecoding()}
-        self._records = builder.as_data_source(split, decoders=decoders)
-        if not len(self._records):
+        try:
+            count = known[split].num_examples
+        except Exception as error:  # TFDS has no common class for what can be wrong with a slice
+            raise DataError(f"{split!r} is no split of {name}: {error}") from error
+        if not count:
             raise DataError(f"the split {split!r} of {name} is empty")
+        self._records = builder.as_data_source(split, decoders=decoders)
         shards = [Path(file) for file in known[split.split("[")[0]].filepaths]
         sizes = [f"{shard.name} {shard.stat().st_size}" for shard in shards]
         self._fingerprint = _digest([name, split, str(len(self)), *sizes])
@@ -105,6 +112,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
         from mae_jax.data import embedded
 
         builder = embedded.PhotoCrops(data_dir=data_dir, file_format="array_record")
+        if not builder.is_prepared():
+            log.info("preparing %s in %s", name, builder.data_dir)
         builder.download_and_prepare(file_format="array_record")
         return builder
     try:

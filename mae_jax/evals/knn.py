@@ -80,10 +80,10 @@ def _nearest(
 
 @partial(jax.jit, static_argnames=("k", "num_classes"))
 def _elect(near: Array, labels: Array, temperature: float, *, k: int, num_classes: int) -> Array:
-    """The classes with most votes of the k nearest, best first."""
+    """The classes with most votes of the k nearest, best first; -1 where there are no more."""
     votes = jnp.zeros((len(near), num_classes))
     rows = jnp.arange(len(near))[:, None]
     # The nearest votes with 1, the others with less: the order is the same, and nothing overflows.
     weights = jnp.exp((near[:, :k] - near[:, :1]) / temperature)
     votes = votes.at[rows, labels[:, :k]].add(weights)
-    return ranked(votes)
+    return ranked(jnp.where(votes > 0, votes, -jnp.inf))

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -25,12 +26,16 @@ class Score:
         n, p = self.images, self.top1
         centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
         half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-        return centre - half, centre + half
+        return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def ranked(logits: Float[Array, "b classes"]) -> Int[Array, "b r"]:
-    """The best classes of each row, best first, five where there are so many."""
-    return jax.lax.top_k(logits, min(TOP, logits.shape[-1]))[1]
+    """The best classes of each row, best first, five where there are so many.
+
+    -1, which is no class, stands for those whose logit is not a finite number.
+    """
+    best, index = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+    return jnp.where(jnp.isfinite(best), index, -1)
 
 
 def score_of(ranking: Int[np.ndarray, "n r"], labels: Int[np.ndarray, " n"]) -> Score:

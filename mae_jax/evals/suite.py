@@ -80,7 +80,7 @@ class Suite:
                 self.test.features[pool],
                 self.test.labels,
                 num_classes=len(self.classes),
-                ks=KS,
+                ks=[k for k in KS if k <= len(self.train.labels)],
             )
             rows += [Row(f"k-NN, k = {k}", pool, score) for k, score in scores.items()]
         return rows
@@ -112,7 +112,7 @@ class Suite:
                 for top in ("top1", "top5")
             )
             score = Score(float(top1.mean()), float(top5.mean()), len(self.test.labels))
-            rows.append(Row(f"linear, {self.shots} shots", name, score, float(top1.std(ddof=1))))
+            rows.append(Row(f"linear, {self.shots}-shot", name, score, float(top1.std(ddof=1))))
         return rows
 
     def _probe(

@@ -17,6 +17,10 @@ from mae_jax.recipe import Config
 
 def make_train_source(config: Config) -> Source:
     data = config.data
+    if data.source == "folder" and data.path:
+        train, other = (Path(data.path) / split for split in (data.train_split, data.eval_split))
+        if other.is_dir() and not train.is_dir():
+            raise DataError(f"{other} exists, but no {train}: data.train_split names it")
     source = make_source(data.source, data.name, data.path, data.train_split)
     needed = config.task == "classify" or data.shots is not None
     if needed and not source.classes:
@@ -117,6 +121,7 @@ def make_images(
             sharding.round_up(config.eval.batch_size, mesh),
             threads=max(config.data.workers, 1) * config.data.threads,
             skip=config.data.on_bad == "skip",
+            max_bad=config.data.max_bad,
             num_classes=num_classes,
         )
         return console.progress(batches, len(source)) if show else batches

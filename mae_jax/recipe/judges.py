@@ -32,10 +32,17 @@ def check_evaluation(config: Config) -> None:
             if flat[group][key] < 1:
                 raise ValueError(f"{group}.{key}={flat[group][key]} must be at least 1")
     ks = tuple(config.eval.knn_k)
-    if not ks or min(ks) < 1:
+    if not ks or any(type(k) is not int or k < 1 for k in ks):
         raise ValueError(f"eval.knn_k={ks} must be numbers from 1 up, as in (10,)")
     if config.eval.stats not in STATISTICS:
         raise ValueError(f"eval.stats={config.eval.stats!r}; use one of {', '.join(STATISTICS)}")
+    if not 0 < config.data.eval_crop <= 1:
+        raise ValueError(f"data.eval_crop={config.data.eval_crop} must lie above 0, up to 1")
+    if config.eval.knn_temperature <= 0:
+        raise ValueError(f"eval.knn_temperature={config.eval.knn_temperature} must be above 0")
+    for key, seed in (("seed", config.seed), ("data.shots_seed", config.data.shots_seed)):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{key}={seed} must be a number from 0 to {2**32 - 1}")
     if config.data.shots is not None and config.data.shots < 1:
         raise ValueError(f"data.shots={config.data.shots} must be at least 1")
 

@@ -57,6 +57,11 @@ def make_optimizer(
     optim = config.optim
     if optim.name not in OPTIMIZERS:
         raise ValueError(f"optim.name={optim.name!r}; use one of {', '.join(OPTIMIZERS)}")
+    for key in ("base_lr", "min_lr", "weight_decay"):
+        if optim[key] < 0:
+            raise ValueError(f"optim.{key}={optim[key]} must be at least 0")
+    if optim.ema is not None and not 0 <= optim.ema < 1:
+        raise ValueError(f"optim.ema={optim.ema} is a decay from 0 up to, but not, 1")
     if not 0 < optim.layer_decay <= 1:
         raise ValueError(f"optim.layer_decay={optim.layer_decay} must lie above 0, up to 1")
     if optim.name == "lars":

@@ -37,6 +37,8 @@ def make_task(
     model = config.model
     if model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype={model.dtype!r}; use 'float32' or 'bfloat16'")
+    if len(model.image_size) != 2:
+        raise ValueError(f"model.image_size={tuple(model.image_size)} is not a height and a width")
     if model.channels not in (1, 3):
         raise ValueError(f"model.channels={model.channels}; use 1 (grey) or 3 (RGB)")
     mean, std = (tuple(config.data[key])[: model.channels] for key in ("mean", "std"))
@@ -154,6 +156,12 @@ def _check_head(config: Config, num_classes: int) -> None:
         )
     if not classify.head and config.steps != 0:
         raise ValueError("classify.head=False leaves nothing to train: it needs steps=0")
+    if not classify.head and config.eval.knn_every_epochs < 0:
+        raise ValueError(
+            "classify.head=False with eval.knn_every_epochs below 0 leaves nothing to measure"
+        )
+    if classify.head_init_std < 0:
+        raise ValueError(f"classify.head_init_std={classify.head_init_std} must be at least 0")
 
 
 def _check_cache(config: Config, task: Classify) -> None:
