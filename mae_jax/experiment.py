@@ -51,6 +51,7 @@ def build(config: Config, workdir: Path) -> Run:
     """
     try:
         judges.check_evaluation(config)
+        data.check_seeds(config)
         mesh = sharding.make_mesh(config.mesh.fsdp)
         sharding.check_batch(config.batch_size, config.accumulate, mesh)
         train_source = data.make_train_source(config)

@@ -15,6 +15,15 @@ from mae_jax.evals.extract import Images
 from mae_jax.recipe import Config
 
 
+def check_seeds(config: Config) -> None:
+    """ValueError for seeds, and numbers of shots, that cannot be."""
+    for key, seed in (("seed", config.seed), ("data.shots_seed", config.data.shots_seed)):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{key}={seed} must be a number from 0 to {2**32 - 1}")
+    if config.data.shots is not None and config.data.shots < 1:
+        raise ValueError(f"data.shots={config.data.shots} must be at least 1")
+
+
 def make_train_source(config: Config) -> Source:
     data = config.data
     if data.source == "folder" and data.path:

@@ -40,11 +40,6 @@ def check_evaluation(config: Config) -> None:
         raise ValueError(f"data.eval_crop={config.data.eval_crop} must lie above 0, up to 1")
     if config.eval.knn_temperature <= 0:
         raise ValueError(f"eval.knn_temperature={config.eval.knn_temperature} must be above 0")
-    for key, seed in (("seed", config.seed), ("data.shots_seed", config.data.shots_seed)):
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"{key}={seed} must be a number from 0 to {2**32 - 1}")
-    if config.data.shots is not None and config.data.shots < 1:
-        raise ValueError(f"data.shots={config.data.shots} must be at least 1")
 
 
 def make_evaluators(
