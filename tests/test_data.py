@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax.data.loader import Loader, ordered_batches
+from mae_jax.data.loader import ArrayLoader, Loader, ordered_batches
 from mae_jax.data.sources import DataError, FolderSource, TfdsSource, make_source
 from mae_jax.data.subsets import evenly_spaced
 from mae_jax.data.transforms import EvalTransform, TrainTransform, decode, random_crop_box
@@ -283,3 +283,23 @@ class TestLoader:
         assert [batch["valid"].sum() for batch in batches] == [8, 8, 4]
         index = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
         np.testing.assert_array_equal(index, np.arange(20))
+
+
+def test_labels_that_are_no_class_are_named(folder):
+    source = FolderSource(str(folder), "train")
+    transform = EvalTransform((8, 8), 3)
+    with pytest.raises(DataError, match="zebra/0.png has label 1, which is no class from 0 to 0"):
+        list(ordered_batches(source, transform, 4, num_classes=1))
+    with pytest.raises(DataError, match="has label 1, which is no class from 0 to 0"):
+        take(make_loader(folder, num_classes=1), 20)
+    assert len(list(ordered_batches(source, transform, 4, num_classes=2))) == 5
+
+
+def test_arrays_come_in_the_order_of_records(folder):
+    arrays = {"number": np.arange(20), "label": np.arange(20) % 3}
+    for start in (0, 7):
+        records = take(make_loader(folder), 6, start)
+        rows = take(ArrayLoader(arrays=arrays, seed=3, batch_size=4), 6, start)
+        for record, row in zip(records, rows):
+            np.testing.assert_array_equal(row["number"], record["index"])
+            np.testing.assert_array_equal(row["label"], record["index"] % 3)
