@@ -319,7 +319,7 @@ def test_mixing(case, golden):
 
 
 def test_nothing_random_depends_on_devices_or_parts():
-    """Mixing, erasing and dropped paths: the same losses on 1 and 4 devices, and in 2 parts."""
+    """Mixing, erasing, dropped paths: the same losses on 4 devices in 2 parts as on 1 in one."""
     config = dict(img_size=16, patch_size=8, in_chans=3, embed_dim=16, depth=2, num_heads=2)
     config |= dict(mlp_ratio=2.0, num_classes=5)
     mix = Mixup(mixup=0.8, cutmix=1.0, mode="elem")
@@ -338,5 +338,4 @@ def test_nothing_random_depends_on_devices_or_parts():
             yield float(metrics["loss"])
 
     alone = list(losses(None, 1))
-    np.testing.assert_allclose(list(losses(sharding.make_mesh(2), 1)), alone, rtol=1e-5)
-    np.testing.assert_allclose(list(losses(None, 2)), alone, rtol=1e-5)
+    np.testing.assert_allclose(list(losses(sharding.make_mesh(2), 2)), alone, rtol=1e-5)
