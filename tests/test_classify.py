@@ -9,13 +9,13 @@ import optax
 import pytest
 from official import our_names, to_ours
 from safetensors.numpy import load_file
-from test_golden import check_gradients, nhwc
+from test_golden import check_gradients, nhwc, schedule_of
 
 from mae_jax import sharding
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.patches import patchify
 from mae_jax.models.vit import Encoder
-from mae_jax.optim import adamw, decay_mask, lars, update_scales, warmup_cosine
+from mae_jax.optim import adamw, decay_mask, lars, update_scales
 from mae_jax.tasks import mixup
 from mae_jax.tasks.classify import Classify, soft_cross_entropy
 from mae_jax.tasks.mixup import Mix, Mixup
@@ -126,11 +126,7 @@ def test_linear_probe_trajectory(vit, golden, cached):
     expected = load_file(folder / "linprobe_traj.safetensors")
     batches = load_file(golden / "vit" / "v0_linprobe_batches.safetensors")
     recipe = config["linprobe_traj"]
-    lr = warmup_cosine(
-        peak=recipe["lr"],
-        warmup_steps=recipe["warmup_epochs"] * recipe["steps_per_epoch"],
-        total_steps=recipe["epochs"] * recipe["steps_per_epoch"],
-    )
+    lr = schedule_of(recipe)
     tx = lars(
         lr,
         momentum=recipe["momentum"],
@@ -207,13 +203,7 @@ def test_finetuning_trajectory(name, golden):
         drop_path=config["drop_path"],
         smoothing=config["label_smoothing"] or 0.0,
     )
-    per_epoch = config["steps_per_epoch"]
-    lr = warmup_cosine(
-        peak=config["lr"],
-        minimum=config["min_lr"],
-        warmup_steps=config["warmup_epochs"] * per_epoch,
-        total_steps=config["epochs"] * per_epoch,
-    )
+    lr = schedule_of(config)
     b1, b2 = config["betas"]
     tx = adamw(
         lr,

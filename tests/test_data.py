@@ -9,7 +9,7 @@ from PIL import Image
 
 from mae_jax.data.loader import ArrayLoader, Loader, ordered_batches
 from mae_jax.data.sources import DataError, FolderSource, TfdsSource, make_source
-from mae_jax.data.subsets import evenly_spaced
+from mae_jax.data.subsets import draw_shots, evenly_spaced
 from mae_jax.data.transforms import EvalTransform, TrainTransform, decode, random_crop_box
 
 
@@ -303,3 +303,11 @@ def test_arrays_come_in_the_order_of_records(folder):
         for record, row in zip(records, rows):
             np.testing.assert_array_equal(row["number"], record["index"])
             np.testing.assert_array_equal(row["label"], record["index"] % 3)
+
+
+def test_shots_are_drawn_of_classes_only():
+    labels = [-1, 0, 1, 5, 0, 1, -1, 1]
+    drawn = draw_shots(labels.__getitem__, 8, ("a", "b"), 2, seed=0)
+    assert sorted(labels[number] for number in drawn) == [0, 0, 1, 1]
+    with pytest.raises(DataError, match="3 shots, but class 'a' has only 2 images"):
+        draw_shots(labels.__getitem__, 8, ("a", "b"), 3, seed=0)

@@ -158,6 +158,17 @@ def check_gradients(ours, theirs):
             assert np.abs(g - t).max() <= 2e-5 * np.abs(t).max() + 1e-7, (name, layer)
 
 
+def schedule_of(config):
+    """The learning rate of a recorded trajectory."""
+    per_epoch = config["steps_per_epoch"]
+    return warmup_cosine(
+        peak=config["lr"],
+        minimum=config["min_lr"],
+        warmup_steps=config["warmup_epochs"] * per_epoch,
+        total_steps=config["epochs"] * per_epoch,
+    )
+
+
 def test_training_trajectory(golden):
     """Ten AdamW steps."""
     folder = golden / "pretrain_traj" / "t0"
@@ -165,13 +176,7 @@ def test_training_trajectory(golden):
     io = load_file(folder / "io.safetensors")
     task = make_task(config["model"])
     params = to_ours(load_file(folder / "init_state_dict.safetensors"), False)
-    per_epoch = config["steps_per_epoch"]
-    lr = warmup_cosine(
-        peak=config["lr"],
-        minimum=config["min_lr"],
-        warmup_steps=config["warmup_epochs"] * per_epoch,
-        total_steps=config["epochs"] * per_epoch,
-    )
+    lr = schedule_of(config)
     b1, b2 = config["betas"]
     tx = adamw(lr, b1=b1, b2=b2, eps=1e-8, weight_decay=config["weight_decay"])
     opt_state = tx.init(params)

@@ -49,6 +49,8 @@ def draw_shots(
 ) -> list[int]:
     """Numbers of `shots` records of every class, the first of a random order of all `count`.
 
+    Records of no class, as in splits whose labels are secret, are passed over.
+
     Raises:
       DataError: there are not as many of some class.
     """
@@ -57,10 +59,10 @@ def draw_shots(
     for number in map(int, np.random.default_rng(seed).permutation(count)):
         if not lacking:
             break
-        of_class = chosen[label(number)]
-        if len(of_class) < shots:
-            of_class.append(number)
-            lacking -= len(of_class) == shots
+        of = label(number)
+        if 0 <= of < len(chosen) and len(chosen[of]) < shots:
+            chosen[of].append(number)
+            lacking -= len(chosen[of]) == shots
     if lacking:
         fewest, name = min((len(found), name) for found, name in zip(chosen, classes))
         raise DataError(f"{shots} shots, but class {name!r} has only {fewest} images")

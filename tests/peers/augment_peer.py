@@ -8,22 +8,17 @@ import random
 import sys
 
 import numpy as np
-import torch
+from bare_timm import timm
 from PIL import Image
 
-folder, images, out = sys.argv[1:]
-sys.path.insert(0, folder)
-operators = torch.library.Library("torchvision", "DEF")
-for missing in ("nms", "qnms"):
-    operators.define(f"{missing}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-
-from timm.data.auto_augment import AugmentOp, rand_augment_transform  # noqa: E402
+auto_augment = timm.data.auto_augment
+_, images, out = sys.argv[1:]
 
 SEEDS = {1: 1, -1: 0}  # after these the first of random.random() is below or above .5: the sign
 
 found = {}
 images = np.load(images)
-names = [op.name for op in rand_augment_transform("rand-m9-mstd0.5-inc1", {}).ops]
+names = [op.name for op in auto_augment.rand_augment_transform("rand-m9-mstd0.5-inc1", {}).ops]
 for name, mode, sign in itertools.product(names, images["modes"], SEEDS):
     hparams = dict(img_mean=tuple(images["fill"].tolist()), interpolation=Image.Resampling.BICUBIC)
     if mode == "L":
@@ -32,6 +27,8 @@ for name, mode, sign in itertools.product(names, images["modes"], SEEDS):
         if name == "PosterizeIncreasing" and level == 1:
             continue  # keeps 0 bits, which Pillow 13 refuses to timm
         random.seed(SEEDS[sign])
-        changed = AugmentOp(name, 1.0, 10 * level, hparams)(Image.fromarray(images[mode]))
+        changed = auto_augment.AugmentOp(name, 1.0, 10 * level, hparams)(
+            Image.fromarray(images[mode])
+        )
         found[f"{name} {mode} {sign} {level}"] = np.asarray(changed)
 np.savez(out, **found)

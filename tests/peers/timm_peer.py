@@ -1,4 +1,4 @@
-"""timm in a process of its own: beside the CPU build of torch its torchvision has no operators.
+"""A model of timm in a process of its own.
 
 python timm_peer.py FOLDER_OF_TIMM MODEL ARGUMENTS_JSON WEIGHTS IMAGES.npy OUT.npz
 """
@@ -8,15 +8,10 @@ import sys
 
 import numpy as np
 import torch
+from bare_timm import timm
+from safetensors.torch import load_file
 
-folder, name, arguments, weights, images, out = sys.argv[1:]
-sys.path.insert(0, folder)
-operators = torch.library.Library("torchvision", "DEF")
-for missing in ("nms", "qnms"):
-    operators.define(f"{missing}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-
-import timm  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+_, name, arguments, weights, images, out = sys.argv[1:]
 
 if name.startswith("local-dir:"):
     model = timm.create_model(name, pretrained=True)
