@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 import mae_jax
-from mae_jax.data.sources import make_source
+from mae_jax.data.opening import open_source
 from mae_jax.evals.extract import Images, extract
 from mae_jax.evals.probe import ProbeRecipe, batch_size_for, probe_scores
 
@@ -34,7 +34,7 @@ def main() -> None:
     features = jax.jit(lambda images: {"cls": model.features(params, images)["cls"]})
 
     def cls_of(split: str) -> tuple[np.ndarray, np.ndarray]:
-        source = make_source("tfds", "photo_crops", arguments.data_dir, split)
+        source = open_source("tfds", "photo_crops", arguments.data_dir, split)
         images = Images(len(source), lambda: model.batches(source, 256))
         found, labels = extract(features, images)
         return found["cls"], labels

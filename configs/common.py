@@ -30,7 +30,7 @@ def base() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.image_size = (224, 224)  # height and width, pixels
-    model.channels = 3  # 1 (grey) or 3 (RGB)
+    model.channels = 3  # 1 (grey), 3 (RGB), or as many as the arrays of the data have
     model.mlp_ratio = 4.0  # hidden width of an MLP over its width
     model.position = "sincos"  # or "learned", which starts from the same table
     model.layer_norm_eps = 1e-6
@@ -106,17 +106,17 @@ def _classify() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.source = "tfds"  # or "folder"
+    data.source = "tfds"  # or "folder", or "arrays": TRAIN_SPLIT.npz and EVAL_SPLIT.npz in a folder
     data.name = "imagenet2012"  # source "tfds": the data set
     optional = config_dict.placeholder
     data.path = optional(str)  # folder of images, or where TFDS data sets are; None is TFDS's own
+    data.image_feature = "image"  # source "tfds": the feature that is the image
     data.train_split = "train"
     data.eval_split = "validation"  # of k-NN, accuracy and pictures
     data.shots = optional(int)  # train on so many images of every class only ...
     data.shots_seed = 0  # ... which this seed chooses
-    data.augment = (
-        "crop"  # "none", "weak_crop" (linear probing's law) or "randaugment" (a crop too)
-    )
+    data.exif = False  # turn photographs as their EXIF tells; the reference does not
+    data.augment = "crop"  # "none"; "weak_crop": linear probing's law; "randaugment": a crop too
     data.crop_scale = (0.2, 1.0)  # range of a random crop's share of the image
     data.flip = True  # mirror half of the training images
     data.randaugment_magnitude = 9.0  # mean, 0.0 to 10.0
@@ -126,8 +126,12 @@ def _data() -> ConfigDict:
     data.eval_crop = 0.875  # share of an image's sides that evaluation looks at
     data.mean = IMAGENET_MEAN  # per channel, of values 0..1
     data.std = IMAGENET_STD
-    data.workers = 8  # processes that decode images; 0 decodes in the main process
-    data.threads = 4  # per such process
+    data.resize_on = "auto"  # where crops are resized: "host", "device", auto is device on a GPU
+    data.canvas = 512  # pixels: larger crops are resized on the host all the same
+    data.in_memory = False  # decode all images once and keep them, for sets of small images
+    data.workers = optional(int)  # processes that read images; 0: the main one alone. None: 0 for
+    # resize_on "device", else one for every 4 cores
+    data.threads = optional(int)  # per process; None: 4, or as many as cores in the main one
     data.on_bad = "raise"  # or "skip": the next good image instead, counted and named
     data.max_bad = 100  # different bad images to skip before giving up
     return data
@@ -146,6 +150,7 @@ def _evaluation() -> ConfigDict:
     # knn_bank images have to fit into memory, 12 bytes each
     evaluation.pictures_every_epochs = 20.0  # 0.0 draws at the end only
     evaluation.pictures = 8  # images per picture
+    evaluation.show_channels = (0, 1, 2)  # as red, green, blue, of images with more than three
     evaluation.stats = "visible"  # brightness of norm_pix pictures: of "visible" patches or "gt"
     evaluation.batch_size = 256  # images
     return evaluation

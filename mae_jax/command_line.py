@@ -15,6 +15,7 @@ from mae_jax.convert.info import TARGETS, ConvertError
 from mae_jax.convert.layouts import DIALECTS
 from mae_jax.data.sources import DataError, FileSource
 from mae_jax.evals.extract import Images, extract
+from mae_jax.evals.reconstruct import check_shown
 from mae_jax.pretrained import Params, Pretrained, load
 
 # Errors from below name config keys; here the same values are flags.
@@ -24,6 +25,8 @@ FLAGS = {
     "model.image_size=": "--image-size ",
     "model.patch=": "",
     "model.": "",
+    "eval.show_channels=": "--show ",
+    "data.image_feature names it": "--image-feature names it",
     "data.path": "--data-dir",
 }
 
@@ -121,6 +124,25 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add_reading(parser)
 
 
+def add_show(parser: argparse.ArgumentParser) -> None:
+    """--show, for commands that draw images."""
+    parser.add_argument(
+        "--show",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[0, 1, 2],
+        metavar="3,2,1",
+        help="channels as red, green, blue, of images with more than three (0,1,2)",
+    )
+
+
+def shown(arguments: argparse.Namespace, model: Pretrained) -> tuple[int, ...]:
+    """The channels of --show that the images of a model have; ConvertError for others."""
+    try:
+        return check_shown(arguments.show, model.info.channels)
+    except ValueError as error:
+        raise ConvertError(str(error)) from error
+
+
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """--batch-size, for commands that take any number of images."""
     parser.add_argument("--batch-size", type=count, default=32, help="images at once (32)")
@@ -146,7 +168,11 @@ def over_images(
     """function's arrays for all images of a source, computed in batches, with a progress bar."""
 
     def read() -> Iterator[dict[str, np.ndarray]]:
-        return console.progress(model.batches(source, min(batch_size, len(source))), len(source))
+        return console.progress(
+            model.batches(source, min(batch_size, len(source))),
+            len(source),
+            count=console.valid_images,
+        )
 
     return extract(function, Images(len(source), read))[0]
 

@@ -1,8 +1,8 @@
 """What a person sees: the log, tables, and the progress of long work."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import absl.logging
 import numpy as np
@@ -15,6 +15,8 @@ from rich.table import Table
 
 console = Console(stderr=True)
 log = logging.getLogger("mae_jax")
+
+T = TypeVar("T")
 
 
 def setup_logging() -> None:
@@ -48,12 +50,17 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
+def valid_images(batch: Mapping[str, np.ndarray]) -> int:
+    """How many images a batch with a "valid" mask has."""
+    return int(batch["valid"].sum())
+
+
 def progress(
-    batches: Iterable[dict[str, np.ndarray]], total: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Passes batches on, with a bar of how many of `total` images are done, how fast, time left."""
+    items: Iterable[T], total: int, what: str = "images", count: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """Passes items on, with a bar of how many of `total` are done, how fast, and the time left."""
     columns = (
-        TextColumn("images"),
+        TextColumn(what),
         BarColumn(None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
@@ -61,8 +68,8 @@ def progress(
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, speed="")
-        for batch in batches:
-            yield batch
-            bar.advance(task, int(batch["valid"].sum()))
+        for item in items:
+            yield item
+            bar.advance(task, count(item))
             speed = bar.tasks[task].speed
-            bar.update(task, speed=f"{speed:,.0f} images/s" if speed else "")
+            bar.update(task, speed=f"{speed:,.0f} {what}/s" if speed else "")

@@ -18,7 +18,8 @@ import mae_jax
 from mae_jax import command_line, console, sharding
 from mae_jax.convert.info import ConvertError
 from mae_jax.data.loader import Batch
-from mae_jax.data.sources import DataError, Source, make_source
+from mae_jax.data.opening import open_source
+from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import draw_shots, evenly_spaced
 from mae_jax.evals.extract import Images, extract
 from mae_jax.evals.probe import ProbeRecipe
@@ -122,9 +123,9 @@ def _source(arguments: argparse.Namespace, split: str, classes: tuple[str, ...] 
     if not Path(data).is_dir():
         if "/" in data or Path(data).exists():
             raise DataError(f"--data {data} is not a directory")
-        source = make_source("tfds", data, arguments.data_dir, split, classes)
+        source = open_source("tfds", data, arguments.data_dir, split, classes)
     elif (Path(data) / split).is_dir():
-        source = make_source("folder", data, data, split, classes)
+        source = open_source("folder", data, data, split, classes)
     else:
         raise DataError(
             f"{Path(data) / split} does not exist: --data is a folder with a folder for each "
@@ -201,7 +202,7 @@ def _extract(
         def read() -> Iterator[Batch]:
             size = sharding.round_up(batch_size, mesh)
             batches = model.batches(source, size, num_classes=len(test.classes))
-            return console.progress(batches, len(source))
+            return console.progress(batches, len(source), count=console.valid_images)
 
         found = Labelled(*extract(function, Images(len(source), read)))
         for name, array in found.features.items():

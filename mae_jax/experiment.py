@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Generator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,11 @@ import optax
 
 from mae_jax import flops, sharding
 from mae_jax.checkpoint import Checkpointer, locked_workdir
-from mae_jax.data.loader import ArrayLoader, Loader
+from mae_jax.data.loader import ArrayLoader, Batch, Loader
 from mae_jax.data.sources import Source
 from mae_jax.evals.extract import extract
 from mae_jax.evaluation import Evaluation, over_devices, print_summary, summary_of
+from mae_jax.feed import Feed
 from mae_jax.health import StopSignal, check_finite
 from mae_jax.metrics import RunLog, write_json
 from mae_jax.recipe import Config, data, judges, schedule, tasks
@@ -54,8 +55,9 @@ def build(config: Config, workdir: Path) -> Run:
         data.check_seeds(config)
         mesh = sharding.make_mesh(config.mesh.fsdp)
         sharding.check_batch(config.batch_size, config.accumulate, mesh)
-        train_source = data.make_train_source(config)
-        eval_source = data.make_eval_source(config, train_source.classes)
+        index_dir = Path(os.path.abspath(workdir)).parent / ".indices"
+        train_source = data.make_train_source(config, index_dir)
+        eval_source = data.make_eval_source(config, train_source.classes, index_dir)
         task = tasks.make_task(config, mesh, train_source.classes)
         classifies = isinstance(task, Classify)
         duration = schedule.make_duration(config, len(train_source))
@@ -127,7 +129,7 @@ def _train(run: Run, stop: StopSignal) -> None:
     loader = _cached(run, state) if config.data.cache_features and run.loader else run.loader
     run_log = _make_run_log(run, start_step)
     evaluation = _make_evaluation(run, run_log)
-    batches = _on_devices(loader, start_step, run.mesh)
+    batches = _make_feed(loader, start_step, run.mesh, run_log)
     try:
         state = fit(
             state,
@@ -158,25 +160,24 @@ def _make_step(run: Run, shardings: TrainState):
         run.tx,
         run.learning_rate,
         run_keys(run.config)[1],
+        prepare=data.make_prepare(run.config, run.mesh),
         accumulate=run.config.accumulate,
         ema_decay=run.config.optim.ema,
     )
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _on_devices(
-    loader: Loader | ArrayLoader | None, start_step: int, mesh: jax.sharding.Mesh
-) -> Generator[dict[str, jax.Array], None, None]:
+def _make_feed(
+    loader: Loader | ArrayLoader | None, start_step: int, mesh: jax.sharding.Mesh, run_log: RunLog
+) -> Feed[dict[str, jax.Array]]:
     """The loader's batches from a step on, split over the devices."""
-    if loader is None:
-        return
-    batches = loader.batches(start_step)
-    try:
-        for batch in batches:
-            inputs = {name: rows for name, rows in batch.items() if name != "index"}
-            yield sharding.shard_batch(inputs, mesh)
-    finally:
-        batches.close()
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        inputs = {name: rows for name, rows in batch.items() if name != "index"}
+        return sharding.shard_batch(inputs, mesh)
+
+    batches = loader.batches(start_step) if loader else (batch for batch in ())
+    return Feed(batches, put, run_log.batches_ready)
 
 
 def _cached(run: Run, state: TrainState) -> ArrayLoader:
@@ -204,6 +205,7 @@ def _make_run_log(run: Run, start_step: int) -> RunLog:
         every=run.config.log.every_steps,
         flops_per_image=tasks.flops_per_image(run.config, run.task),
         peak_flops=peak and peak * jax.device_count(),
+        advice=data.advice(run.config),
     )
 
 

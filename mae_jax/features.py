@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from mae_jax import command_line
 from mae_jax.data.sources import FileSource
-from mae_jax.evals.reconstruct import figure, save_png
+from mae_jax.evals.reconstruct import displayed, figure, save_png
 from mae_jax.whole import whole
 
 log = logging.getLogger("mae_jax")
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
         metavar="PNG",
         help="draw where the cls token looks in the last block, mean over heads; also `attention`",
     )
+    command_line.add_show(parser)
     arguments = parser.parse_args(argv)
     command_line.check_output("--out", arguments.out, ".npz")
     if arguments.attention:
@@ -71,7 +72,9 @@ def main(argv: list[str]) -> None:
     for name, array in found.items():
         print(f"{name:12} {array.dtype} {list(array.shape)}")
     if arguments.attention:
+        show = command_line.shown(arguments, model)
         images = model.read_images(source.files[:SHOWN])
+        images = displayed(images, show, model.info.mean, model.info.std)
         picture = attention_figure(images, found["attention"][:SHOWN])
         save_png(arguments.attention, picture)
     print(f"{arguments.out}: {command_line.images_said(len(source))}")

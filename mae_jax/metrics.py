@@ -19,6 +19,8 @@ from mae_jax.whole import whole
 
 log = logging.getLogger("mae_jax")
 
+MOST_WAITING = 0.1  # share of the time, above which a warning is due
+
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file that is there whole or not at all."""
@@ -50,10 +52,12 @@ class RunLog:
       loss, grad_norm: means over the steps since the last line; learning_rate: at that step;
       images_per_second: trained on, compilation and evaluation not counted;
       data_wait: share of that time in which the loop waited for its next batch;
+      data_ready: how many batches lay ready on the devices when it asked, of 2, on average;
       mfu: model FLOPs per second over the device's bf16 peak, where the peak is known.
 
     Args:
-      flops_per_image: of one training step, in the paper's form; peak_flops: of all devices.
+      flops_per_image: of one training step, in the paper's form; peak_flops: of all devices;
+      advice: what to do where the loop waits for data.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class RunLog:
         every: int,
         flops_per_image: float,
         peak_flops: float | None,
+        advice: str,
     ):
         self.history = truncate_jsonl(workdir / "metrics.jsonl", start_step)
         self._file = open(workdir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -74,9 +79,11 @@ class RunLog:
         self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=purge)
         self._total, self._per_epoch, self._batch_size = total_steps, steps_per_epoch, batch_size
         self._every, self._flops, self._peak = every, flops_per_image, peak_flops
+        self._advice: str | None = advice  # None once given
         self._window: list[Mapping[str, float]] = []
         self._started: float | None = None  # None until the first step has been compiled and run
         self._timed, self._waited, self._paused = 0, 0.0, 0.0  # steps and seconds since then
+        self._ready: list[int] = []
         columns = (TextColumn("{task.description}"), BarColumn(None))
         self._bar = Progress(*columns, console=console, auto_refresh=False, expand=True)
         self._task = self._bar.add_task("compiling", total=total_steps, completed=start_step)
@@ -105,6 +112,10 @@ class RunLog:
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
+
+    def batches_ready(self, count: int) -> None:
+        """So many batches lie ready, of which the loop takes one."""
+        self._ready.append(count)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -136,6 +147,7 @@ class RunLog:
     def _restart_clock(self) -> None:
         self._started = time.perf_counter()
         self._timed, self._waited, self._paused = 0, 0.0, 0.0
+        self._ready = []
 
     def _mean(self, name: str) -> float:
         return float(np.mean([metrics[name] for metrics in self._window]))
@@ -149,11 +161,20 @@ class RunLog:
         if self._timed:
             values["images_per_second"] = round(rate, 2)
             values["data_wait"] = round(min(self._waited / self._seconds(), 1.0), 4)
+            if self._ready:
+                values["data_ready"] = round(float(np.mean(self._ready)), 2)
         if self._timed and self._peak:
             values["mfu"] = rate * self._flops / self._peak
         self.scalars(step, values)
         if not console.is_terminal:
             log.info("%s", self._bar.tasks[self._task].description)
+        self._warn_of_waiting(values.get("data_wait", 0.0))
+
+    def _warn_of_waiting(self, share: float) -> None:
+        if share > MOST_WAITING and self._advice:
+            text = "training waits for images in %.0f %% of its time. What helps: %s"
+            log.warning(text, 100 * share, self._advice)
+            self._advice = None
 
     def _describe(self, step: int, loss: float, rate: float) -> None:
         text = f"step {step}/{self._total}  epoch {step / self._per_epoch:.2f}"

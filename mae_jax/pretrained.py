@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key, Shaped
 
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
@@ -21,7 +21,7 @@ from mae_jax.data.transforms import EvalTransform
 from mae_jax.models.classifier import Outputs
 from mae_jax.models.layers import Execution
 from mae_jax.models.patches import patchify
-from mae_jax.pixels import normalise
+from mae_jax.pixels import IMAGENET_MEAN, normalise
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.trees import from_named
 
@@ -79,7 +79,8 @@ def _outputs(
 class Pretrained:
     """A model from a checkpoint. Its methods take the parameters, and work under `jax.jit`.
 
-    Images are uint8 [b, h, w, c] of `info.image_size`, as `read_images` gives them.
+    Images are [b, h, w, c] of `info.image_size`, as `read_images` gives them: uint8, or uint16 or
+    float32 where the model was trained on such.
     """
 
     info: Info
@@ -87,7 +88,7 @@ class Pretrained:
     path: str
 
     def outputs(
-        self, params: Params, images: UInt8[Array, "b h w c"], *, observe: bool = False
+        self, params: Params, images: Shaped[Array, "b h w c"], *, observe: bool = False
     ) -> Outputs:
         """Everything that the encoder, and the head if there is one, make of whole images."""
         self._check(images)
@@ -96,7 +97,7 @@ class Pretrained:
     def features(
         self,
         params: Params,
-        images: UInt8[Array, "b h w c"],
+        images: Shaped[Array, "b h w c"],
         *,
         layers: Sequence[int] = (),
         grid: bool = False,
@@ -137,7 +138,7 @@ class Pretrained:
     def _as_grid(self, tokens: Array) -> Array:
         return rearrange(tokens[:, 1:], "b (y x) d -> b y x d", y=self.info.grid[0])
 
-    def logits(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b classes"]:
+    def logits(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b classes"]:
         """What the head of a fine-tuned or probed model makes of images.
 
         Raises:
@@ -196,13 +197,13 @@ class Pretrained:
     def reconstruct(
         self,
         params: Params,
-        images: UInt8[Array, "b h w c"],
+        images: Shaped[Array, "b h w c"],
         *,
         mask: str = "random",
         mask_ratio: float = 0.75,
         seed: int = 0,
         stats: str = "visible",
-    ) -> UInt8[Array, "b h w c"]:
+    ) -> Shaped[Array, "b h w c"]:
         """The model's picture of each image from the patches that a random mask leaves.
 
         `stats` is where the brightness of patches comes from if the model predicts normalised
@@ -214,21 +215,18 @@ class Pretrained:
 
     def _check(self, images: Any) -> None:
         wanted = (*self.info.image_size, self.info.channels)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != wanted:
+        types = ("uint8",) if self.info.mean == IMAGENET_MEAN else ("uint8", "uint16", "float32")
+        if images.dtype.name not in types or images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(
-                f"images are {images.dtype} {list(images.shape)}, and this model takes uint8 "
-                f"[b, {wanted[0]}, {wanted[1]}, {wanted[2]}], as read_images gives them"
+                f"images are {images.dtype} {list(images.shape)}, and this model takes "
+                f"{' or '.join(types)} [b, {wanted[0]}, {wanted[1]}, {wanted[2]}], as read_images "
+                "gives them"
             )
 
     @property
     def transform(self) -> EvalTransform:
         """How an encoded image becomes an array for this model."""
         info = self.info
-        if info.channels not in (1, 3):
-            raise ConvertError(
-                f"the model is for images of {info.channels} channels, and image files are grey or "
-                f"RGB: load {self.path} with --channels 1 or 3 (in Python, channels=)"
-            )
         return EvalTransform(
             info.image_size,
             info.channels,
@@ -237,7 +235,9 @@ class Pretrained:
             interpolation=info.interpolation,
         )
 
-    def read_images(self, paths: str | Path | Sequence[str | Path]) -> UInt8[np.ndarray, "b h w c"]:
+    def read_images(
+        self, paths: str | Path | Sequence[str | Path]
+    ) -> Shaped[np.ndarray, "b h w c"]:
         """Image files, and those in folders, resized as this model is used to.
 
         Raises:

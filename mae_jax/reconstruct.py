@@ -29,19 +29,21 @@ def main(argv: list[str]) -> None:
         default="visible",
         help="brightness of normalised patches: their true one, or of visible neighbours (default)",
     )
+    command_line.add_show(parser)
     arguments = parser.parse_args(argv)
     command_line.check_output("--out", arguments.out, ".png")
     source = FileSource(arguments.images)
     if len(source) > MOST:
         raise ConvertError(f"{len(source)} images are too many for one picture: {MOST} at most")
     model, params = command_line.load_model(arguments)
+    show = command_line.shown(arguments, model)
     try:
         task = model.task(mask=arguments.mask, mask_ratio=arguments.mask_ratio)
     except ValueError as error:
         raise ConvertError(str(error)) from error
     images = model.read_images(arguments.images)
     mask = task.draw_mask(jax.random.key(arguments.seed), len(images))
-    picture = Pictures(task, np.asarray(images), mask, arguments.stats).run(params)
+    picture = Pictures(task, np.asarray(images), mask, arguments.stats, show).run(params)
     save_png(arguments.out, picture)
     print(f"{arguments.out}: {command_line.images_said(len(images))}")
 

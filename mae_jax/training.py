@@ -65,18 +65,20 @@ def make_train_step(
     learning_rate: optax.Schedule,
     key: Key[Array, ""],
     *,
+    prepare: Callable[[Batch], Batch] = lambda batch: batch,
     accumulate: int = 1,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step on one batch, to be jitted.
 
     What is drawn is a function of (key, step, row of the global batch), so it does not depend on
-    devices, on accumulation or on interruptions. `accumulate` computes the same mean gradient in
+    devices, on accumulation or on interruptions. `prepare` makes of a batch, as the loader gives
+    it, one as the task takes it. `accumulate` computes the same mean gradient in
     that many smaller parts.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = task.draw(jax.random.fold_in(key, state.step), batch)
+        batch = task.draw(jax.random.fold_in(key, state.step), prepare(batch))
         loss, stats, grads = _loss_and_grads(task.loss, state, batch, accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

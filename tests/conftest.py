@@ -33,7 +33,7 @@ def golden():
 @pytest.fixture(scope="session")
 def photo_crops(tmp_path_factory):
     """Where the embedded data set is prepared."""
-    from mae_jax.data.sources import TfdsSource
+    from mae_jax.data.tfds_source import TfdsSource
 
     folder = str(tmp_path_factory.mktemp("datasets"))
     TfdsSource("photo_crops", "train", folder)

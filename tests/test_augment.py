@@ -303,7 +303,7 @@ class TestTransform:
         runs = []
         for seed in (1, 1, 2):
             rng = np.random.default_rng(seed)
-            runs.append(np.stack([transform(data, rng) for _ in range(8)]))
+            runs.append(np.stack([transform(data, rng)["image"] for _ in range(8)]))
         assert runs[0].shape == (8, 16, 24, channels)
         assert runs[0].dtype == np.uint8
         np.testing.assert_array_equal(runs[0], runs[1])
@@ -318,5 +318,5 @@ class TestTransform:
             expected = image.crop(LAWS[law](rng, (40, 80), (0.2, 1.0))).resize((24, 16), BICUBIC)
             if law == "randaugment":
                 expected = transform.augment(expected, rng)
-            found = transform(data, np.random.default_rng(seed))
+            found = transform(data, np.random.default_rng(seed))["image"]
             assert_image(found, np.asarray(expected).reshape(16, 24, channels))

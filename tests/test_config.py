@@ -142,7 +142,8 @@ def test_epochs_and_steps(folder):
         (dict(batch_size=6), "batch_size=6 .*4 devices. Use 4 or 8"),
         (dict(batch_size=8, accumulate=3), "accumulate=3"),
         (dict(model__dtype="float16"), "model.dtype='float16'"),
-        (dict(model__channels=4), "model.channels=4"),
+        (dict(model__channels=0), "model.channels=0"),
+        (dict(model__channels=4), "data.mean and data.std need a value for each of 4 channels"),
         (dict(model__heads=5), "model.width=128"),
         (dict(model__remat="some"), "model.remat='some'"),
         (dict(data__on_bad="ignore"), "data.on_bad='ignore'"),
@@ -238,7 +239,7 @@ def test_classification_needs_labels_and_something_to_judge_on(folder, labelled)
         build(classify(folder), folder / "run")
     with pytest.raises(DataError, match="validation exists, but no .*training"):
         build(classify(labelled, data__train_split="training"), labelled / "run")
-    with pytest.raises(DataError, match="eval_split names the folder of images"):
+    with pytest.raises(DataError, match="eval_split names the images"):
         build(classify(labelled, data__eval_split="val"), labelled / "run")
     (labelled / "empty" / "a").mkdir(parents=True)
     with pytest.raises(DataError, match="no images in .*empty"):

@@ -9,7 +9,7 @@ from mae_jax.metrics import RunLog, truncate_jsonl, write_json
 
 def make_log(workdir, start_step=0, **kwargs):
     defaults = dict(total_steps=10, steps_per_epoch=5, batch_size=4, every=2)
-    defaults |= dict(flops_per_image=1e9, peak_flops=None)
+    defaults |= dict(flops_per_image=1e9, peak_flops=None, advice="more of it")
     return RunLog(workdir, start_step=start_step, **(defaults | kwargs))
 
 

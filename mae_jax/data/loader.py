@@ -9,18 +9,23 @@ import ctypes
 import logging
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
+from mae_jax.data.decode import Encoded
 from mae_jax.data.sources import DataError, Source
+from mae_jax.data.transforms import Example
 
 Batch = dict[str, np.ndarray]
-Transform = Callable[[bytes, Any], np.ndarray]
+Transform = Callable[[Encoded, Any], Example]
+Shapes = Mapping[str, tuple[int, ...]]
+AHEAD = 16  # records that each thread may be ahead
 SKIP_ADVICE = "Mend or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
 
@@ -39,12 +44,12 @@ class Load:
     num_classes: int | None = None
 
     def __call__(self, index: int, rng: Any = None) -> dict[str, Any]:
-        """{"image", "label", "index": the record asked for, "skipped": bad ones from there on}."""
+        """The example, "label", "index": the number, "skipped": bad records from there on."""
         for skipped in range(len(self.source)):
             number = (index + skipped) % len(self.source)
             try:
                 record = self.source[number]
-                image = self.transform(record["image"], rng)
+                example = self.transform(record["image"], rng)
             except DataError as error:
                 if not self.skip:
                     raise DataError(
@@ -53,7 +58,7 @@ class Load:
                 continue
             self._check_label(number, record["label"])
             return {
-                "image": image,
+                **example,
                 "label": np.int32(record["label"]),
                 "index": np.int64(index),
                 "skipped": np.int32(skipped),
@@ -74,6 +79,7 @@ class Loader:
 
     Args:
       batch_size: of all hosts together; this host yields batch_size // hosts rows of each.
+      shapes: in a batch, of arrays that differ in size: each lies in the corner of its place.
       workers: processes that decode, each with `threads` threads; 0 decodes in this process.
       max_bad: with `skip`, the number of different bad records after which to give up.
       num_classes: where given, labels have to be below it.
@@ -83,6 +89,7 @@ class Loader:
     transform: Transform
     seed: int
     batch_size: int
+    shapes: Shapes = field(default_factory=dict)
     workers: int = 0
     threads: int = 2
     skip: bool = False
@@ -99,24 +106,25 @@ class Loader:
             )
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """The batches from a step on: {"image": uint8 [b, h, w, c], "label": [b], "index": [b]}."""
+        """The batches from a step on: what the transform makes, "label" [b], "index" [b]."""
         load = Load(self.source, self.transform, self.skip, num_classes=self.num_classes)
-        dataset = _order(len(self.source), self.seed).random_map(load)
-        dataset = _from_step(dataset, self.batch_size, start_step, self.host, self.hosts)
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
-        examples = dataset.to_iter_dataset(options)
+        examples = _order(len(self.source), self.seed).random_map(load)
+        rows = _rows(examples, self.batch_size, start_step, self.host, self.hosts)
+        records = rows.to_iter_dataset(_read_options(self.threads))
         if self.workers:
             _mark_flags_parsed()
             processes = grain.MultiprocessingOptions(
-                num_workers=self.workers, per_worker_buffer_size=2
+                num_workers=self.workers, per_worker_buffer_size=AHEAD * self.threads
             )
-            examples = examples.mp_prefetch(processes, worker_init_fn=_init_worker)
-        iterator = iter(examples)
+            records = records.mp_prefetch(processes, worker_init_fn=_init_worker)
+        iterator = iter(records)
         bad: set[int] = set()
         try:
-            for batch in iterator:
-                self._note_skipped(batch.pop("skipped"), batch["index"], bad)
-                yield batch
+            with _worker_errors():
+                size = self.batch_size // self.hosts
+                for batch in _gather(iterator, size, self.source, self.shapes):
+                    self._note_skipped(batch.pop("skipped"), batch["index"], bad)
+                    yield batch
         finally:
             iterator.close()
 
@@ -141,21 +149,79 @@ class ArrayLoader:
         """The batches from a step on: rows of each array."""
         count = len(next(iter(self.arrays.values())))
         order = _order(count, self.seed)
-        for rows in _from_step(order, self.batch_size, start_step, self.host, self.hosts):
+        numbers = _rows(order, self.batch_size, start_step, self.host, self.hosts)
+        for rows in numbers.batch(self.batch_size // self.hosts):
             yield {name: array[rows] for name, array in self.arrays.items()}
 
 
 def _order(count: int, seed: int) -> grain.MapDataset:
     """Record numbers, shuffled anew in every epoch."""
-    # A repeat without end overflows in batches of 1.
+    # A repeat without end overflows.
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat(10**9)
 
 
-def _from_step(
+def _rows(
     dataset: grain.MapDataset, batch_size: int, start_step: int, host: int, hosts: int
 ) -> grain.MapDataset:
-    """This host's batches. Batching before slicing keeps the global batch on any host count."""
-    return dataset.batch(batch_size // hosts)[start_step * hosts + host :: hosts]
+    """This host's rows of all batches from a step on.
+
+    A batch is a slice of the global order, and a host's part a slice of the batch: so the global
+    batch is the same, row for row, on any number of hosts.
+    """
+    per_host = batch_size // hosts
+
+    def row(number: int) -> Any:
+        step, offset = divmod(number, per_host)
+        return dataset[step * batch_size + host * per_host + offset]
+
+    return grain.MapDataset.range(start_step * per_host, len(dataset) // hosts).map(row)
+
+
+def _read_options(threads: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * max(threads, 1))
+
+
+def _gather(
+    examples: Iterable[Example], size: int, source: Source, shapes: Shapes
+) -> Iterator[Batch]:
+    """Batches of `size` examples, each copied to its row as soon as it comes.
+
+    Raises:
+      DataError: images are not all of one type and shape.
+    """
+    batch: Batch = {}
+    for number, example in enumerate(examples):
+        row = number % size
+        if row == 0:
+            batch = {
+                name: np.zeros((size, *shapes.get(name, value.shape)), value.dtype)
+                for name, value in example.items()
+            }
+        for name, value in example.items():
+            rows = batch[name]
+            if value.dtype != rows.dtype:
+                raise DataError(
+                    f"{source.key(int(example['index']))} has values of {value.dtype}, and images "
+                    f"before it of {rows.dtype}: save all of them with one type"
+                )
+            rows[(row, *map(slice, value.shape))] = value
+        if row == size - 1:
+            yield batch
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """Says of a worker that was killed what that means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        code = str(error).split("exit code")[-1].strip(" .")
+        raise DataError(
+            f"a process that reads images was killed (exit code {code}); if memory ran out, lower "
+            "data.workers or data.threads. Nothing is lost: the same command continues"
+        ) from error
 
 
 def _note_bad(source: Source, number: int, bad: set[int], most: int) -> None:
@@ -189,9 +255,9 @@ def ordered_batches(
     load = Load(source, transform, skip, advice, num_classes)
     last = len(source) - 1
     count = -(-len(source) // batch_size) * batch_size
-    dataset = grain.MapDataset.range(count).map(lambda i: load(min(i, last))).batch(batch_size)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    for number, batch in enumerate(dataset.to_iter_dataset(options)):
+    examples = grain.MapDataset.range(count).map(lambda i: load(min(i, last)))
+    records = examples.to_iter_dataset(_read_options(threads))
+    for number, batch in enumerate(_gather(records, batch_size, source, {})):
         position = number * batch_size + np.arange(batch_size)
         valid = (position <= last) & (batch.pop("skipped") == 0)
         for index in position[(position <= last) & ~valid]:

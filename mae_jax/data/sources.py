@@ -1,16 +1,20 @@
-"""Random access to encoded images: a TFDS data set, or a folder."""
+"""Random access to images by record number, and those of folders and files."""
 
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Protocol, TypedDict
+
+import numpy as np
 
 log = logging.getLogger("mae_jax")
 
-EMBEDDED = ("photo_crops",)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+SUFFIXES = PICTURES | {".npy", ".npz"}
 
 
 class DataError(Exception):
@@ -18,9 +22,10 @@ class DataError(Exception):
 
 
 class Record(TypedDict):
-    """image: encoded bytes; label: class number or -1; key: what to call it in messages."""
+    """image: a file's bytes, or pixels [height, width, channels]; label: class number or -1; key:
+    what to call it in messages."""
 
-    image: bytes
+    image: bytes | np.ndarray
     label: int
     key: str
 
@@ -47,87 +52,9 @@ class Source(Protocol):
         ...
 
 
-def _digest(lines: list[str]) -> str:
+def digest(lines: list[str]) -> str:
+    """A fingerprint of lines of text."""
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-class TfdsSource:
-    """A split of a TFDS data set prepared as array_record; TensorFlow is not needed.
-
-    Args:
-      name: of the data set, as in "imagenet2012" or "cifar10:3.0.2".
-      split: as in "train" or "train[:90%]".
-      data_dir: where data sets are prepared; None is TFDS's own default.
-    """
-
-    def __init__(self, name: str, split: str, data_dir: str | None):
-        import tensorflow_datasets as tfds
-
-        builder = _builder(name, data_dir)
-        features: Any = builder.info.features
-        if "image" not in features:
-            raise DataError(f"{name} has no feature called 'image', only {list(features)}")
-        known = builder.info.splits
-        if split.split("[")[0] not in known:
-            raise DataError(f"{name} has no split {split!r}; it has {', '.join(known) or 'none'}")
-        self.name, self.split = name, split
-        # A label that is a bare number, without a set of classes, counts as none.
-        labelled = "label" in features and hasattr(features["label"], "names")
-        self.classes = tuple(features["label"].names) if labelled else ()
-        decoders: Any = {"image": tfds.decode.SkipDecoding()}
-        try:
-            count = known[split].num_examples
-        except Exception as error:  # TFDS has no common class for what can be wrong with a slice
-            raise DataError(f"{split!r} is no split of {name}: {error}") from error
-        if not count:
-            raise DataError(f"the split {split!r} of {name} is empty")
-        self._records = builder.as_data_source(split, decoders=decoders)
-        shards = [Path(file) for file in known[split.split("[")[0]].filepaths]
-        sizes = [f"{shard.name} {shard.stat().st_size}" for shard in shards]
-        self._fingerprint = _digest([name, split, str(len(self)), *sizes])
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._records[index]
-        label = int(record["label"]) if self.classes else -1
-        return {"image": record["image"], "label": label, "key": self.key(index)}
-
-    def label(self, index: int) -> int:
-        return self[index]["label"]
-
-    def key(self, index: int) -> str:
-        return f"record {index} of {self.name}/{self.split}"
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-
-def _builder(name: str, data_dir: str | None) -> Any:
-    """The TFDS builder, prepared; an embedded data set is prepared where that is still to do."""
-    import tensorflow_datasets as tfds
-
-    if name in EMBEDDED:
-        from mae_jax.data import embedded
-
-        builder = embedded.PhotoCrops(data_dir=data_dir, file_format="array_record")
-        if not builder.is_prepared():
-            log.info("preparing %s in %s", name, builder.data_dir)
-        builder.download_and_prepare(file_format="array_record")
-        return builder
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError:
-        raise DataError(f"TFDS knows no data set called {name!r}") from None
-    if not builder.is_prepared():
-        raise DataError(
-            f"{name} is not prepared in {builder.data_dir}. Set data.path to where it is, or "
-            f'prepare it once, with TensorFlow installed: python -c "import tensorflow_datasets '
-            f"as tfds; tfds.builder('{name}', data_dir=DIR)"
-            f".download_and_prepare(file_format='array_record')\""
-        )
-    return builder
 
 
 class FolderSource:
@@ -148,11 +75,13 @@ class FolderSource:
         if not root.is_dir():
             raise DataError(f"data.path={path!r} is not a directory: {root.absolute()}")
         self.root = root
-        self.files = sorted(_walk(root), key=os.fsencode)
+        self.scan = _walk(root)
+        self.files = self.scan.files
         if not self.files:
             raise DataError(
                 f"no images in {root.absolute()} ({', '.join(sorted(SUFFIXES))} are read)"
             )
+        self.scan.warn(root)
         tops = [name.split(os.sep)[0] if os.sep in name else "" for name in self.files]
         found = () if "" in tops else tuple(sorted(set(tops), key=os.fsencode))
         if unknown := set(found) - set(classes or found):
@@ -163,6 +92,8 @@ class FolderSource:
         self.classes = classes if classes and found else found
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = [number.get(top, -1) for top in tops]
+        if found and (empty := self.scan.folders - set(found)):
+            log.warning("no images in the folders of: %s", ", ".join(sorted(empty)))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -178,7 +109,7 @@ class FolderSource:
         return str(self.root / self.files[index])
 
     def fingerprint(self) -> str:
-        return _digest([f"{name} {(self.root / name).stat().st_size}" for name in self.files])
+        return digest([f"{name} {(self.root / name).stat().st_size}" for name in self.files])
 
 
 def _read(path: Path) -> bytes:
@@ -188,23 +119,48 @@ def _read(path: Path) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _walk(root: Path) -> list[str]:
-    """Paths of the images below `root`, relative to it."""
-    found, visited = [], set()
+@dataclass
+class Scan:
+    """What was found below a folder: names relative to it, sorted as bytes.
+
+    files: the images; folders: the first level of folders; dangling: links to nowhere; others:
+    how many files have which other suffix.
+    """
+
+    files: list[str] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)
+    dangling: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+
+    def warn(self, root: Path) -> None:
+        """Names in the log what may have been meant to be an image."""
+        for name in self.dangling:
+            log.warning("ignored: %s is a link to what does not exist", root / name)
+
+
+def _walk(root: Path) -> Scan:
+    scan, visited = Scan(), set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:  # a link back up would loop forever
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        scan.folders = scan.folders or set(folders)
         for name in files:
             path = os.path.join(folder, name)
-            if name.startswith(".") or Path(name).suffix.lower() not in SUFFIXES:
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
                 continue
-            if os.path.isfile(path):  # not a dangling link
-                found.append(os.path.relpath(path, root))
-    return found
+            if suffix not in SUFFIXES:
+                scan.others[suffix] += 1
+            elif os.path.exists(path):
+                scan.files.append(os.path.relpath(path, root))
+            else:
+                scan.dangling.append(os.path.relpath(path, root))
+    scan.files.sort(key=os.fsencode)
+    return scan
 
 
 class FileSource:
@@ -220,7 +176,7 @@ class FileSource:
         self.files: list[Path] = []
         for path in map(Path, paths):
             if path.is_dir():
-                self.files += [path / name for name in sorted(_walk(path), key=os.fsencode)]
+                self.files += [path / name for name in _walk(path).files]
             elif path.is_file():
                 self.files.append(path)
             else:
@@ -241,19 +197,4 @@ class FileSource:
         return str(self.files[index])
 
     def fingerprint(self) -> str:
-        return _digest([f"{file} {file.stat().st_size}" for file in self.files])
-
-
-def make_source(
-    kind: str, name: str | None, path: str | None, split: str, classes: tuple[str, ...] = ()
-) -> Source:
-    """A source by its kind, "tfds" or "folder"; `classes` as in FolderSource."""
-    if kind == "tfds":
-        if not name:
-            raise DataError("data.source='tfds' needs data.name, the name of a TFDS data set")
-        return TfdsSource(name, split, path)
-    if kind == "folder":
-        if not path:
-            raise DataError("data.source='folder' needs data.path, a folder of images")
-        return FolderSource(path, split, classes)
-    raise DataError(f"data.source={kind!r}; use 'tfds' or 'folder'")
+        return digest([f"{file} {file.stat().st_size}" for file in self.files])

@@ -1,55 +1,16 @@
-"""Encoded images to uint8 arrays of one size, on the host, with Pillow."""
+"""Encoded images to arrays of one size, on the host; resizing is Pillow's, to the bit."""
 
-import io
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mae_jax.data.augment import RandAugment
-from mae_jax.data.sources import DataError
+from mae_jax.data.decode import Encoded, Pixels, decode
 
 Box = tuple[int, int, int, int]
-MODES = {1: "L", 3: "RGB"}
-
-
-def decode(encoded: bytes, channels: int) -> Image.Image:
-    """A grey or RGB picture; DataError where the bytes are not a whole image.
-
-    As in the reference: no rotation by EXIF, and an alpha channel is dropped.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded)) as image:
-                return _eight_bit(image).convert(MODES[channels])
-    except UnidentifiedImageError:
-        raise DataError("its bytes are not an image") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise DataError(str(error)) from error
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The picture with 16-bit values scaled down; Pillow's own conversion would clip them at 255.
-
-    Raises:
-      DataError: values of 32 bits, of which nobody knows the range.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DataError(f"its pixels are 32-bit numbers (mode {image.mode}); save it with 8 bits")
-    return image
-
+Example = dict[str, np.ndarray]  # what one image contributes to a batch
 
 RATIO = (3 / 4, 4 / 3)  # range of a crop's width over its height
 
@@ -105,15 +66,23 @@ def weak_crop_box(
     return _placed(rng, image_size, (h, w))
 
 
-def _resize(
-    image: Image.Image, size: tuple[int, int], interpolation: str = "bicubic"
-) -> Image.Image:
-    return image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()])
+def resize(image: Pixels, size: tuple[int, int], interpolation: str = "bicubic") -> Pixels:
+    """Antialiased resizing to height and width, of channels one by one unless grey or RGB."""
+    resampling = Image.Resampling[interpolation.upper()]
+    height, width = size
 
+    def resized(plane: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(plane))
+        return np.asarray(picture.resize((width, height), resampling))
 
-def _as_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
-    array = np.asarray(image)
-    return array[..., None] if array.ndim == 2 else array
+    if image.dtype == np.uint8 and image.shape[-1] == 3:
+        return resized(image)
+    kind = np.uint8 if image.dtype == np.uint8 else np.float32  # as Pillow computes them
+    planes = [resized(plane.astype(kind)) for plane in np.moveaxis(image, -1, 0)]
+    array = np.stack(planes, axis=-1)
+    if image.dtype == np.uint16:  # a cubic may overshoot
+        array = array.round().clip(0, np.iinfo(np.uint16).max)
+    return array.astype(image.dtype)
 
 
 AUGMENTS = ("none", "crop", "weak_crop", "randaugment")
@@ -124,7 +93,7 @@ class TrainTransform:
     """A random resized crop (bicubic, antialiased), a flip, and RandAugment where given.
 
     image_size: height and width in pixels; scale: range of the crop's share of the area; weak: the
-    crop's law is linear probing's.
+    crop's law is linear probing's; exif: turn images as their EXIF tells.
     """
 
     image_size: tuple[int, int]
@@ -133,16 +102,58 @@ class TrainTransform:
     flip: bool = True
     weak: bool = False
     augment: RandAugment | None = None
+    exif: bool = False
 
-    def __call__(self, encoded: bytes, rng: np.random.Generator) -> UInt8[np.ndarray, "h w c"]:
-        image = decode(encoded, self.channels)
+    def __call__(self, encoded: Encoded, rng: np.random.Generator) -> Example:
+        """{"image": [h, w, c]}."""
+        crop, flip = self.draw(encoded, rng)
+        image = resize(crop, self.image_size)
+        image = image[:, ::-1] if flip else image
+        return {"image": image if self.augment is None else self._augmented(image, rng)}
+
+    def draw(self, encoded: Encoded, rng: np.random.Generator) -> tuple[Pixels, bool]:
+        """The crop, not yet resized, and whether it is to be mirrored."""
+        image = decode(encoded, self.channels, self.exif)
         crop_box = weak_crop_box if self.weak else random_crop_box
-        image = _resize(
-            image.crop(crop_box(rng, (image.height, image.width), self.scale)), self.image_size
-        )
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _as_array(image if self.augment is None else self.augment(image, rng))
+        left, top, right, lower = crop_box(rng, (image.shape[0], image.shape[1]), self.scale)
+        return image[top:lower, left:right], self.flip and rng.random() < 0.5
+
+    def _augmented(self, image: Pixels, rng: np.random.Generator) -> Pixels:
+        assert self.augment is not None
+        picture = Image.fromarray(np.ascontiguousarray(image.squeeze(-1) if self.grey else image))
+        return np.asarray(self.augment(picture, rng)).reshape(image.shape)
+
+    @property
+    def grey(self) -> bool:
+        return self.channels == 1
+
+
+@dataclass(frozen=True)
+class CanvasTransform:
+    """The crops and flips of a TrainTransform, to be resized by `mae_jax.pixels.crop_resize`.
+
+    A crop with a side longer than `side` is resized here instead: resizing an image to the size
+    that it has changes nothing.
+    """
+
+    train: TrainTransform
+    side: int
+
+    def __call__(self, encoded: Encoded, rng: np.random.Generator) -> Example:
+        """{"crop": [h, w, c], "crop_size": [2], "flip": []}; in a batch crops lie on a canvas."""
+        crop, flip = self.train.draw(encoded, rng)
+        if max(crop.shape[:2]) > self.side:
+            crop = resize(crop, self.train.image_size)
+        size = np.array(crop.shape[:2], np.int32)
+        return {"crop": crop, "crop_size": size, "flip": np.array(flip)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes in a batch of what has another one by itself."""
+        return {"crop": (self.side, self.side, self.train.channels)}
+
+
+MAX_ASPECT = 16  # of the part of an image that is looked at
 
 
 @dataclass(frozen=True)
@@ -158,14 +169,28 @@ class EvalTransform:
     crop: float = 0.875
     squash: bool = False
     interpolation: str = "bicubic"
+    exif: bool = False
 
-    def __call__(self, encoded: bytes, rng: object = None) -> UInt8[np.ndarray, "h w c"]:
-        image = decode(encoded, self.channels)
+    def __call__(self, encoded: Encoded, rng: object = None) -> Example:
+        """{"image": [h, w, c]}."""
+        image = decode(encoded, self.channels, self.exif)
         height, width = self.image_size
         if self.squash:
-            return _as_array(_resize(image, self.image_size, self.interpolation))
-        scale = max(height / image.height, width / image.width) / self.crop
-        shape = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-        array = _as_array(_resize(image, shape, self.interpolation))
+            return {"image": resize(image, self.image_size, self.interpolation)}
+        image = _without_ends(image)
+        scale = max(height / image.shape[0], width / image.shape[1]) / self.crop
+        shape = (
+            max(height, round(image.shape[0] * scale)),
+            max(width, round(image.shape[1] * scale)),
+        )
+        array = resize(image, shape, self.interpolation)
         top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
-        return array[top : top + height, left : left + width]
+        return {"image": array[top : top + height, left : left + width]}
+
+
+def _without_ends(image: Pixels) -> Pixels:
+    """A strip without the ends that no crop reaches, which enlarged would fill the memory."""
+    height, width = image.shape[:2]
+    rows, columns = min(height, MAX_ASPECT * width), min(width, MAX_ASPECT * height)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[top : top + rows, left : left + columns]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, UInt8
+from jaxtyping import Array, Bool, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax.tasks.masking import Mask
@@ -19,6 +19,40 @@ GREY = 128  # of a masked patch
 GAP = 6  # pixels between pictures
 STATISTICS = {"gt": "true patch statistics", "visible": "statistics of visible neighbours"}
 MIN_SIDE = 112  # pixels; smaller images are enlarged by a whole factor
+
+
+def displayed(
+    images: Shaped[np.ndarray, "b h w c"],
+    channels: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> UInt8[np.ndarray, "b h w rgb"]:
+    """Images of any channels and type as a person can look at them.
+
+    Grey and RGB images stay as they are, of others some channels are taken. Where values are not
+    of 0..255, black is 2 deviations below the mean, and white 2 above.
+    """
+    chosen = list(range(images.shape[-1]) if images.shape[-1] in (1, 3) else channels)
+    images = images[..., chosen]
+    if images.dtype == np.uint8:
+        return images
+    low, width = np.array(mean)[chosen] - 2 * np.array(std)[chosen], 4 * np.array(std)[chosen]
+    return (255 * ((images - low) / width).clip(0, 1)).round().astype(np.uint8)
+
+
+def check_shown(channels: Sequence[int], count: int) -> tuple[int, ...]:
+    """The channels to show of images of so many; of two, one is shown.
+
+    Raises:
+      ValueError: they are not one or three that exist.
+    """
+    if count <= 3:
+        return (0,)
+    if len(channels) not in (1, 3) or not all(0 <= channel < count for channel in channels):
+        raise ValueError(
+            f"eval.show_channels={tuple(channels)}: use one or three numbers from 0 to {count - 1}"
+        )
+    return tuple(channels)
 
 
 def panels(
@@ -80,21 +114,24 @@ class Pictures:
     """Draws the same images under the same masks, whatever the parameters."""
 
     task: Pretrain
-    images: UInt8[np.ndarray, "b h w c"]
+    images: Shaped[np.ndarray, "b h w c"]
     mask: Mask
     stats: str
+    show: tuple[int, ...] = (0, 1, 2)  # channels, of images that are neither grey nor RGB
 
     def run(self, params: Any) -> UInt8[np.ndarray, "y x 3"]:
         """The figure for some parameters."""
         pictures = self._reconstruct(params, self.images, self.mask, stats=self.stats)
-        columns = panels(
-            self.images, np.asarray(pictures), np.asarray(self.mask.as_bool()), self.task.patch
+        originals, made = (
+            displayed(np.asarray(images), self.show, self.task.mean, self.task.std)
+            for images in (self.images, pictures)
         )
+        columns = panels(originals, made, np.asarray(self.mask.as_bool()), self.task.patch)
         hidden = self.task.num_patches - self.task.num_kept
-        made = "reconstruction"
+        text = "reconstruction"
         if self.task.norm_pix:
-            made += f" ({STATISTICS[self.stats]})"
-        labels = [f"masked, {hidden} of {self.task.num_patches} patches hidden", made]
+            text += f" ({STATISTICS[self.stats]})"
+        labels = [f"masked, {hidden} of {self.task.num_patches} patches hidden", text]
         return figure(columns, [*labels, "with the visible patches", "original"])
 
     @cached_property  # compiled once in a run

@@ -1,18 +1,28 @@
-"""Where the images of a run come from, and what is done to them on the host."""
+"""Where the images of a run come from, and how they are read, cropped and resized."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from mae_jax import console, sharding
 from mae_jax.data.augment import RandAugment
+from mae_jax.data.decode import MODES, decode
 from mae_jax.data.loader import Batch, Loader, ordered_batches
-from mae_jax.data.sources import DataError, Source, make_source
+from mae_jax.data.memory import InMemory
+from mae_jax.data.opening import open_source
+from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import few_shot
-from mae_jax.data.transforms import AUGMENTS, EvalTransform, TrainTransform
+from mae_jax.data.transforms import AUGMENTS, CanvasTransform, EvalTransform, TrainTransform
 from mae_jax.evals.extract import Images
+from mae_jax.pixels import IMAGENET_MEAN, crop_resize
 from mae_jax.recipe import Config
+
+RESIZERS = ("auto", "host", "device")
+CORES_PER_WORKER = 4
 
 
 def check_seeds(config: Config) -> None:
@@ -24,49 +34,97 @@ def check_seeds(config: Config) -> None:
         raise ValueError(f"data.shots={config.data.shots} must be at least 1")
 
 
-def make_train_source(config: Config) -> Source:
+def make_train_source(config: Config, index_dir: Path) -> Source:
+    """The images to train on; `index_dir` as in TfdsSource."""
     data = config.data
     if data.source == "folder" and data.path:
         train, other = (Path(data.path) / split for split in (data.train_split, data.eval_split))
         if other.is_dir() and not train.is_dir():
             raise DataError(f"{other} exists, but no {train}: data.train_split names it")
-    source = make_source(data.source, data.name, data.path, data.train_split)
+    source = _open(config, data.train_split, (), index_dir)
     needed = config.task == "classify" or data.shots is not None
     if needed and not source.classes:
-        where = data.path if data.source == "folder" else f"{data.name}/{data.train_split}"
+        where = f"{data.name}/{data.train_split}" if data.source == "tfds" else data.path
         raise DataError(
             f"{where} has no class labels, which task='classify' and data.shots need: a folder of "
             "images needs one folder per class, a TFDS data set a ClassLabel called 'label'"
         )
-    return source if data.shots is None else few_shot(source, data.shots, data.shots_seed)
+    source = source if data.shots is None else few_shot(source, data.shots, data.shots_seed)
+    _check_units(config, source)
+    return _in_memory(config, source)
 
 
-def make_eval_source(config: Config, classes: tuple[str, ...]) -> Source | None:
-    """The evaluation split; None for a folder without one, unless classes are to be judged."""
+def make_eval_source(
+    config: Config, classes: tuple[str, ...], index_dir: Path | None
+) -> Source | None:
+    """The evaluation split; None for files without one, unless classes are to be judged."""
     data = config.data
-    if data.source == "folder" and not (Path(data.path) / data.eval_split).is_dir():
+    if data.source != "tfds" and not _has_split(data.source, data.path, data.eval_split):
         if config.task == "classify":
             raise DataError(
                 f"{Path(data.path) / data.eval_split} does not exist: data.eval_split names the "
-                "folder of images to evaluate on, beside that of data.train_split"
+                "images to evaluate on, beside those of data.train_split"
             )
         return None
-    source = make_source(data.source, data.name, data.path, data.eval_split, classes)
+    source = _open(config, data.eval_split, classes, index_dir)
     if config.task == "classify" and not source.classes:
         raise DataError(
             f"the images of data.eval_split={data.eval_split!r} have no class labels: they need "
             "one folder per class"
         )
-    return source
+    return _in_memory(config, source)
+
+
+def _has_split(kind: str, path: str, split: str) -> bool:
+    if kind == "folder":
+        return (Path(path) / split).is_dir()
+    return any((Path(path) / f"{split}{suffix}").exists() for suffix in (".npz", ".npy"))
+
+
+def _open(config: Config, split: str, classes: tuple[str, ...], index_dir: Path | None) -> Source:
+    data = config.data
+    return open_source(
+        data.source,
+        data.name,
+        data.path,
+        split,
+        classes,
+        image=data.image_feature,
+        index_dir=index_dir,
+    )
+
+
+def _in_memory(config: Config, source: Source) -> Source:
+    if not config.data.in_memory:
+        return source
+    channels, exif = config.model.channels, config.data.exif
+    return InMemory(source, channels, exif=exif, threads=os.cpu_count() or 1)
+
+
+def _check_units(config: Config, source: Source) -> None:
+    """ValueError for values of another range with a mean and a deviation that cannot be theirs."""
+    data, channels = config.data, config.model.channels
+    try:
+        image = decode(source[0]["image"], channels, data.exif)
+    except DataError:
+        return  # reading will say so, or skip it
+    if image.dtype != np.uint8 and tuple(data.mean) == IMAGENET_MEAN:
+        raise ValueError(
+            f"{source.key(0)} has values of {image.dtype}, but data.mean and data.std are those of "
+            "photographs, as shares of 255: they have to be in the same units as the values. "
+            "python -m mae_jax.data stats computes them"
+        )
 
 
 def make_eval_transform(config: Config) -> EvalTransform:
+    model, data = config.model, config.data
     return EvalTransform(
-        tuple(config.model.image_size), config.model.channels, config.data.eval_crop
+        tuple(model.image_size), model.channels, crop=data.eval_crop, exif=data.exif
     )
 
 
 def make_train_transform(config: Config) -> EvalTransform | TrainTransform:
+    """What is done to the images of training, if they are resized on the host."""
     data = config.data
     low, high = data.crop_scale
     if not 0 < low <= high <= 1:
@@ -77,6 +135,8 @@ def make_train_transform(config: Config) -> EvalTransform | TrainTransform:
         return make_eval_transform(config)
     augment = None
     if data.augment == "randaugment":
+        if config.model.channels not in MODES:
+            raise ValueError("data.augment='randaugment' is for grey and RGB images")
         augment = RandAugment(
             fill=tuple(round(255 * mean) for mean in data.mean),
             magnitude=data.randaugment_magnitude,
@@ -90,20 +150,99 @@ def make_train_transform(config: Config) -> EvalTransform | TrainTransform:
         flip=data.flip,
         weak=data.augment == "weak_crop",
         augment=augment,
+        exif=data.exif,
     )
+
+
+def resizes_on_device(config: Config) -> bool:
+    """Whether crops of training images are resized by the devices.
+
+    Raises:
+      ValueError: that is asked for, but cannot be.
+    """
+    data, model = config.data, config.model
+    if data.resize_on not in RESIZERS:
+        raise ValueError(f"data.resize_on={data.resize_on!r}; use one of {', '.join(RESIZERS)}")
+    possible = data.augment in ("crop", "weak_crop") and model.channels in MODES
+    possible = possible and data.canvas >= max(model.image_size)
+    if data.resize_on == "device" and not possible:
+        raise ValueError(
+            "data.resize_on='device' is for data.augment='crop' or 'weak_crop', for grey or RGB "
+            f"images, and for a data.canvas (={data.canvas}) not smaller than model.image_size"
+        )
+    if data.resize_on == "auto":
+        return possible and jax.default_backend() != "cpu"
+    return data.resize_on == "device"
+
+
+def readers(config: Config) -> tuple[int, int]:
+    """Processes that read images, and threads of each.
+
+    Threads are enough where decoding is most of the work: it does not hold Python's lock. Crops for
+    the devices are large, and would cost as much to pass between processes as to decode.
+    """
+    data, cores = config.data, os.cpu_count() or 1
+    if data.workers is not None and data.workers < 0:
+        raise ValueError(f"data.workers={data.workers} must be at least 0")
+    if data.threads is not None and data.threads < 1:
+        raise ValueError(f"data.threads={data.threads} must be at least 1")
+    alone = resizes_on_device(config) or data.in_memory or data.source == "arrays"
+    workers = data.workers
+    if workers is None:
+        workers = 0 if alone else cores // CORES_PER_WORKER
+    return workers, data.threads or (CORES_PER_WORKER if workers else cores)
+
+
+def make_prepare(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
+    """What the devices do to a batch before the task takes it."""
+    if not resizes_on_device(config):
+        return lambda batch: batch
+    size = tuple(config.model.image_size)
+    # Each device resizes the images that it has.
+    resize = jax.shard_map(
+        partial(crop_resize, image_size=size),
+        mesh=mesh,
+        in_specs=sharding.BATCH,
+        out_specs=sharding.BATCH,
+    )
+
+    def prepare(batch: dict) -> dict:
+        crops = [batch[name] for name in ("crop", "crop_size", "flip")]
+        return {"image": resize(*crops), "label": batch["label"]}
+
+    return prepare
+
+
+def advice(config: Config) -> str:
+    """What to do where reading images is what training waits for."""
+    workers, threads = readers(config)
+    found = [f"more data.workers or data.threads than {max(workers, 1)} x {threads}, or more cores"]
+    if not resizes_on_device(config):
+        found.append("data.resize_on=device, where there is a GPU")
+    if not config.data.in_memory:
+        found.append("data.in_memory=True for small images")
+        found.append("smaller files, by python -m mae_jax.data cache (which changes the data)")
+    return "; ".join(found)
 
 
 def make_loader(config: Config, source: Source, num_classes: int | None) -> Loader:
     data = config.data
     if data.on_bad not in ("raise", "skip"):
         raise ValueError(f"data.on_bad={data.on_bad!r}; use 'raise' or 'skip'")
+    transform, shapes = make_train_transform(config), {}
+    if resizes_on_device(config):
+        assert isinstance(transform, TrainTransform)
+        transform = CanvasTransform(transform, data.canvas)
+        shapes = transform.shapes
+    workers, threads = readers(config)
     return Loader(
         source=source,
-        transform=make_train_transform(config),
+        transform=transform,
         seed=config.seed,
         batch_size=config.batch_size,
-        workers=data.workers,
-        threads=data.threads,
+        shapes=shapes,
+        workers=workers,
+        threads=threads,
         skip=data.on_bad == "skip",
         max_bad=data.max_bad,
         num_classes=num_classes,
@@ -128,11 +267,13 @@ def make_images(
             source,
             make_eval_transform(config),
             sharding.round_up(config.eval.batch_size, mesh),
-            threads=max(config.data.workers, 1) * config.data.threads,
+            threads=os.cpu_count() or 1,
             skip=config.data.on_bad == "skip",
             max_bad=config.data.max_bad,
             num_classes=num_classes,
         )
-        return console.progress(batches, len(source)) if show else batches
+        return (
+            console.progress(batches, len(source), count=console.valid_images) if show else batches
+        )
 
     return Images(len(source), read)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 from mae_jax.data.loader import ordered_batches
 from mae_jax.data.sources import Source
 from mae_jax.data.subsets import evenly_spaced
-from mae_jax.evals.reconstruct import STATISTICS, Pictures
+from mae_jax.evals.reconstruct import STATISTICS, Pictures, check_shown
 from mae_jax.evaluation import DrawPictures, Evaluator, MeasureAccuracy, MeasureFeatures
 from mae_jax.metrics import RunLog
 from mae_jax.recipe import Config
@@ -38,6 +38,7 @@ def check_evaluation(config: Config) -> None:
         raise ValueError(f"eval.stats={config.eval.stats!r}; use one of {', '.join(STATISTICS)}")
     if not 0 < config.data.eval_crop <= 1:
         raise ValueError(f"data.eval_crop={config.data.eval_crop} must lie above 0, up to 1")
+    check_shown(config.eval.show_channels, config.model.channels)
     if config.eval.knn_temperature <= 0:
         raise ValueError(f"eval.knn_temperature={config.eval.knn_temperature} must be above 0")
 
@@ -105,4 +106,5 @@ def _make_pictures(config: Config, task: Pretrain, source: Source) -> Pictures:
     transform = make_eval_transform(config)
     batch = next(iter(ordered_batches(source, transform, len(source), skip=skip)))
     mask = task.draw_mask(jax.random.key(0), len(source))
-    return Pictures(task, np.asarray(batch["image"]), mask, config.eval.stats)
+    show = check_shown(config.eval.show_channels, config.model.channels)
+    return Pictures(task, np.asarray(batch["image"]), mask, config.eval.stats, show)

@@ -39,12 +39,13 @@ def make_task(
         raise ValueError(f"model.dtype={model.dtype!r}; use 'float32' or 'bfloat16'")
     if len(model.image_size) != 2:
         raise ValueError(f"model.image_size={tuple(model.image_size)} is not a height and a width")
-    if model.channels not in (1, 3):
-        raise ValueError(f"model.channels={model.channels}; use 1 (grey) or 3 (RGB)")
+    if model.channels < 1:
+        raise ValueError(f"model.channels={model.channels} must be at least 1")
     mean, std = (tuple(config.data[key])[: model.channels] for key in ("mean", "std"))
     if len(mean) != model.channels or len(std) != model.channels:
         raise ValueError(
-            f"data.mean and data.std need a value for each of {model.channels} channels"
+            f"data.mean and data.std need a value for each of {model.channels} channels: "
+            "python -m mae_jax.data stats computes them"
         )
     execution = Execution(
         dtype=jnp.dtype(model.dtype),

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key, Shaped
 
 from mae_jax.models.classifier import Classifier, Outputs, Probe
 from mae_jax.models.patches import patchify
@@ -71,14 +71,14 @@ class ProbeTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Classify:
-    """Cross-entropy over batches {"image": uint8 [b, h, w, c], "label": int [b]}.
+    """Cross-entropy over batches {"image": [b, h, w, c], "label": int [b]}.
 
     In place of "image" a batch may hold what the head takes, "pooled", as the method of that name
     makes it: then the head alone is computed, and images are neither mixed nor erased.
 
-    patch: side in pixels; mean, std: per channel, of 0..1. train_last_blocks: None trains
-    everything, 0 the head alone, k also the last k blocks. smoothing: of labels. erase: share of
-    images in which a box is erased.
+    patch: side in pixels; mean, std: per channel. train_last_blocks: None trains everything, 0 the
+    head alone, k also the last k blocks. smoothing: of labels. erase: share of images in which a
+    box is erased.
     """
 
     model: Classifier
@@ -175,22 +175,22 @@ class Classify:
         )
         return ProbeTask(probe, ())
 
-    def outputs(self, params: Params, stats: Stats, images: UInt8[Array, "b h w c"]) -> Outputs:
+    def outputs(self, params: Params, stats: Stats, images: Shaped[Array, "b h w c"]) -> Outputs:
         """Everything that the encoder and the head make of whole images, outside training."""
         patches = patchify(normalise(images, self.mean, self.std), self.patch)
         return self.model.apply({"params": params, "batch_stats": stats}, patches)  # type: ignore[return-value]
 
-    def pooled(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b *n d"]:
+    def pooled(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b *n d"]:
         """What the head takes of images."""
         return self._headless(params, images).pooled
 
-    def features(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
+    def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Mean of the encoder's patch tokens, float32, after fc_norm where it is of that mean."""
         made = self._headless(params, images)
         if self.model.fc_norm and self.model.pool == "mean":
             return made.pooled
         return made.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 
-    def _headless(self, params: Params, images: UInt8[Array, "b h w c"]) -> Outputs:
+    def _headless(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
         patches = patchify(normalise(images, self.mean, self.std), self.patch)
         return self.model.clone(num_classes=0).apply({"params": params}, patches)  # type: ignore[return-value]

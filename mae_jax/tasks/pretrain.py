@@ -6,7 +6,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from mae_jax.models.mae import MAE
 from mae_jax.models.patches import patchify, take_patches, unpatchify
@@ -28,9 +28,9 @@ def patch_statistics(
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """The MAE objective over batches {"image": uint8 [b, h, w, c]}.
+    """The MAE objective over batches {"image": [b, h, w, c]}, of any type that `normalise` takes.
 
-    grid: rows and columns of patches; patch: side in pixels; mean, std: per channel, of 0..1.
+    grid: rows and columns of patches; patch: side in pixels; mean, std: per channel.
     mask: "random", "block", "grid", or "user" with `user_mask` bool [n] or [b, n], True = masked.
     """
 
@@ -112,18 +112,18 @@ class Pretrain:
             target = (target - mean) / std
         return jnp.mean(jnp.square(pred - target))
 
-    def to_patches(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b n p"]:
-        """Normalised pixels of uint8 images, cut into patches."""
+    def to_patches(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b n p"]:
+        """Normalised pixels, cut into patches."""
         return patchify(normalise(images, self.mean, self.std), self.patch)
 
-    def features(self, params: Params, images: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
+    def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Mean of the encoder's patch tokens over the whole, unmasked image, float32."""
         tokens = self.apply("encode", params, self.to_patches(images))
         return tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 
     def reconstruct(
-        self, params: Params, images: UInt8[Array, "b h w c"], mask: Mask, stats: str = "gt"
-    ) -> UInt8[Array, "b h w c"]:
+        self, params: Params, images: Shaped[Array, "b h w c"], mask: Mask, stats: str = "gt"
+    ) -> Shaped[Array, "b h w c"]:
         """The model's picture of each image from its kept patches alone.
 
         Under norm_pix predictions have no brightness or contrast of their own. `stats` says where
@@ -140,7 +140,8 @@ class Pretrain:
             elif stats != "gt":
                 raise ValueError(f"stats={stats!r}; use 'gt' or 'visible'")
             pred = pred * std + mean
-        return unnormalise(unpatchify(pred, self.patch, self.grid), self.mean, self.std)
+        pixels = unpatchify(pred, self.patch, self.grid)
+        return unnormalise(pixels, self.mean, self.std, images.dtype)
 
     def _nearness(self, keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
         """Weights of the kept patches for every patch: a Gaussian of one patch, summing to 1."""

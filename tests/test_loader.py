@@ -1,0 +1,125 @@
+"""Batches as a function of seed and step, whatever reads them."""
+
+import itertools
+
+import numpy as np
+import pytest
+from pictures import fill_folder
+
+from mae_jax.data.loader import ArrayLoader, Loader, ordered_batches
+from mae_jax.data.sources import DataError, FolderSource
+from mae_jax.data.transforms import EvalTransform, TrainTransform
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return fill_folder(tmp_path)
+
+
+def make_loader(folder, **kwargs):
+    source = FolderSource(str(folder), "train")
+    transform = TrainTransform((8, 8), 3, (0.2, 1.0))
+    return Loader(source=source, transform=transform, **(dict(seed=3, batch_size=4) | kwargs))
+
+
+def take(loader, count, start=0):
+    batches = loader.batches(start)
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+class TestLoader:
+    @pytest.mark.parametrize("kwargs", [dict(threads=4), dict(threads=0), dict(workers=2)], ids=str)
+    def test_threads_and_workers_change_nothing(self, folder, kwargs):
+        assert_same(take(make_loader(folder), 12), take(make_loader(folder, **kwargs), 12))
+
+    def test_continuing_equals_never_having_stopped(self, folder):
+        straight = take(make_loader(folder), 14)
+        for start in (3, 5, 11):  # in the middle of an epoch, at its end, epochs later
+            assert_same(take(make_loader(folder), 14 - start, start), straight[start:])
+
+    @pytest.mark.parametrize("hosts", [2, 4])
+    def test_hosts_share_the_global_batch_row_for_row(self, folder, hosts):
+        whole = take(make_loader(folder), 6)
+        parts = [take(make_loader(folder, host=h, hosts=hosts), 6) for h in range(hosts)]
+        joined = [
+            {name: np.concatenate([p[name] for p in step]) for name in step[0]}
+            for step in zip(*parts)
+        ]
+        assert_same(joined, whole)
+
+    def test_every_epoch_is_another_permutation(self, folder):
+        index = np.concatenate([batch["index"] for batch in take(make_loader(folder), 10)])
+        first, second = index[:20], index[20:]
+        assert sorted(first) == sorted(second) == list(range(20))
+        assert (first != second).any()
+
+    def test_the_seed_matters(self, folder):
+        one, two = (take(make_loader(folder, seed=seed), 2) for seed in (1, 2))
+        assert (one[0]["index"] != two[0]["index"]).any()
+
+    def test_a_bad_image_is_named(self, folder):
+        bad = folder / "zebra" / "4.png"
+        bad.write_bytes(bad.read_bytes()[:100])
+        for workers in (0, 2):
+            with pytest.raises(DataError, match=r"zebra/4.png is bad: .*data.on_bad=skip"):
+                take(make_loader(folder, workers=workers), 6)
+
+    def test_a_skipped_image_is_replaced_and_counted(self, folder, caplog):
+        good = take(make_loader(folder), 5)
+        bad = folder / "ant" / "9.png"
+        number = FolderSource(str(folder), "train").files.index("ant/9.png")
+        bad.write_bytes(b"")
+        batches = take(make_loader(folder, skip=True), 10)
+        for before, after in zip(good, batches):  # all other rows stay as they were
+            np.testing.assert_array_equal(before["index"], after["index"])
+            same = before["index"] != number
+            np.testing.assert_array_equal(before["image"][same], after["image"][same])
+        warnings = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
+        assert warnings == [f"skipped a bad image (1 so far): {bad}"]
+
+    def test_too_many_bad_images(self, folder):
+        for i in range(3):
+            (folder / "ant" / f"{i}.png").write_bytes(b"")
+        with pytest.raises(DataError, match=r"more than data.max_bad=2 bad images.*ant/"):
+            take(make_loader(folder, skip=True, max_bad=2), 5)
+
+    def test_batch_larger_than_the_data(self, folder):
+        with pytest.raises(DataError, match="batch_size=32 is larger than the data set of 20"):
+            make_loader(folder, batch_size=32)
+
+    def test_ordered_batches_cover_everything_once(self, folder):
+        source = FolderSource(str(folder), "train")
+        batches = list(ordered_batches(source, EvalTransform((8, 8), 3), 8))
+        assert [batch["valid"].sum() for batch in batches] == [8, 8, 4]
+        index = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
+        np.testing.assert_array_equal(index, np.arange(20))
+
+
+def test_labels_that_are_no_class_are_named(folder):
+    source = FolderSource(str(folder), "train")
+    transform = EvalTransform((8, 8), 3)
+    with pytest.raises(DataError, match="zebra/0.png has label 1, which is no class from 0 to 0"):
+        list(ordered_batches(source, transform, 4, num_classes=1))
+    with pytest.raises(DataError, match="has label 1, which is no class from 0 to 0"):
+        take(make_loader(folder, num_classes=1), 20)
+    assert len(list(ordered_batches(source, transform, 4, num_classes=2))) == 5
+
+
+def test_arrays_come_in_the_order_of_records(folder):
+    arrays = {"number": np.arange(20), "label": np.arange(20) % 3}
+    for start in (0, 7):
+        records = take(make_loader(folder), 6, start)
+        rows = take(ArrayLoader(arrays=arrays, seed=3, batch_size=4), 6, start)
+        for record, row in zip(records, rows):
+            np.testing.assert_array_equal(row["number"], record["index"])
+            np.testing.assert_array_equal(row["label"], record["index"] % 3)
