@@ -24,6 +24,7 @@ FLAGS = {
     "mask.kind=": "--mask ",
     "model.image_size=": "--image-size ",
     "model.patch=": "",
+    "model.channels=": "--channels ",
     "model.": "",
     "eval.show_channels=": "--show ",
     "data.image_feature names it": "--image-feature names it",

@@ -44,10 +44,12 @@ def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
     """Prints names and values, floats to three digits, to the standard output."""
-    table = Table(title=escape(title), show_header=False)
+    output = Console()
+    width = min(len(title), output.width)  # for a title on one line where that can be
+    table = Table(title=escape(title), show_header=False, min_width=width)
     for name, value in rows.items():
         table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else escape(str(value)))
-    Console().print(table)
+    output.print(table)
 
 
 def valid_images(batch: Mapping[str, np.ndarray]) -> int:

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,50 +110,61 @@ def _train(run: Run, stop: StopSignal) -> None:
         "classes": run.train_source.classes,
         "jax": jax.__version__,
     }
-    checkpointer = Checkpointer(run.workdir / "checkpoints", config.checkpoint.max_to_keep)
-    state, shardings = starting_state(config, run.task, run.tx, run.mesh, checkpointer, meta)
-    start_step = int(state.step)
-    if start_step == total > 0 and (summary := summary_of(run.workdir, total)):
-        log.info(
-            "this run is already complete; to evaluate it anew, name it as init.path of a run of "
-            "steps=0 in another --workdir"
-        )
-        print_summary(summary)
-        checkpointer.close()
-        return
-    write_json(run.workdir / "config.json", plain)
-    _say_hello(run, start_step)
+    with closing(
+        Checkpointer(run.workdir / "checkpoints", config.checkpoint.max_to_keep)
+    ) as checkpointer:
+        state, shardings = starting_state(config, run.task, run.tx, run.mesh, checkpointer, meta)
+        start_step = int(state.step)
+        if start_step == total > 0 and (summary := summary_of(run.workdir, total)):
+            log.info(
+                "this run is already complete; to evaluate it anew, name it as init.path of a run "
+                "of steps=0 in another --workdir"
+            )
+            print_summary(summary)
+            return
+        write_json(run.workdir / "config.json", plain)
+        _say_hello(run, start_step)
 
-    def save(step: int, state: TrainState) -> None:
-        checkpointer.save(step, vars(state), meta)
+        def save(step: int, state: TrainState) -> None:
+            checkpointer.save(step, vars(state), meta)
 
-    save_hook = Hook(config.checkpoint.every_steps, save)
-    loader = _cached(run, state) if config.data.cache_features and run.loader else run.loader
-    run_log = _make_run_log(run, start_step)
-    evaluation = _make_evaluation(run, run_log)
-    batches = _make_feed(loader, start_step, run.mesh, run_log)
-    try:
-        state = fit(
+        with closing(_make_run_log(run, start_step)) as run_log:
+            evaluation = _make_evaluation(run, run_log)
+            hooks = [Hook(config.checkpoint.every_steps, save), *evaluation.hooks()]
+            state = _fit(run, state, shardings, hooks, run_log, stop)
+            step = int(state.step)
+            if total:
+                save(step, state)
+            if step == total:
+                evaluation.finish(step, state, origin(run.workdir))
+            else:
+                log.info(
+                    "stopped at step %d of %d; the same command continues from here", step, total
+                )
+
+
+def _fit(
+    run: Run,
+    state: TrainState,
+    shardings: TrainState,
+    hooks: Sequence[Hook],
+    run_log: RunLog,
+    stop: StopSignal,
+) -> TrainState:
+    """Trains from a state on until the end of the run, or until asked to stop."""
+    caches = run.config.data.cache_features and run.loader
+    loader = _cached(run, state) if caches else run.loader
+    with closing(_make_feed(loader, int(state.step), run.mesh, run_log)) as batches:
+        return fit(
             state,
             _make_step(run, shardings),
             batches,
-            total_steps=total,
-            hooks=[save_hook, *evaluation.hooks()],
+            total_steps=run.duration.total_steps,
+            hooks=hooks,
             observer=run_log,
             check=check_finite,
             should_stop=stop,
         )
-        step = int(state.step)
-        if total:
-            save(step, state)
-        if step == total:
-            evaluation.finish(step, state, origin(run.workdir))
-        else:
-            log.info("stopped at step %d of %d; the same command continues from here", step, total)
-    finally:
-        batches.close()
-        run_log.close()
-        checkpointer.close()
 
 
 def _make_step(run: Run, shardings: TrainState):

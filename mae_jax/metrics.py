@@ -19,7 +19,7 @@ from mae_jax.whole import whole
 
 log = logging.getLogger("mae_jax")
 
-MOST_WAITING = 0.1  # share of the time, above which a warning is due
+MOST_WAITING = 0.1  # share of the time, above which, and above a second, a warning is due
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,7 +83,7 @@ class RunLog:
         self._window: list[Mapping[str, float]] = []
         self._started: float | None = None  # None until the first step has been compiled and run
         self._timed, self._waited, self._paused = 0, 0.0, 0.0  # steps and seconds since then
-        self._ready: list[int] = []
+        self._ready: list[int] = []  # how many batches lay ready, each time one was taken
         columns = (TextColumn("{task.description}"), BarColumn(None))
         self._bar = Progress(*columns, console=console, auto_refresh=False, expand=True)
         self._task = self._bar.add_task("compiling", total=total_steps, completed=start_step)
@@ -147,7 +147,6 @@ class RunLog:
     def _restart_clock(self) -> None:
         self._started = time.perf_counter()
         self._timed, self._waited, self._paused = 0, 0.0, 0.0
-        self._ready = []
 
     def _mean(self, name: str) -> float:
         return float(np.mean([metrics[name] for metrics in self._window]))
@@ -161,8 +160,9 @@ class RunLog:
         if self._timed:
             values["images_per_second"] = round(rate, 2)
             values["data_wait"] = round(min(self._waited / self._seconds(), 1.0), 4)
-            if self._ready:
-                values["data_ready"] = round(float(np.mean(self._ready)), 2)
+        if self._ready:
+            values["data_ready"] = round(float(np.mean(self._ready)), 2)
+            self._ready = []
         if self._timed and self._peak:
             values["mfu"] = rate * self._flops / self._peak
         self.scalars(step, values)
@@ -171,7 +171,7 @@ class RunLog:
         self._warn_of_waiting(values.get("data_wait", 0.0))
 
     def _warn_of_waiting(self, share: float) -> None:
-        if share > MOST_WAITING and self._advice:
+        if share > MOST_WAITING and self._waited > 1.0 and self._advice:
             text = "training waits for images in %.0f %% of its time. What helps: %s"
             log.warning(text, 100 * share, self._advice)
             self._advice = None

@@ -20,12 +20,16 @@ FLOORS = [  # a module may import its own folder and what stands on a lower floo
     ["experiment", "command_line"],
     ["reconstruct", "features", "predict", "evaluate"],
 ]
-DOORS = ["__init__.py", "convert/__main__.py"]  # as high as the commands, wherever they lie
+DOORS = [
+    "__init__.py",
+    "convert/__main__.py",
+    "data/__main__.py",
+]  # as high as the commands, wherever they lie
 FENCES = {  # package -> where alone it may be imported
     "flax": ["models/"],
     "orbax": ["checkpoint.py"],
     "grain": ["data/loader.py"],
-    "tensorflow_datasets": ["data/tfds_source.py", "data/embedded.py"],
+    "tensorflow_datasets": ["data/tfds_source.py", "data/embedded.py", "data/cache.py"],
     "tensorboardX": ["metrics.py"],
     "rich": ["metrics.py", "console.py"],
     "safetensors": ["convert/files.py"],

@@ -1,6 +1,10 @@
 """Batches as a function of seed and step, whatever reads them."""
 
 import itertools
+import os
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ from pictures import fill_folder
 
 from mae_jax.data.loader import ArrayLoader, Loader, ordered_batches
 from mae_jax.data.sources import DataError, FolderSource
-from mae_jax.data.transforms import EvalTransform, TrainTransform
+from mae_jax.data.transforms import CanvasTransform, EvalTransform, TrainTransform, resize
 
 
 @pytest.fixture
@@ -38,7 +42,9 @@ def assert_same(left, right):
 
 
 class TestLoader:
-    @pytest.mark.parametrize("kwargs", [dict(threads=4), dict(threads=0), dict(workers=2)], ids=str)
+    @pytest.mark.parametrize(
+        "kwargs", [dict(threads=4), dict(threads=0), dict(workers=1), dict(workers=3)], ids=str
+    )
     def test_threads_and_workers_change_nothing(self, folder, kwargs):
         assert_same(take(make_loader(folder), 12), take(make_loader(folder, **kwargs), 12))
 
@@ -103,6 +109,72 @@ class TestLoader:
         assert [batch["valid"].sum() for batch in batches] == [8, 8, 4]
         index = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
         np.testing.assert_array_equal(index, np.arange(20))
+
+
+class TestCanvas:
+    """Crops that are resized later."""
+
+    def loader(self, folder, side, **kwargs):
+        transform = CanvasTransform(TrainTransform((8, 8), 3, (0.2, 1.0)), side)
+        source = FolderSource(str(folder), "train")
+        defaults = dict(seed=3, batch_size=4, shapes=transform.shapes)
+        return Loader(source=source, transform=transform, **(defaults | kwargs))
+
+    @pytest.mark.parametrize("side", [24, 12])
+    def test_are_the_same_crops(self, folder, side):
+        """Resized by Pillow they give the batches of the host; large ones are so already."""
+        large = 0
+        for one, other in zip(take(make_loader(folder), 8), take(self.loader(folder, side), 8)):
+            assert other["crop"].shape == (4, side, side, 3)
+            for image, canvas, (height, width), flip in zip(
+                one["image"], other["crop"], other["crop_size"], other["flip"]
+            ):
+                crop = resize(canvas[:height, :width], (8, 8))
+                np.testing.assert_array_equal(image, crop[:, :: -1 if flip else 1])
+                assert not canvas[height:].any()
+                assert not canvas[:, width:].any()
+                large += (height, width) == (8, 8)
+        assert (large > 0) == (side == 12)
+
+    def test_threads_and_workers_change_nothing(self, folder):
+        straight = take(self.loader(folder, 12), 6)
+        assert_same(take(self.loader(folder, 12, workers=2), 6), straight)
+        assert_same(take(self.loader(folder, 12, threads=5), 4, 2), straight[2:])
+
+
+def test_a_killed_worker_is_an_error_and_leaves_nobody_behind(folder):
+    batches = make_loader(folder, workers=2).batches(0)
+    next(batches)
+    before = workers_of(os.getpid())
+    assert len(before) == 2
+    os.kill(before[0], signal.SIGKILL)
+    with pytest.raises(DataError, match=r"was killed \(exit code -9\); if memory ran out"):
+        list(batches)  # they have no end
+    deadline = time.monotonic() + 10
+    while workers_of(os.getpid()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(parent):
+    """Processes that read images, by their number."""
+    found = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            if b"spawn_main" in command:
+                found.append(child)
+    return found
+
+
+def test_images_of_several_types_are_an_error(tmp_path):
+    for number, kind in enumerate([np.uint8, np.uint8, np.uint16, np.uint8]):
+        np.save(tmp_path / f"{number}.npy", np.zeros((9, 9, 2), kind))
+    source = FolderSource(str(tmp_path), "train")
+    with pytest.raises(
+        DataError, match="2.npy has values of uint16, and images before it of uint8"
+    ):
+        list(ordered_batches(source, EvalTransform((8, 8), 2), 4))
 
 
 def test_labels_that_are_no_class_are_named(folder):

@@ -1,14 +1,32 @@
 """Sources of records: folders, TFDS data sets of both kinds, arrays."""
 
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from pictures import fill_folder, noise_image
 
 from mae_jax.data.decode import decode
+from mae_jax.data.memory import ArraySource, InMemory
 from mae_jax.data.opening import open_source
 from mae_jax.data.sources import DataError, FolderSource
 from mae_jax.data.subsets import draw_shots, evenly_spaced
 from mae_jax.data.tfds_source import TfdsSource
+
+TFRECORDS = Path(__file__).parent / "tfrecord"
+
+
+def records(source):
+    return [source[number] for number in range(len(source))]
+
+
+def expected(what):
+    """Label and checksum of every record."""
+    return [tuple(pair) for pair in json.loads((TFRECORDS / "expected.json").read_text())[what]]
 
 
 @pytest.fixture
@@ -39,6 +57,31 @@ class TestFolder:
         (folder / "ant" / "linked.png").symlink_to(folder / "zebra" / "1.png")
         (folder / "ant" / "dangling.png").symlink_to(folder / "nowhere.png")
         assert len(FolderSource(str(folder / "ant"), "train")) == 11 + 10
+
+    def test_what_may_have_been_meant_is_named(self, folder, caplog):
+        (folder / "ant" / "dangling.png").symlink_to(folder / "nowhere.png")
+        (folder / "newt").mkdir()
+        source = FolderSource(str(folder), "train")
+        assert source.classes == ("ant", "zebra")
+        assert "ant/dangling.png is a link to what does not exist" in caplog.text
+        assert "no images in the folders of: newt" in caplog.text
+
+    def test_names_of_any_letters(self, folder):
+        noise_image(1).save(folder / "ant" / "Ünï 日本 é.PNG")
+        (folder / "zebra" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+        source = FolderSource(str(folder), "train")
+        assert len(source) == 22
+        assert source.files == sorted(source.files, key=os.fsencode)
+        assert source.fingerprint()
+
+    def test_unreadable_files_are_named(self, folder):
+        (folder / "ant" / "0.png").unlink()
+        (folder / "ant" / "0.png").symlink_to("/proc/self/mem")  # exists, and cannot be read
+        (folder / "ant" / "10.png").mkdir()
+        source = FolderSource(str(folder), "train")
+        assert len(source) == 20, "a folder is no image"
+        with pytest.raises(DataError, match="cannot read .*ant/0.png: Input/output error"):
+            source[0]
 
     def test_fingerprint_sees_added_and_resized_files(self, folder):
         before = FolderSource(str(folder), "train").fingerprint()
@@ -104,6 +147,111 @@ class TestTfds:
             TfdsSource("cifar10", "train", str(tmp_path))
         with pytest.raises(DataError, match="data.source='web'"):
             open_source("web", None, None, "train")
+
+
+class TestTfRecords:
+    """Files that TensorFlow wrote, against what TensorFlow reads from them."""
+
+    @pytest.mark.parametrize("split", ["train", "train[3:10]", "test"])
+    def test_is_what_tensorflow_reads(self, split):
+        source = TfdsSource("tiny_set", split, str(TFRECORDS))
+        found = [(record["label"], zlib.crc32(record["image"])) for record in records(source)]
+        assert found == expected(f"tiny_set {split}")
+        assert source.classes == ("a", "b", "c")
+        assert decode(source[0]["image"], 3).shape[1:] == (9, 3)
+
+    def test_a_feature_of_many_channels(self):
+        source = TfdsSource("many_bands", "train[2:]", str(TFRECORDS), image="bands")
+        found = [(r["label"], zlib.crc32(r["image"].tobytes())) for r in records(source)]
+        assert found == expected("many_bands train[2:]")
+        assert decode(source[0]["image"], 5).shape == (6, 6, 5)
+        with pytest.raises(DataError, match="no feature called 'image', only bands, label: data.i"):
+            TfdsSource("many_bands", "train", str(TFRECORDS))
+
+    def test_files_are_indexed_once(self, tmp_path, caplog):
+        with caplog.at_level("INFO"):
+            for _ in range(2):
+                source = TfdsSource("tiny_set", "train", str(TFRECORDS), index_dir=tmp_path / "i")
+                assert len(records(source)) == 14
+        assert caplog.text.count("looking once for where the records of 3 TFRecord files") == 1
+        assert [path.name[:9] for path in (tmp_path / "i").iterdir()] == ["tiny_set-"]
+
+    def test_damaged_files_are_named(self, tmp_path):
+        shutil.copytree(TFRECORDS / "tiny_set", tmp_path / "tiny_set")
+        file = tmp_path / "tiny_set" / "1.2.0" / "tiny_set-train.tfrecord-00001-of-00003"
+        data = file.read_bytes()
+        source = TfdsSource("tiny_set", "train", str(tmp_path))
+        file.write_bytes(data[:-1])
+        with pytest.raises(DataError, match="00001-of-00003 is cut off.* at record"):
+            TfdsSource("tiny_set", "train", str(tmp_path))
+        file.write_bytes(data[:100])
+        with pytest.raises(DataError, match="00001-of-00003 has been cut off since"):
+            records(source)
+        file.write_bytes(b"")
+        with pytest.raises(DataError, match="00001-of-00003 has 0 records, but"):
+            TfdsSource("tiny_set", "train", str(tmp_path))
+        file.unlink()
+        with pytest.raises(DataError, match="00001-of-00003 does not exist"):
+            TfdsSource("tiny_set", "train", str(tmp_path))
+
+
+class TestArrays:
+    def arrays(self, count=6):
+        rng = np.random.default_rng(0)
+        return rng.integers(0, 256, (count, 8, 9, 3), dtype=np.uint8), np.arange(count) % 3
+
+    def test_files_of_arrays(self, tmp_path):
+        images, labels = self.arrays()
+        np.savez(tmp_path / "train.npz", image=images, label=labels, classes=["x", "y", "z"])
+        np.savez(tmp_path / "validation.npz", image=images, label=labels)
+        np.save(tmp_path / "test.npy", images)
+        source = open_source("arrays", None, str(tmp_path), "train")
+        assert source.classes == ("x", "y", "z")
+        np.testing.assert_array_equal(source[4]["image"], images[4])
+        assert source[4]["label"] == source.label(4) == 1
+        assert source.key(4) == f"image 4 of {tmp_path}/train.npz"
+        judged = open_source("arrays", None, str(tmp_path), "validation", source.classes)
+        assert judged.classes == source.classes
+        bare = open_source("arrays", None, str(tmp_path), "test")
+        assert bare.classes == ()
+        assert bare.label(0) == -1
+
+    def test_fingerprint_is_of_the_values(self):
+        images, labels = self.arrays()
+        before = ArraySource("a", images, labels).fingerprint()
+        assert ArraySource("b", images, labels).fingerprint() == before
+        images[2, 3, 4, 0] ^= 1
+        assert ArraySource("a", images, labels).fingerprint() != before
+
+    def test_what_is_wrong_is_named(self, tmp_path):
+        images, labels = self.arrays()
+        with pytest.raises(DataError, match="neither .*train.npz nor train.npy exists"):
+            open_source("arrays", None, str(tmp_path), "train")
+        np.savez(tmp_path / "a.npz", image=images, label=labels[:4])
+        with pytest.raises(DataError, match=r"a.npz has 6 images and labels of shape \[4\]"):
+            open_source("arrays", None, str(tmp_path), "a")
+        np.savez(tmp_path / "b.npz", images=images)
+        with pytest.raises(DataError, match="b.npz: its array 'image' .* is missing"):
+            open_source("arrays", None, str(tmp_path), "b")
+        (tmp_path / "c.npz").write_bytes(b"PK")
+        with pytest.raises(DataError, match="c.npz cannot be read"):
+            open_source("arrays", None, str(tmp_path), "c")
+        with pytest.raises(DataError, match="data.source='arrays' needs data.path"):
+            open_source("arrays", None, None, "train")
+
+    def test_in_memory_is_the_same_but_decoded(self, folder):
+        (folder / "ant" / "3.png").write_bytes(b"")
+        source = FolderSource(str(folder), "train")
+        held = InMemory(source, 3)
+        assert held.fingerprint() == source.fingerprint()
+        assert (len(held), held.classes) == (len(source), source.classes)
+        for number in range(len(source)):
+            assert held.key(number) == source.key(number)
+            assert held.label(number) == source.label(number)
+            if number != 3:
+                pixels = decode(source[number]["image"], 3)
+                np.testing.assert_array_equal(held[number]["image"], pixels)
+        assert held[3]["image"] == b"", "for whoever reads it to say so"
 
 
 def test_shots_are_drawn_of_classes_only():

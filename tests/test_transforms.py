@@ -1,14 +1,17 @@
 """Crops, flips and resizing."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
-from pictures import encoded, noise_image
+from pictures import encoded, noise_image, photograph
 from PIL import Image
 
 from mae_jax.data.transforms import (
     EvalTransform,
     TrainTransform,
     random_crop_box,
+    resize,
 )
 
 
@@ -70,3 +73,37 @@ class TestTransforms:
             TrainTransform((32, 48), channels, (0.2, 1.0)),
         ):
             assert transform(data, np.random.default_rng(0))["image"].shape == (32, 48, channels)
+
+    def test_a_sliver_does_not_fill_the_memory(self):
+        image = encoded(noise_image(0, (2, 20_000)))
+        tracemalloc.start()
+        assert EvalTransform((224, 224), 3)(image)["image"].shape == (224, 224, 3)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+        tracemalloc.stop()
+
+
+class TestResize:
+    def test_is_pillow_for_pictures(self):
+        image = noise_image(0, (40, 50))
+        expected = image.resize((24, 16), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(resize(np.asarray(image), (16, 24)), np.asarray(expected))
+        grey = image.convert("L")
+        found = resize(np.asarray(grey)[..., None], (16, 24))
+        expected = grey.resize((24, 16), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(found[..., 0], np.asarray(expected))
+
+    def test_channels_do_not_meet(self):
+        image = np.asarray(noise_image(0, (40, 50)))
+        many = np.concatenate([image, image[..., ::-1]], axis=-1)
+        expected = resize(image, (16, 24))
+        found = resize(many, (16, 24))
+        np.testing.assert_array_equal(found, np.concatenate([expected, expected[..., ::-1]], -1))
+
+    @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+    def test_of_other_types(self, dtype):
+        image = np.asarray(photograph())
+        found = resize(image.astype(dtype) * 200, (16, 24))
+        assert found.dtype == dtype
+        inner = resize(image, (16, 24)).astype(float)
+        unclipped = (inner > 0) & (inner < 255)
+        np.testing.assert_allclose(found[unclipped] / 200, inner[unclipped], atol=1.01)

@@ -74,7 +74,7 @@ def _jpeg(encoded: bytes, channels: int) -> Pixels | None:
     """A JPEG; None for those that Pillow has to do, or to refuse."""
     try:
         header: Any = simplejpeg.decode_jpeg_header(encoded, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: there is no picture after the header
         return None
     height, width, colours, _ = header
     limit = Image.MAX_IMAGE_PIXELS
@@ -169,8 +169,8 @@ def _checked(array: np.ndarray, channels: int) -> Pixels:
         array = np.moveaxis(array, 0, -1)
     if array.ndim != 3 or array.shape[-1] != channels or not array.size:
         raise DataError(
-            f"it is an array of shape {list(array.shape)}, not [height, width, {channels}]: "
-            "model.channels is the number of channels"
+            f"its shape is {list(array.shape)}, and an image of model.channels={channels} is "
+            f"[height, width, {channels}]"
         )
     if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         return array.astype(array.dtype.newbyteorder("="), copy=False)

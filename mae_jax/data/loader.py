@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -25,6 +25,7 @@ from mae_jax.data.transforms import Example
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Encoded, Any], Example]
 Shapes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T")
 AHEAD = 16  # records that each thread may be ahead
 SKIP_ADVICE = "Mend or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
@@ -217,7 +218,7 @@ def _worker_errors() -> Iterator[None]:
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
-        code = str(error).split("exit code")[-1].strip(" .")
+        code = str(error).split("exit code ")[-1].split(".")[0]
         raise DataError(
             f"a process that reads images was killed (exit code {code}); if memory ran out, lower "
             "data.workers or data.threads. Nothing is lost: the same command continues"
@@ -255,14 +256,19 @@ def ordered_batches(
     load = Load(source, transform, skip, advice, num_classes)
     last = len(source) - 1
     count = -(-len(source) // batch_size) * batch_size
-    examples = grain.MapDataset.range(count).map(lambda i: load(min(i, last)))
-    records = examples.to_iter_dataset(_read_options(threads))
+    records = in_order(lambda i: load(min(i, last)), count, threads)
     for number, batch in enumerate(_gather(records, batch_size, source, {})):
         position = number * batch_size + np.arange(batch_size)
         valid = (position <= last) & (batch.pop("skipped") == 0)
         for index in position[(position <= last) & ~valid]:
             _note_bad(source, int(index), bad, max_bad)
         yield batch | {"valid": valid}
+
+
+def in_order(function: Callable[[int], T], count: int, threads: int) -> Iterator[T]:
+    """function(0), function(1), ... function(count - 1), none of them None, computed by threads."""
+    dataset = grain.MapDataset.range(count).map(function)
+    return iter(dataset.to_iter_dataset(_read_options(threads)))
 
 
 def _mark_flags_parsed() -> None:

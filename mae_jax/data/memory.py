@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,10 @@ import numpy as np
 
 from mae_jax import console
 from mae_jax.data.decode import decode
+from mae_jax.data.loader import in_order
 from mae_jax.data.sources import DataError, Record, Source
+
+ARRAYS = (".npz", ".npy")  # suffixes of files of arrays
 
 
 class ArraySource:
@@ -72,7 +74,7 @@ def read_arrays(path: str, split: str, classes: tuple[str, ...] = ()) -> ArraySo
     Raises:
       DataError: there is no such file, or not what it should hold.
     """
-    found = [Path(path) / f"{split}{suffix}" for suffix in (".npz", ".npy")]
+    found = [Path(path) / f"{split}{suffix}" for suffix in ARRAYS]
     file = next((file for file in found if file.exists()), None)
     if file is None:
         raise DataError(f"neither {found[0]} nor {found[1].name} exists")
@@ -96,22 +98,22 @@ class InMemory:
         self._source = source
         self.classes = source.classes
 
-        def read(index: int) -> Record | None:
+        def read(number: int) -> list[Record]:
             try:
-                record = source[index]
-                return {**record, "image": decode(record["image"], channels, exif)}
+                record = source[number]
+                return [{**record, "image": decode(record["image"], channels, exif)}]
             except DataError:
-                return None  # whoever asks for it is told why
+                return []  # whoever asks for it is told why
 
-        with ThreadPoolExecutor(threads) as pool:
-            records = console.progress(pool.map(read, range(len(source))), len(source))
-            self._records = list(records)
+        records = in_order(read, len(source), threads)
+        self._records = list(console.progress(records, len(source)))
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        return self._records[index] or self._source[index]
+        record = self._records[index]
+        return record[0] if record else self._source[index]
 
     def label(self, index: int) -> int:
         return self[index]["label"]

@@ -1,11 +1,12 @@
-"""A source by its kind."""
+"""A source by its kind, or by what lies there."""
 
 from pathlib import Path
 
-from mae_jax.data.memory import read_arrays
+from mae_jax.data.memory import ARRAYS, read_arrays
 from mae_jax.data.sources import DataError, FolderSource, Source
 
 KINDS = ("tfds", "folder", "arrays")
+SPLITS = ("train", "validation", "val", "test")  # what folders of images are usually called
 
 
 def open_source(
@@ -39,3 +40,45 @@ def open_source(
     if kind == "arrays":
         return read_arrays(path, split, classes)
     return FolderSource(path, split, classes)
+
+
+def splits_of(data: str, data_dir: str | None) -> list[str]:
+    """The splits of a folder or TFDS data set; [""] for a folder that is one itself."""
+    folder = Path(data)
+    if folder.is_dir():
+        found = [split for split in SPLITS if has_split(folder, split)]
+        return found or [""]
+    _check_name(data)
+    from mae_jax.data.tfds_source import open_builder
+
+    return list(open_builder(data, data_dir).info.splits)
+
+
+def has_split(folder: Path, split: str, kinds: tuple[str, ...] = ("folder", "arrays")) -> bool:
+    """Whether a folder has a folder, or a file of arrays, of that name."""
+    return ("folder" in kinds and (folder / split).is_dir()) or (
+        "arrays" in kinds and any((folder / f"{split}{suffix}").exists() for suffix in ARRAYS)
+    )
+
+
+def open_named(
+    data: str,
+    data_dir: str | None,
+    split: str,
+    classes: tuple[str, ...] = (),
+    *,
+    image: str = "image",
+) -> Source:
+    """A split of a folder, of files of arrays, or of a TFDS data set, whichever `data` is."""
+    if not Path(data).is_dir():
+        _check_name(data)
+        return open_source("tfds", data, data_dir, split, classes, image=image)
+    arrays = split and has_split(Path(data), split, ("arrays",))
+    return open_source("arrays" if arrays else "folder", None, data, split, classes)
+
+
+def _check_name(data: str) -> None:
+    """DataError for what can only have been meant as a folder."""
+    path = Path(data)
+    if path.exists() or path.is_absolute() or data.startswith("."):
+        raise DataError(f"{data} is not a directory")

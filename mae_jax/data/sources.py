@@ -16,6 +16,8 @@ log = logging.getLogger("mae_jax")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 SUFFIXES = PICTURES | {".npy", ".npz"}
 
+CHANGED = "CHANGED DATA: "  # how the description of a copy begins that is not the original
+
 
 class DataError(Exception):
     """The data is not as it should be; the message names the file or record."""

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
-from mae_jax.data.sources import DataError, Record, digest
+from mae_jax.data.sources import CHANGED, DataError, Record, digest
 from mae_jax.data.tfrecords import Shard, TfRecords
 
 log = logging.getLogger("mae_jax")
@@ -54,7 +54,8 @@ class TfdsSource:
             raise DataError(f"{split!r} is no split of {name}: {error}") from error
         if not count:
             raise DataError(f"the split {split!r} of {name} is empty")
-        self.description = builder.info.description
+        if (told := builder.info.description or "").startswith(CHANGED):
+            log.warning("%s is no original: %s", name, told.removeprefix(CHANGED))
         self._records: Any = _records(builder, split, image, index_dir)
         shards = [Path(file) for file in known[split.split("[")[0]].filepaths]
         sizes = [f"{shard.name} {shard.stat().st_size}" for shard in shards]
@@ -125,9 +126,9 @@ def open_builder(name: str, data_dir: str | None) -> Any:
         return prepare(name, data_dir)
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+    except (tfds.core.registered.DatasetNotFoundError, ValueError):
         where = data_dir or "TFDS's own folder"
-        raise DataError(f"TFDS knows no data set called {name!r}, nor is it in {where}") from error
+        raise DataError(f"TFDS knows no data set called {name!r}, nor is it in {where}") from None
     except ImportError as error:
         raise DataError(needs_tensorflow(name, error)) from error
     advice = f"python -m mae_jax.data prepare {name}"

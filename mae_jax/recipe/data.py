@@ -13,7 +13,7 @@ from mae_jax.data.augment import RandAugment
 from mae_jax.data.decode import MODES, decode
 from mae_jax.data.loader import Batch, Loader, ordered_batches
 from mae_jax.data.memory import InMemory
-from mae_jax.data.opening import open_source
+from mae_jax.data.opening import has_split, open_source
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import few_shot
 from mae_jax.data.transforms import AUGMENTS, CanvasTransform, EvalTransform, TrainTransform
@@ -59,7 +59,7 @@ def make_eval_source(
 ) -> Source | None:
     """The evaluation split; None for files without one, unless classes are to be judged."""
     data = config.data
-    if data.source != "tfds" and not _has_split(data.source, data.path, data.eval_split):
+    if data.source != "tfds" and not has_split(Path(data.path), data.eval_split, (data.source,)):
         if config.task == "classify":
             raise DataError(
                 f"{Path(data.path) / data.eval_split} does not exist: data.eval_split names the "
@@ -73,12 +73,6 @@ def make_eval_source(
             "one folder per class"
         )
     return _in_memory(config, source)
-
-
-def _has_split(kind: str, path: str, split: str) -> bool:
-    if kind == "folder":
-        return (Path(path) / split).is_dir()
-    return any((Path(path) / f"{split}{suffix}").exists() for suffix in (".npz", ".npy"))
 
 
 def _open(config: Config, split: str, classes: tuple[str, ...], index_dir: Path | None) -> Source:
@@ -217,8 +211,8 @@ def advice(config: Config) -> str:
     """What to do where reading images is what training waits for."""
     workers, threads = readers(config)
     found = [f"more data.workers or data.threads than {max(workers, 1)} x {threads}, or more cores"]
-    if not resizes_on_device(config):
-        found.append("data.resize_on=device, where there is a GPU")
+    if jax.default_backend() != "cpu" and not resizes_on_device(config):
+        found.append("data.resize_on=device")
     if not config.data.in_memory:
         found.append("data.in_memory=True for small images")
         found.append("smaller files, by python -m mae_jax.data cache (which changes the data)")

@@ -1,0 +1,126 @@
+"""A copy of a data set with smaller images, which are faster to read: a change of the data."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mae_jax import console
+from mae_jax.data.decode import JPEG, Encoded, decode
+from mae_jax.data.loader import in_order
+from mae_jax.data.sources import CHANGED, DataError, Source
+from mae_jax.data.transforms import resize
+
+log = logging.getLogger("mae_jax")
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Image -> JPEG with a short side of at most so many pixels; a smaller JPEG stays as it is."""
+
+    channels: int
+    short_side: int
+    quality: int
+
+    def __call__(self, encoded: Encoded) -> bytes:
+        """DataError where the image is bad, or no JPEG can hold it."""
+        image = decode(encoded, self.channels)
+        if image.dtype != np.uint8:
+            raise DataError(f"its values are {image.dtype}, which no JPEG can hold")
+        scale = self.short_side / min(image.shape[:2])
+        if scale >= 1 and isinstance(encoded, bytes) and encoded.startswith(JPEG):
+            return encoded
+        if scale < 1:
+            height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+            image = resize(image, (height, width))
+        picture = Image.fromarray(image.squeeze(-1) if self.channels == 1 else image)
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=self.quality)
+        return buffer.getvalue()
+
+
+class Smaller(tfds.core.GeneratorBasedBuilder):
+    """Sources with their images shrunk, as a TFDS data set.
+
+    Args:
+      sources: by the name of their split.
+      skip: leave bad images out, and name them in the log.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    SUPPORTED_FILE_FORMATS = ["array_record"]
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        sources: Mapping[str, Source],
+        shrink: Shrink,
+        *,
+        threads: int,
+        skip: bool,
+    ):
+        self.name = name
+        self._sources, self._shrink, self._threads, self._skip = sources, shrink, threads, skip
+        self._classes = next(iter(sources.values())).classes
+        super().__init__(data_dir=str(folder), file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        shape = (None, None, self._shrink.channels)
+        features: dict[str, Any] = {
+            "image": tfds.features.Image(shape=shape, encoding_format="jpeg")
+        }
+        if self._classes:
+            features["label"] = tfds.features.ClassLabel(names=list(self._classes))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            description=f"{CHANGED}images have a short side of at most {self._shrink.short_side} "
+            f"pixels, and were saved as JPEG of quality {self._shrink.quality}",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(source) for split, source in self._sources.items()}
+
+    def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+        def made(number: int) -> tuple[bytes, int] | DataError:
+            try:
+                record = source[number]
+                return self._shrink(record["image"]), record["label"]
+            except DataError as error:
+                return error
+
+        examples = console.progress(in_order(made, len(source), self._threads), len(source))
+        for number, example in enumerate(examples):
+            if isinstance(example, DataError):
+                if not self._skip:
+                    raise DataError(
+                        f"{source.key(number)} is bad: {example}. Mend or remove it, or leave it "
+                        "out: --skip-bad"
+                    )
+                log.warning("left out a bad image: %s: %s", source.key(number), example)
+                continue
+            features: dict[str, Any] = {"image": io.BytesIO(example[0])}
+            yield number, features | ({"label": example[1]} if self._classes else {})
+
+
+def write_cache(smaller: Smaller) -> Any:
+    """Writes the data set as array_record; returns its builder.
+
+    Raises:
+      DataError: there is one of that name already, or an image is bad.
+    """
+    if smaller.is_prepared():
+        raise DataError(f"{smaller.data_dir} exists already: remove it, or take another --name")
+    tfds.disable_progress_bar()  # ours also knows how much is left
+    with contextlib.redirect_stdout(io.StringIO()):  # it would speak of downloads
+        smaller.download_and_prepare(file_format="array_record")
+    return smaller

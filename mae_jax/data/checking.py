@@ -1,0 +1,80 @@
+"""What a data set is like: which images are bad, how large they are, their mean and deviation."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mae_jax import console
+from mae_jax.data.decode import decode
+from mae_jax.data.loader import in_order
+from mae_jax.data.sources import DataError, Source
+
+
+@dataclass
+class Report:
+    """Bad images with the reason; of good ones height and width, types, how many of each class."""
+
+    bad: dict[str, str] = field(default_factory=dict)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    types: Counter[str] = field(default_factory=Counter)
+    classes: Counter[int] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.bad) + len(self.sizes)
+
+
+def check(source: Source, channels: int, threads: int) -> Report:
+    """Decodes every image of a source, with a progress bar."""
+
+    def look(number: int) -> tuple[int, str, tuple[int, ...], str, int]:
+        try:
+            record = source[number]
+            image = decode(record["image"], channels)
+        except DataError as error:
+            return number, str(error), (), "", -1
+        return number, "", image.shape[:2], image.dtype.name, record["label"]
+
+    report = Report()
+    found = console.progress(in_order(look, len(source), threads), len(source))
+    for number, reason, shape, kind, label in found:
+        if reason:
+            key = source.key(number)
+            report.bad[key] = reason.removeprefix(f"cannot read {key}: ")
+        else:
+            report.sizes.append((shape[0], shape[1]))
+            report.types[kind] += 1
+            report.classes[label] += 1
+    return report
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of each channel, of values as `mae_jax.pixels` takes them."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def statistics(source: Source, channels: int, threads: int) -> Statistics:
+    """Over all pixels, each image counting the same; with a progress bar.
+
+    Raises:
+      DataError: an image is bad, or a channel is the same everywhere.
+    """
+
+    def moments(number: int) -> np.ndarray:
+        try:
+            image = decode(source[number]["image"], channels)
+        except DataError as error:
+            raise DataError(f"{source.key(number)} is bad: {error}. Mend or remove it") from error
+        values = image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
+        return np.stack([values.mean(axis=(0, 1)), np.square(values).mean(axis=(0, 1))])
+
+    found = in_order(moments, len(source), threads)
+    mean, square = sum(console.progress(found, len(source)), np.zeros((2, channels))) / len(source)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0))
+    for channel in np.flatnonzero(deviation <= 1e-9 * np.abs(mean)):
+        raise DataError(f"channel {channel} is {mean[channel]:g} everywhere: leave it out")
+    rounded = (tuple(float(f"{x:.6g}") for x in values) for values in (mean, deviation))
+    return Statistics(*rounded)

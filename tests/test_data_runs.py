@@ -1,0 +1,222 @@
+"""Runs on data of every kind: what they learn from, resume from and refuse."""
+
+import json
+
+import numpy as np
+import pytest
+from pictures import photograph
+from PIL import Image
+
+import mae_jax
+from configs import common
+from mae_jax import experiment, features, reconstruct
+from mae_jax.checkpoint import CheckpointError
+from mae_jax.convert import weights
+from mae_jax.data.sources import DataError
+from mae_jax.start import ConfigError
+
+CHANNELS = 5
+TINY = dict(model__image_size=(16, 24), model__patch=8, model__width=16, model__depth=2)
+TINY |= dict(model__heads=2, model__decoder_width=16, model__decoder_depth=1)
+TINY |= dict(model__decoder_heads=2, batch_size=8, steps=6, optim__warmup_steps=2)
+TINY |= dict(log__every_steps=2, checkpoint__every_steps=2, checkpoint__max_to_keep=9)
+TINY |= dict(eval__pictures_every_epochs=0.0, eval__knn_every_epochs=0.0, eval__pictures=2)
+BANDS = dict(
+    model__image_size=(16, 16),
+    model__channels=CHANNELS,
+    data__mean=(1000.0,) * 5,
+    data__std=(300.0,) * 5,
+)
+
+
+def config_of(path, **overrides):
+    config = common.base()
+    values = TINY | dict(data__source="folder", data__path=str(path)) | overrides
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return [row["loss"] for row in rows(workdir) if "loss" in row]
+
+
+def params_of(workdir):
+    return {name: np.asarray(x) for name, x in weights.read(workdir).arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory):
+    """A folder of arrays of five channels of numbers about 1000."""
+    folder = tmp_path_factory.mktemp("bands")
+    for split, count in (("train", 20), ("validation", 4)):
+        for label in "ab":
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count // 2):
+                rng = np.random.default_rng([count, number, ord(label)])
+                array = rng.normal(1000, 300, (20, 30, CHANNELS))
+                np.save(folder / split / label / f"{number}.npy", array.astype(np.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Crops of one, as JPEG files, without labels."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        left, top = rng.integers(0, 200), rng.integers(0, 100)
+        photograph().crop((left, top, left + 150, top + 120)).save(folder / f"{number}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_on_bands(bands, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained_on_bands")
+    experiment.run(config_of(bands, eval__show_channels=(4, 2, 0), **BANDS), workdir)
+    return workdir
+
+
+def test_many_channels_in_training_and_pictures(trained_on_bands):
+    assert np.isfinite(losses(trained_on_bands)).all()
+    assert 0.5 < losses(trained_on_bands)[0] < 2.0, "of normalised values"
+    assert any("knn_top1" in row for row in rows(trained_on_bands))
+    with Image.open(trained_on_bands / "pictures" / "step_0000006.png") as picture:
+        assert picture.mode == "RGB"
+        assert len(picture.getcolors(1 << 20)) > 100
+    kernel = params_of(trained_on_bands)["encoder/patch_embed/kernel"]
+    assert kernel.size == 8 * 8 * CHANNELS * 16
+
+
+def test_many_channels_in_the_commands_and_conversion(trained_on_bands, bands, tmp_path):
+    model, params = mae_jax.load(trained_on_bands)
+    assert model.info.mean == BANDS["data__mean"]
+    files = sorted((bands / "validation").rglob("*.npy"))
+    images = model.read_images(files)
+    assert images.dtype == np.float32
+    assert images.shape == (4, 16, 16, CHANNELS)
+    made = model.reconstruct(params, images)
+    assert made.dtype == np.float32
+    assert 0 < float(np.mean(made)) < 2000, "in the units of the data"
+    command = [str(bands / "validation"), "--checkpoint", str(trained_on_bands)]
+    reconstruct.main([*command, "--out", str(tmp_path / "a.png"), "--show", "1"])
+    features.main(
+        [*command, "--out", str(tmp_path / "f.npz"), "--attention", str(tmp_path / "b.png")]
+    )
+    with pytest.raises(weights.ConvertError, match="show_channels=.*from 0 to 4"):
+        reconstruct.main([*command, "--out", str(tmp_path / "a.png"), "--show", "1,2,5"])
+    for dialect in ("official", "hf", "timm"):
+        path = tmp_path / (dialect + (".safetensors" if dialect == "official" else ""))
+        found = weights.read(trained_on_bands)
+        found = weights.encoder_only(found) if dialect == "timm" else found
+        weights.write(found, path, dialect, overwrite=False)
+        back = weights.read(path, heads=2, decoder_heads=2, target="normalized")
+        assert back.info.channels == CHANNELS
+        for name, array in back.arrays.items():
+            np.testing.assert_array_equal(array, found.arrays[name])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (dict(data__mean=(0.5,) * 3), ConfigError, "a value for each of 5 channels: python -m"),
+        (dict(eval__show_channels=(0, 1)), ConfigError, "eval.show_channels=.0, 1.: use one or t"),
+        (dict(data__augment="randaugment"), ConfigError, "for grey and RGB"),
+        (dict(data__resize_on="device"), ConfigError, "data.resize_on='device' is for"),
+        (dict(model__channels=4, data__mean=(1.0,) * 4, data__std=(1.0,) * 4), DataError, "shape"),
+    ],
+    ids=str,
+)
+def test_what_many_channels_cannot_be(bands, tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message):
+        experiment.run(config_of(bands, **BANDS | overrides), tmp_path / "run")
+
+
+def test_values_of_another_range_need_their_own_mean(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(8):
+        np.save(tmp_path / "data" / f"{number}.npy", np.full((20, 20, 3), 1000.0))
+    with pytest.raises(ConfigError, match=r"0.npy has values of float32, but data.mean .*stats"):
+        experiment.run(config_of(tmp_path / "data"), tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def on_host(photographs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("on_host")
+    experiment.run(config_of(photographs, data__resize_on="host"), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("canvas", [512, 64], ids=["whole crops", "large crops by the host"])
+def test_resizing_on_the_device_changes_next_to_nothing(photographs, on_host, tmp_path, canvas):
+    config = config_of(photographs, data__resize_on="device", data__canvas=canvas)
+    experiment.run(config, tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(on_host), rtol=2e-3)
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_everything_about_reading_may_change_when_a_run_goes_on(photographs, on_host, tmp_path):
+    """In memory, by other threads and processes: the same images with the same crops."""
+
+    class StoppedError(Exception):
+        pass
+
+    def stop_after(step, monkeypatch):
+        original = experiment.check_finite
+
+        def check(number, metrics):
+            original(number, metrics)
+            if number > step:
+                raise StoppedError
+
+        monkeypatch.setattr(experiment, "check_finite", check)
+
+    parts = (dict(data__workers=2, data__threads=1), dict(data__in_memory=True), dict())
+    for steps, overrides in zip((2, 4, None), parts):
+        with pytest.MonkeyPatch.context() as patch:
+            if steps:
+                stop_after(steps, patch)
+                with pytest.raises(StoppedError):
+                    experiment.run(config_of(photographs, **overrides), tmp_path)
+            else:
+                experiment.run(config_of(photographs, **overrides), tmp_path)
+    for name, array in params_of(on_host).items():
+        np.testing.assert_array_equal(params_of(tmp_path)[name], array)
+
+
+def test_another_batch_size_is_refused_by_name(on_host, photographs):
+    with pytest.raises(CheckpointError, match="batch_size"):
+        experiment.run(config_of(photographs, batch_size=4, steps=8), on_host)
+
+
+def test_arrays(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("validation", 8)):
+        labels = np.arange(count) % 2
+        images = rng.integers(0, 128, (count, 20, 30, 3)) + 120 * labels[:, None, None, None]
+        np.savez(tmp_path / f"{split}.npz", image=images.astype(np.uint8), label=labels)
+    config = config_of(tmp_path, data__source="arrays")
+    experiment.run(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn_top1"] > 0.9
+
+
+def test_waiting_is_measured_and_warned_of_once(photographs, tmp_path, caplog, monkeypatch):
+    shard = experiment.sharding.shard_batch
+
+    def slow(*arguments):
+        import time
+
+        time.sleep(0.3)
+        return shard(*arguments)
+
+    monkeypatch.setattr(experiment.sharding, "shard_batch", slow)
+    experiment.run(config_of(photographs, steps=12, log__every_steps=6), tmp_path)
+    windows = [row for row in rows(tmp_path) if "data_wait" in row]
+    assert max(row["data_wait"] for row in windows) > 0.5
+    assert all(0 <= row["data_ready"] <= 2 for row in windows)
+    said = [r.getMessage() for r in caplog.records if "waits for images" in r.getMessage()]
+    assert len(said) == 1
+    assert "What helps: more data.workers or data.threads than" in said[0]
