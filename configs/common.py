@@ -129,9 +129,9 @@ def _data() -> ConfigDict:
     data.resize_on = "auto"  # where crops are resized: "host", "device", auto is device on a GPU
     data.canvas = 512  # pixels: larger crops are resized on the host all the same
     data.in_memory = False  # decode all images once and keep them, for sets of small images
-    data.workers = optional(int)  # processes that read images; 0: the main one alone. None: 0 for
-    # resize_on "device", else one for every 4 cores
-    data.threads = optional(int)  # per process; None: 4, or as many as cores in the main one
+    data.workers = 0  # processes that read images; 0: threads of the main one, which cost less as
+    # long as its Python keeps up (docs/images.md)
+    data.threads = optional(int)  # per process; None: as many as cores, in all
     data.on_bad = "raise"  # or "skip": the next good image instead, counted and named
     data.max_bad = 100  # different bad images to skip before giving up
     return data

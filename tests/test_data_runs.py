@@ -209,11 +209,11 @@ def test_waiting_is_measured_and_warned_of_once(photographs, tmp_path, caplog, m
     def slow(*arguments):
         import time
 
-        time.sleep(0.3)
+        time.sleep(0.6)
         return shard(*arguments)
 
     monkeypatch.setattr(experiment.sharding, "shard_batch", slow)
-    experiment.run(config_of(photographs, steps=12, log__every_steps=6), tmp_path)
+    experiment.run(config_of(photographs, steps=8, log__every_steps=4), tmp_path)
     windows = [row for row in rows(tmp_path) if "data_wait" in row]
     assert max(row["data_wait"] for row in windows) > 0.5
     assert all(0 <= row["data_ready"] <= 2 for row in windows)

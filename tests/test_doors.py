@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import encoded, noise_image
 from PIL import Image
 from safetensors.numpy import load_file
 from test_convert import HEADS, OFFICIAL
@@ -202,8 +203,9 @@ def test_channels_that_no_image_file_has(golden, tmp_path):
     found = weights.read(golden / OFFICIAL, **HEADS)
     weights.write(weights.with_channels(found, 4), tmp_path / "four.safetensors", "mae_jax")
     model, _ = mae_jax.load(tmp_path / "four.safetensors")
-    with pytest.raises(ConvertError, match="images of 4 channels.*--channels"):
-        _ = model.transform
+    (tmp_path / "rgb.png").write_bytes(encoded(noise_image(0)))
+    with pytest.raises(DataError, match=r"rgb.png is bad: .*image of model.channels=4"):
+        model.read_images(tmp_path / "rgb.png")
     kernel = load_file(tmp_path / "four.safetensors")["encoder/patch_embed/kernel"]
     assert kernel.shape == (8 * 8 * 4, 32)
 

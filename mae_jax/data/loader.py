@@ -5,10 +5,11 @@ global order alone: not on hosts, workers or threads, nor on whether the run was
 The state of the pipeline is therefore the step, and nothing else has to be saved.
 """
 
-import ctypes
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,13 +112,10 @@ class Loader:
         load = Load(self.source, self.transform, self.skip, num_classes=self.num_classes)
         examples = _order(len(self.source), self.seed).random_map(load)
         rows = _rows(examples, self.batch_size, start_step, self.host, self.hosts)
-        records = rows.to_iter_dataset(_read_options(self.threads))
         if self.workers:
-            _mark_flags_parsed()
-            processes = grain.MultiprocessingOptions(
-                num_workers=self.workers, per_worker_buffer_size=AHEAD * self.threads
-            )
-            records = records.mp_prefetch(processes, worker_init_fn=_init_worker)
+            records = _in_workers(rows, self.workers, self.threads)
+        else:
+            records = rows.to_iter_dataset(_read_options(self.threads))
         iterator = iter(records)
         bad: set[int] = set()
         try:
@@ -271,10 +269,22 @@ def in_order(function: Callable[[int], T], count: int, threads: int) -> Iterator
     return iter(dataset.to_iter_dataset(_read_options(threads)))
 
 
-def _mark_flags_parsed() -> None:
-    """grain reads absl flags before it starts processes, also where no flags are in use."""
-    if not flags.FLAGS.is_parsed():
+def _in_workers(rows: grain.MapDataset, workers: int, threads: int) -> grain.IterDataset:
+    """The rows, made by processes of so many threads each.
+
+    Images go through shared memory, which takes only contiguous arrays. What else there is of the
+    rows of a worker has to fit into a pipe (64 KiB): otherwise a worker cannot end before somebody
+    reads it, and whoever closes the iterator waits for the worker.
+    """
+    if not flags.FLAGS.is_parsed():  # grain reads them before it starts processes
         flags.FLAGS.mark_as_parsed()
+    contiguous = rows.map(lambda row: {k: np.asarray(v, order="C") for k, v in row.items()})
+    records = grain.experimental.WithOptionsIterDataset(
+        contiguous.to_iter_dataset(_read_options(threads)),
+        grain.experimental.DatasetOptions(min_shm_size=1024),
+    )
+    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
+    return records.mp_prefetch(processes, worker_init_fn=_init_worker)
 
 
 def _init_worker(index: int, count: int) -> None:
@@ -282,6 +292,13 @@ def _init_worker(index: int, count: int) -> None:
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-    if hasattr(os, "fork") and os.uname().sysname == "Linux":
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
+
+
+def _outlive_nobody() -> None:
+    """Ends this process when its parent ends, however that is."""
+    # Not by PR_SET_PDEATHSIG: that is sent when the thread ends that started the process.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

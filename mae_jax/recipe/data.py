@@ -22,7 +22,6 @@ from mae_jax.pixels import IMAGENET_MEAN, crop_resize
 from mae_jax.recipe import Config
 
 RESIZERS = ("auto", "host", "device")
-CORES_PER_WORKER = 4
 
 
 def check_seeds(config: Config) -> None:
@@ -170,21 +169,14 @@ def resizes_on_device(config: Config) -> bool:
 
 
 def readers(config: Config) -> tuple[int, int]:
-    """Processes that read images, and threads of each.
-
-    Threads are enough where decoding is most of the work: it does not hold Python's lock. Crops for
-    the devices are large, and would cost as much to pass between processes as to decode.
-    """
-    data, cores = config.data, os.cpu_count() or 1
-    if data.workers is not None and data.workers < 0:
+    """Processes that read images, and threads of each."""
+    data = config.data
+    if data.workers < 0:
         raise ValueError(f"data.workers={data.workers} must be at least 0")
     if data.threads is not None and data.threads < 1:
         raise ValueError(f"data.threads={data.threads} must be at least 1")
-    alone = resizes_on_device(config) or data.in_memory or data.source == "arrays"
-    workers = data.workers
-    if workers is None:
-        workers = 0 if alone else cores // CORES_PER_WORKER
-    return workers, data.threads or (CORES_PER_WORKER if workers else cores)
+    cores = os.cpu_count() or 1
+    return data.workers, data.threads or max(cores // max(data.workers, 1), 1)
 
 
 def make_prepare(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
