@@ -14,6 +14,7 @@ For mae_jax (device) only the host's part is measured; resizing is the accelerat
 """
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -114,6 +115,7 @@ class TorchFiles:
             return self.transform(Image.open(file).convert("RGB"))
 
 
+@functools.cache
 def torchvision() -> Any:
     """The package; beside the CPU build of torch without operators that transforms do not use."""
     import torch

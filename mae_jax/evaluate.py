@@ -18,7 +18,7 @@ import mae_jax
 from mae_jax import command_line, console, sharding
 from mae_jax.convert.info import ConvertError
 from mae_jax.data.loader import Batch
-from mae_jax.data.opening import open_source
+from mae_jax.data.opening import has_split, open_named
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import draw_shots, evenly_spaced
 from mae_jax.evals.extract import Images, extract
@@ -71,6 +71,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a folder with labelled splits, or the name of a TFDS data set",
     )
     parser.add_argument("--data-dir", help="where TFDS data sets are; TFDS's own unless given")
+    parser.add_argument("--image-feature", default="image", help="of a TFDS data set (image)")
     parser.add_argument("--train-split", default="train", help="to learn from (train)")
     parser.add_argument("--eval-split", default="validation", help="to judge on (validation)")
     parser.add_argument("--suite", default="knn,linear", help="any of these (knn,linear)")
@@ -118,19 +119,14 @@ def _sources(arguments: argparse.Namespace, names: list[str]) -> tuple[Source | 
 
 
 def _source(arguments: argparse.Namespace, split: str, classes: tuple[str, ...] = ()) -> Source:
-    """A labelled split; --data is a folder where one has that name, else a TFDS data set."""
+    """A labelled split."""
     data = arguments.data
-    if not Path(data).is_dir():
-        if "/" in data or Path(data).exists():
-            raise DataError(f"--data {data} is not a directory")
-        source = open_source("tfds", data, arguments.data_dir, split, classes)
-    elif (Path(data) / split).is_dir():
-        source = open_source("folder", data, data, split, classes)
-    else:
+    if Path(data).is_dir() and not has_split(Path(data), split):
         raise DataError(
-            f"{Path(data) / split} does not exist: --data is a folder with a folder for each "
-            "split, named by --train-split and --eval-split, and in them one for each class"
+            f"{Path(data) / split} does not exist: --data is a folder with a folder, or .npz, for "
+            "each split, named by --train-split and --eval-split, and in them one for each class"
         )
+    source = open_named(data, arguments.data_dir, split, classes, image=arguments.image_feature)
     if not source.classes:
         raise DataError(
             f"{data}/{split} has no class labels: that takes one folder per class, or a TFDS data "

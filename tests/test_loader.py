@@ -3,12 +3,14 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import fill_folder
+from pictures import fill_folder, noise_image
 
 from mae_jax.data.loader import ArrayLoader, Loader, ordered_batches
 from mae_jax.data.sources import DataError, FolderSource
@@ -150,8 +152,54 @@ def test_a_killed_worker_is_an_error_and_leaves_nobody_behind(folder):
     os.kill(before[0], signal.SIGKILL)
     with pytest.raises(DataError, match=r"was killed \(exit code -9\); if memory ran out"):
         list(batches)  # they have no end
-    deadline = time.monotonic() + 10
-    while workers_of(os.getpid()):
+    wait_until(lambda: not workers_of(os.getpid()))
+
+
+def test_closing_does_not_wait_for_workers(tmp_path):
+    """Also where they are in the middle of passing large images on."""
+    for number in range(8):
+        noise_image(number, (300, 300)).save(tmp_path / f"{number}.jpg")
+    source = FolderSource(str(tmp_path), "train")
+    transform = TrainTransform((224, 224), 3, (0.2, 1.0))
+    for _ in range(3):
+        loader = Loader(source=source, transform=transform, seed=0, batch_size=8, workers=2)
+        batches = loader.batches(0)
+        next(batches)
+        time.sleep(0.3)  # for what lies ready to be as much as it may
+        begin = time.monotonic()
+        batches.close()
+        assert time.monotonic() - begin < 5
+        assert not workers_of(os.getpid())
+
+
+ORPHANS = """
+import sys, time
+from test_loader import *
+
+if __name__ == "__main__":
+    batches = make_loader(Path(sys.argv[1]), workers=2).batches(0)
+    next(batches)
+    print(*workers_of(os.getpid()), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_do_not_outlive_a_run_that_is_killed(folder, tmp_path_factory):
+    script = tmp_path_factory.mktemp("script") / "orphans.py"
+    script.write_text(ORPHANS)
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}:{here.parent}"}
+    command = [sys.executable, str(script), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        workers = [int(number) for number in process.stdout.readline().split()]
+        assert len(workers) == 2
+        process.kill()
+    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -162,6 +162,8 @@ def prepare(name: str, data_dir: str | None) -> Any:
         builder.download_and_prepare(file_format="array_record")
     except ImportError as error:
         raise DataError(needs_tensorflow(name, error)) from error
+    except AssertionError as error:  # files that have to be fetched by hand are not there
+        raise DataError(str(error)) from error
     return builder
 
 
