@@ -78,8 +78,9 @@ class TestFolder:
         (folder / "ant" / "0.png").unlink()
         (folder / "ant" / "0.png").symlink_to("/proc/self/mem")  # exists, and cannot be read
         (folder / "ant" / "10.png").mkdir()
+        os.mkfifo(folder / "ant" / "11.png")  # reading it would wait for ever
         source = FolderSource(str(folder), "train")
-        assert len(source) == 20, "a folder is no image"
+        assert len(source) == 20, "a folder is no image, nor is a pipe"
         with pytest.raises(DataError, match="cannot read .*ant/0.png: Input/output error"):
             source[0]
 

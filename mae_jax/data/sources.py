@@ -15,6 +15,7 @@ log = logging.getLogger("mae_jax")
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 SUFFIXES = PICTURES | {".npy", ".npz"}
+SHOWN = 5  # links to nowhere that are named
 
 CHANGED = "CHANGED DATA: "  # how the description of a copy begins that is not the original
 
@@ -136,8 +137,10 @@ class Scan:
 
     def warn(self, root: Path) -> None:
         """Names in the log what may have been meant to be an image."""
-        for name in self.dangling:
+        for name in self.dangling[:SHOWN]:
             log.warning("ignored: %s is a link to what does not exist", root / name)
+        if len(self.dangling) > SHOWN:
+            log.warning("ignored: %d more links to nowhere", len(self.dangling) - SHOWN)
 
 
 def _walk(root: Path) -> Scan:
@@ -157,9 +160,9 @@ def _walk(root: Path) -> Scan:
                 continue
             if suffix not in SUFFIXES:
                 scan.others[suffix] += 1
-            elif os.path.exists(path):
+            elif os.path.isfile(path):
                 scan.files.append(os.path.relpath(path, root))
-            else:
+            elif os.path.islink(path) and not os.path.exists(path):
                 scan.dangling.append(os.path.relpath(path, root))
     scan.files.sort(key=os.fsencode)
     return scan
@@ -178,7 +181,9 @@ class FileSource:
         self.files: list[Path] = []
         for path in map(Path, paths):
             if path.is_dir():
-                self.files += [path / name for name in _walk(path).files]
+                scan = _walk(path)
+                scan.warn(path)
+                self.files += [path / name for name in scan.files]
             elif path.is_file():
                 self.files.append(path)
             else:

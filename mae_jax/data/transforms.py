@@ -145,7 +145,8 @@ class CanvasTransform:
         if max(crop.shape[:2]) > self.side:
             crop = resize(crop, self.train.image_size)
         size = np.array(crop.shape[:2], np.int32)
-        return {"crop": crop, "crop_size": size, "flip": np.array(flip)}
+        # A copy, for what is waiting not to hold whole images.
+        return {"crop": np.ascontiguousarray(crop), "crop_size": size, "flip": np.array(flip)}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
