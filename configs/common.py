@@ -124,7 +124,7 @@ def _data() -> ConfigDict:
     data.randaugment_layers = 2  # operations per image, each skipped half of the time
     data.cache_features = False  # of a frozen encoder without augmentation: compute them only once
     data.eval_crop = 0.875  # share of an image's sides that evaluation looks at
-    data.mean = IMAGENET_MEAN  # per channel, of values 0..1
+    data.mean = IMAGENET_MEAN  # per channel: of photographs of values 0..1, else in their units
     data.std = IMAGENET_STD
     data.resize_on = "auto"  # where crops are resized: "host", "device", auto is device on a GPU
     data.canvas = 512  # pixels: larger crops are resized on the host all the same

@@ -59,6 +59,14 @@ def integers(text: str) -> list[int]:
     return [count(part) for part in text.split(",")]
 
 
+def channels(text: str) -> list[int]:
+    """ "3,2,1" as a list of numbers from 0 up."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers from 0 up")
+    return [int(part) for part in parts]
+
+
 def positive(text: str) -> float:
     """A number above 0."""
     try:
@@ -129,7 +137,7 @@ def add_show(parser: argparse.ArgumentParser) -> None:
     """--show, for commands that draw images."""
     parser.add_argument(
         "--show",
-        type=lambda text: [int(part) for part in text.split(",")],
+        type=channels,
         default=[0, 1, 2],
         metavar="3,2,1",
         help="channels as red, green, blue, of images with more than three (0,1,2)",

@@ -17,7 +17,7 @@ from jaxtyping import Array
 import mae_jax
 from mae_jax import command_line, console, sharding
 from mae_jax.convert.info import ConvertError
-from mae_jax.data.loader import Batch
+from mae_jax.data.batches import Batch
 from mae_jax.data.opening import has_split, open_named
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import draw_shots, evenly_spaced

@@ -13,7 +13,8 @@ import optax
 
 from mae_jax import flops, sharding
 from mae_jax.checkpoint import Checkpointer, locked_workdir
-from mae_jax.data.loader import ArrayLoader, Batch, Loader
+from mae_jax.data.batches import Batch
+from mae_jax.data.loader import ArrayLoader, Loader
 from mae_jax.data.sources import Source
 from mae_jax.evals.extract import extract
 from mae_jax.evaluation import Evaluation, over_devices, print_summary, summary_of
@@ -41,6 +42,7 @@ class Run:
     train_source: Source
     eval_source: Source | None
     loader: Loader | None  # None where nothing is trained
+    on_device: bool  # whether crops are resized there
     duration: Duration
     learning_rate: optax.Schedule
     tx: optax.GradientTransformation
@@ -66,9 +68,10 @@ def build(config: Config, workdir: Path) -> Run:
         learning_rate = schedule.make_learning_rate(config, duration)
         blocks = task.train_last_blocks if classifies else None
         loader = None
+        kind = data.value_type(config, train_source)
         if duration.total_steps:
             classes = task.model.num_classes if classifies else None
-            loader = data.make_loader(config, train_source, classes)
+            loader = data.make_loader(config, train_source, classes, kind)
         return Run(
             config=config,
             workdir=workdir,
@@ -77,6 +80,7 @@ def build(config: Config, workdir: Path) -> Run:
             train_source=train_source,
             eval_source=eval_source,
             loader=loader,
+            on_device=data.resizes_on_device(config, kind),
             duration=duration,
             learning_rate=learning_rate,
             tx=schedule.make_optimizer(config, learning_rate, blocks)
@@ -131,7 +135,8 @@ def _train(run: Run, stop: StopSignal) -> None:
         with closing(_make_run_log(run, start_step)) as run_log:
             evaluation = _make_evaluation(run, run_log)
             hooks = [Hook(config.checkpoint.every_steps, save), *evaluation.hooks()]
-            state = _fit(run, state, shardings, hooks, run_log, stop)
+            if run.loader:
+                state = _fit(run, run.loader, state, shardings, hooks, run_log, stop)
             step = int(state.step)
             if total:
                 save(step, state)
@@ -145,6 +150,7 @@ def _train(run: Run, stop: StopSignal) -> None:
 
 def _fit(
     run: Run,
+    loader: Loader,
     state: TrainState,
     shardings: TrainState,
     hooks: Sequence[Hook],
@@ -152,9 +158,8 @@ def _fit(
     stop: StopSignal,
 ) -> TrainState:
     """Trains from a state on until the end of the run, or until asked to stop."""
-    caches = run.config.data.cache_features and run.loader
-    loader = _cached(run, state) if caches else run.loader
-    with closing(_make_feed(loader, int(state.step), run.mesh, run_log)) as batches:
+    source = _cached(run, state) if run.config.data.cache_features else loader
+    with closing(_make_feed(source, int(state.step), run.mesh, run_log)) as batches:
         return fit(
             state,
             _make_step(run, shardings),
@@ -173,7 +178,7 @@ def _make_step(run: Run, shardings: TrainState):
         run.tx,
         run.learning_rate,
         run_keys(run.config)[1],
-        prepare=data.make_prepare(run.config, run.mesh),
+        prepare=data.make_prepare(run.config, run.mesh, run.on_device),
         accumulate=run.config.accumulate,
         ema_decay=run.config.optim.ema,
     )
@@ -181,7 +186,7 @@ def _make_step(run: Run, shardings: TrainState):
 
 
 def _make_feed(
-    loader: Loader | ArrayLoader | None, start_step: int, mesh: jax.sharding.Mesh, run_log: RunLog
+    loader: Loader | ArrayLoader, start_step: int, mesh: jax.sharding.Mesh, run_log: RunLog
 ) -> Feed[dict[str, jax.Array]]:
     """The loader's batches from a step on, split over the devices."""
 
@@ -189,8 +194,7 @@ def _make_feed(
         inputs = {name: rows for name, rows in batch.items() if name != "index"}
         return sharding.shard_batch(inputs, mesh)
 
-    batches = loader.batches(start_step) if loader else (batch for batch in ())
-    return Feed(batches, put, run_log.batches_ready)
+    return Feed(loader.batches(start_step), put, run_log.batches_ready)
 
 
 def _cached(run: Run, state: TrainState) -> ArrayLoader:
@@ -218,7 +222,7 @@ def _make_run_log(run: Run, start_step: int) -> RunLog:
         every=run.config.log.every_steps,
         flops_per_image=tasks.flops_per_image(run.config, run.task),
         peak_flops=peak and peak * jax.device_count(),
-        advice=data.advice(run.config),
+        advice=data.advice(run.config, run.on_device),
     )
 
 

@@ -10,11 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGES_AT_ONCE = 64  # whose crops are resized together, which bounds the memory that it takes
+
+
+def units_match(dtype: Any, mean: Sequence[float]) -> bool:
+    """Whether a mean can be that of values of a type: of uint8 it is a share of 255.
+
+    Of other types any may be, but one: that of photographs, which is what a config begins with.
+    """
+    if dtype == np.uint8:
+        return all(0 <= value <= 1 for value in mean)
+    return tuple(mean) != IMAGENET_MEAN
 
 
 def normalise(
@@ -57,6 +68,8 @@ def crop_resize(
       sizes: height and width of each crop, in pixels.
       image_size: height and width of the images.
     """
+    if crops.dtype != jnp.uint8:
+        raise TypeError(f"crops are {crops.dtype}, not uint8")
 
     def one(crop: Array, size: Array, mirrored: Array) -> Array:
         vertical = resize_weights(image_size[0], size[0], crop.shape[0])

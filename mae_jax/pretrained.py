@@ -1,6 +1,5 @@
 """A checkpoint of any dialect as a model that runs: features, reconstructions, classes."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +14,13 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
-from mae_jax.data.loader import ordered_batches
+from mae_jax.data.loader import cores, ordered_batches
 from mae_jax.data.sources import FileSource, Source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.models.classifier import Outputs
 from mae_jax.models.layers import Execution
 from mae_jax.models.patches import patchify
-from mae_jax.pixels import IMAGENET_MEAN, normalise
+from mae_jax.pixels import normalise, units_match
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.trees import from_named
 
@@ -215,12 +214,13 @@ class Pretrained:
 
     def _check(self, images: Any) -> None:
         wanted = (*self.info.image_size, self.info.channels)
-        types = ("uint8",) if self.info.mean == IMAGENET_MEAN else ("uint8", "uint16", "float32")
-        if images.dtype.name not in types or images.ndim != 4 or images.shape[1:] != wanted:
+        typed = images.dtype.name in ("uint8", "uint16", "float32")
+        typed = typed and units_match(images.dtype, self.info.mean)
+        if not typed or images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(
-                f"images are {images.dtype} {list(images.shape)}, and this model takes "
-                f"{' or '.join(types)} [b, {wanted[0]}, {wanted[1]}, {wanted[2]}], as read_images "
-                "gives them"
+                f"images are {images.dtype} {list(images.shape)}, and this model takes those that "
+                f"read_images gives, [b, {wanted[0]}, {wanted[1]}, {wanted[2]}], of uint8 for a "
+                "model of photographs"
             )
 
     @property
@@ -233,6 +233,7 @@ class Pretrained:
             info.crop,
             squash=info.resize == "squash",
             interpolation=info.interpolation,
+            exif=info.exif,
         )
 
     def read_images(
@@ -255,7 +256,7 @@ class Pretrained:
             source,
             self.transform,
             batch_size,
-            threads=os.cpu_count() or 1,
+            threads=cores(),
             advice="Mend it, or leave it out",
             num_classes=num_classes,
         )

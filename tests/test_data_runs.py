@@ -126,6 +126,7 @@ def test_many_channels_in_the_commands_and_conversion(trained_on_bands, bands, t
         (dict(eval__show_channels=(0, 1)), ConfigError, "eval.show_channels=.0, 1.: use one or t"),
         (dict(data__augment="randaugment"), ConfigError, "for grey and RGB"),
         (dict(data__resize_on="device"), ConfigError, "data.resize_on='device' is for"),
+        (dict(data__in_memory=True, data__workers=1), ConfigError, "data.workers=1: images in mem"),
         (dict(model__channels=4, data__mean=(1.0,) * 4, data__std=(1.0,) * 4), DataError, "shape"),
     ],
     ids=str,
@@ -139,8 +140,27 @@ def test_values_of_another_range_need_their_own_mean(tmp_path):
     (tmp_path / "data").mkdir()
     for number in range(8):
         np.save(tmp_path / "data" / f"{number}.npy", np.full((20, 20, 3), 1000.0))
-    with pytest.raises(ConfigError, match=r"0.npy has values of float32, but data.mean .*stats"):
+    with pytest.raises(ConfigError, match=r"0.npy has values of float32, which data.mean.*stats"):
         experiment.run(config_of(tmp_path / "data"), tmp_path / "run")
+    for overrides in (dict(data__resize_on="device"), dict(data__augment="randaugment")):
+        overrides |= dict(data__mean=(1000.0,) * 3, data__std=(300.0,) * 3)
+        with pytest.raises(ConfigError, match="images of uint8"):
+            experiment.run(config_of(tmp_path / "data", **overrides), tmp_path / "run")
+
+
+def test_a_run_that_turns_images_makes_a_model_that_does(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "data").mkdir()
+    for number in range(8):
+        photograph().save(tmp_path / "data" / f"{number}.jpg", exif=exif)
+    experiment.run(config_of(tmp_path / "data", data__exif=True, steps=3), tmp_path / "run")
+    model, _ = mae_jax.load(tmp_path / "run")
+    upright = photograph().rotate(270, expand=True)
+    upright.save(tmp_path / "upright.png")
+    photograph().save(tmp_path / "turned.png", exif=exif)
+    found = model.read_images([tmp_path / "turned.png", tmp_path / "upright.png"])
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,9 @@ def test_16_bits_are_scaled_to_8():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 def test_exif_turns_only_if_asked(orientation, kind):
+    """But of TIFF, which Pillow, and so torchvision, always turns."""
     image = photograph()
     exif = image.getexif()
     exif[0x0112] = orientation
@@ -100,6 +101,11 @@ def test_what_is_bad_says_why(what):
     data, message = BAD[what]
     with pytest.raises(DataError, match=message):
         decode(data, 3)
+
+
+def test_bytes_too_many_at_the_end_are_no_damage():
+    padded = JPEG[:-2] + b"\x11\x22\x33" + JPEG[-2:]
+    np.testing.assert_array_equal(decode(padded, 3), by_pillow(JPEG, "RGB"))
 
 
 def test_damage_that_pillow_does_not_see():

@@ -113,7 +113,7 @@ def test_data_without_labels_or_with_others(checkpoint, images, tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / split / "a.png")
     with pytest.raises(DataError, match="has no class labels"):
         run(checkpoint, tmp_path, tmp_path / "a.json")
-    with pytest.raises(DataError, match="nowhere/at_all is not a directory"):
+    with pytest.raises(DataError, match="no data set called 'nowhere/at_all'"):
         run(checkpoint, "nowhere/at_all", tmp_path / "a.json")
 
 

@@ -66,6 +66,11 @@ class TestFolder:
         assert "ant/dangling.png is a link to what does not exist" in caplog.text
         assert "no images in the folders of: newt" in caplog.text
 
+    def test_a_file_beside_folders_takes_their_classes(self, folder, caplog):
+        noise_image(1).save(folder / "stray.png")
+        assert FolderSource(str(folder), "train").classes == ()
+        assert "folders count as no classes, since stray.png lies beside them" in caplog.text
+
     def test_names_of_any_letters(self, folder):
         noise_image(1).save(folder / "ant" / "Ünï 日本 é.PNG")
         (folder / "zebra" / os.fsdecode(b"\xff.png")).write_bytes(b"")
@@ -81,7 +86,7 @@ class TestFolder:
         os.mkfifo(folder / "ant" / "11.png")  # reading it would wait for ever
         source = FolderSource(str(folder), "train")
         assert len(source) == 20, "a folder is no image, nor is a pipe"
-        with pytest.raises(DataError, match="cannot read .*ant/0.png: Input/output error"):
+        with pytest.raises(DataError, match="it cannot be read: Input/output error"):
             source[0]
 
     def test_fingerprint_sees_added_and_resized_files(self, folder):
@@ -177,6 +182,36 @@ class TestTfRecords:
         assert caplog.text.count("looking once for where the records of 3 TFRecord files") == 1
         assert [path.name[:9] for path in (tmp_path / "i").iterdir()] == ["tiny_set-"]
 
+    def test_a_file_that_was_written_anew_is_indexed_anew(self, tmp_path):
+        shutil.copytree(TFRECORDS / "tiny_set", tmp_path / "tiny_set")
+        index = tmp_path / "index"
+        for age in (1, 2):
+            for file in (tmp_path / "tiny_set" / "1.2.0").glob("*.tfrecord*"):
+                os.utime(file, (age, age))
+            TfdsSource("tiny_set", "train", str(tmp_path), index_dir=index)
+        assert len(list(index.iterdir())) == 2
+
+    def test_an_index_that_cannot_be_kept_stops_nobody(self, tmp_path, caplog):
+        (tmp_path / "index").write_text("a file")
+        source = TfdsSource("tiny_set", "train", str(TFRECORDS), index_dir=tmp_path / "index")
+        assert len(records(source)) == 14
+        assert "the index could not be kept" in caplog.text
+
+    def test_sums_of_splits(self):
+        source = TfdsSource("tiny_set", "train[:3]+test", str(TFRECORDS))
+        found = [(record["label"], zlib.crc32(record["image"])) for record in records(source)]
+        assert found == expected("tiny_set train")[:3] + expected("tiny_set test")
+
+    def test_a_record_that_cannot_be_parsed_is_an_error_of_data(self, tmp_path):
+        shutil.copytree(TFRECORDS / "tiny_set", tmp_path / "tiny_set")
+        file = tmp_path / "tiny_set" / "1.2.0" / "tiny_set-train.tfrecord-00000-of-00003"
+        data = bytearray(file.read_bytes())
+        data[12:20] = b"\xff" * 8
+        file.write_bytes(data)
+        source = TfdsSource("tiny_set", "train", str(tmp_path))
+        with pytest.raises(DataError, match="its record cannot be read"):
+            source[0]
+
     def test_damaged_files_are_named(self, tmp_path):
         shutil.copytree(TFRECORDS / "tiny_set", tmp_path / "tiny_set")
         file = tmp_path / "tiny_set" / "1.2.0" / "tiny_set-train.tfrecord-00001-of-00003"
@@ -234,7 +269,13 @@ class TestArrays:
         np.savez(tmp_path / "b.npz", images=images)
         with pytest.raises(DataError, match="b.npz: its array 'image' .* is missing"):
             open_source("arrays", None, str(tmp_path), "b")
-        (tmp_path / "c.npz").write_bytes(b"PK")
+        np.savez(tmp_path / "d.npz", image=images, label=labels, classes=["x", "y", "z"])
+        with pytest.raises(DataError, match="d.npz: its classes are x, y, z, those of training z"):
+            open_source("arrays", None, str(tmp_path), "d", ("z", "y", "x"))
+        np.savez(tmp_path / "e.npz", image=images, label=np.array(list("xyzxyz")))
+        with pytest.raises(DataError, match="e.npz: its array 'label' is of <U1, not of class n"):
+            open_source("arrays", None, str(tmp_path), "e")
+        (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
         with pytest.raises(DataError, match="c.npz cannot be read"):
             open_source("arrays", None, str(tmp_path), "c")
         with pytest.raises(DataError, match="data.source='arrays' needs data.path"):

@@ -81,6 +81,11 @@ class TestTransforms:
         assert tracemalloc.get_traced_memory()[1] < 50e6
         tracemalloc.stop()
 
+    def test_a_model_of_slivers_sees_all_of_one(self):
+        image = np.random.default_rng(0).integers(0, 256, (16, 512, 3), dtype=np.uint8)
+        found = EvalTransform((16, 512), 3, crop=1.0)(image)["image"]
+        np.testing.assert_array_equal(found, image)
+
 
 class TestResize:
     def test_is_pillow_for_pictures(self):

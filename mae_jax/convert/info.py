@@ -38,7 +38,7 @@ class Info:
     target: what the decoder predicts, "pixels", "normalized" or "unknown".
     resize: "crop" takes the central `crop` of the sides, "squash" the whole image whatever its
       aspect; interpolation: "bicubic" or "bilinear".
-    mean, std: per channel, of values 0..1.
+    mean, std: per channel, as `mae_jax.pixels` takes them; exif: images are turned as it tells.
     """
 
     source: str
@@ -66,10 +66,12 @@ class Info:
     resize: str = "crop"
     crop: float = 0.875
     interpolation: str = "bicubic"
+    exif: bool = False
 
     def __post_init__(self):
         """ValueError for values that nothing could be computed with."""
-        for name, kind in (("source", str), ("fc_norm", bool), ("head_norm", bool)):
+        kinds = (("source", str), ("fc_norm", bool), ("head_norm", bool), ("exif", bool))
+        for name, kind in kinds:
             _check(name, vars(self)[name], isinstance(vars(self)[name], kind), kind.__name__)
         counts = ("width", "depth", "patch", "channels")
         for name in (*counts, "heads", "num_classes", *_DECODER):

@@ -51,6 +51,7 @@ def load_run(
         "resize": "crop",
         "crop": data["eval_crop"],
         "interpolation": "bicubic",
+        "exif": data.get("exif", False),  # runs from before there was one ignored it
         "norm_pix_eps": config["target"]["norm_pix_eps"],
     }
     tensors = {name: x for tree in trees for name, x in named_leaves(tree).items()}

@@ -7,7 +7,6 @@ python -m mae_jax.data cache DIR_OR_TFDS_NAME DST     a copy with smaller images
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from mae_jax import command_line, console
 from mae_jax.data.checking import Report, check, statistics
+from mae_jax.data.loader import cores
 from mae_jax.data.opening import open_named, splits_of
 from mae_jax.data.sources import CHANGED, DataError, Source
 from mae_jax.data.subsets import evenly_spaced
@@ -40,9 +40,11 @@ def check_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="a file for the names of all bad images")
 
     def run(arguments: argparse.Namespace) -> None:
+        if arguments.out:
+            command_line.check_output("--out", arguments.out, ".txt")
         bad: dict[str, str] = {}
         for split, source in _sources(arguments).items():
-            report = check(source, arguments.channels, _threads())
+            report = check(source, arguments.channels, cores())
             console.print_table(f"{arguments.data} {split}".strip(), _described(source, report))
             bad |= report.bad
         for key, reason in list(bad.items())[:SHOWN]:
@@ -70,11 +72,14 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
         (source,) = _sources(arguments).values()
         if arguments.images:
             source = evenly_spaced(source, arguments.images)
-        found = statistics(source, arguments.channels, _threads())
-        rows = zip(range(arguments.channels), found.mean, found.std)
-        console.print_rows(f"{len(source)} images", ("channel", "mean", "deviation"), list(rows))
+        found = statistics(source, arguments.channels, cores())
+        rows = [
+            (channel, f"{mean:.6g}", f"{std:.6g}")
+            for channel, (mean, std) in enumerate(zip(found.mean, found.std))
+        ]
+        console.print_rows(f"{len(source)} images", ("channel", "mean", "deviation"), rows)
         for name, values in vars(found).items():
-            print(f"--config.data.{name}='({', '.join(f'{value:g}' for value in values)},)'")
+            print(f"--config.data.{name}='({', '.join(f'{value:.6g}' for value in values)},)'")
 
     parser.set_defaults(run=run)
 
@@ -120,7 +125,7 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
                 arguments.dst,
                 {split or "train": source for split, source in _sources(arguments).items()},
                 Shrink(arguments.channels, arguments.short_side, arguments.quality),
-                threads=_threads(),
+                threads=cores(),
                 skip=arguments.skip_bad,
             )
         )
@@ -143,9 +148,12 @@ def _add_data(parser: argparse.ArgumentParser, split: str | None = None) -> None
 
 def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
     """The split asked for, or all, by name; "" where a folder has none."""
-    splits = [arguments.split] if arguments.split else splits_of(arguments.data, arguments.data_dir)
+    splits = [arguments.split]
+    if arguments.split is None:
+        splits = splits_of(arguments.data, arguments.data_dir)
     found: dict[str, Source] = {}
     for split in splits:
+        # The classes of the first split are those of all.
         classes = next(iter(found.values())).classes if found else ()
         found[split] = open_named(
             arguments.data, arguments.data_dir, split, classes, image=arguments.image_feature
@@ -155,10 +163,6 @@ def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
 
 def _is_path(arguments: argparse.Namespace) -> bool:
     return Path(arguments.data).is_dir()
-
-
-def _threads() -> int:
-    return os.cpu_count() or 1
 
 
 def _described(source: Source, report: Report) -> dict[str, object]:

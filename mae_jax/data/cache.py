@@ -13,9 +13,18 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax import console
-from mae_jax.data.decode import JPEG, Encoded, decode
+from mae_jax.data.decode import (
+    JPEG,
+    NPY,
+    ORIENTATION,
+    TIFF,
+    ZIP,
+    Encoded,
+    decode,
+    orientation_of,
+)
 from mae_jax.data.loader import in_order
-from mae_jax.data.sources import CHANGED, DataError, Source
+from mae_jax.data.sources import CHANGED, DataError, Source, bad_image
 from mae_jax.data.transforms import resize
 
 log = logging.getLogger("mae_jax")
@@ -41,8 +50,11 @@ class Shrink:
             height, width = (max(1, round(side * scale)) for side in image.shape[:2])
             image = resize(image, (height, width))
         picture = Image.fromarray(image.squeeze(-1) if self.channels == 1 else image)
+        exif = Image.Exif()
+        if isinstance(encoded, bytes) and not encoded.startswith((NPY, ZIP, *TIFF)):
+            exif[ORIENTATION] = orientation_of(encoded)  # for whoever wants images upright
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=self.quality)
+        picture.save(buffer, "JPEG", quality=self.quality, exif=exif)
         return buffer.getvalue()
 
 
@@ -102,10 +114,8 @@ class Smaller(tfds.core.GeneratorBasedBuilder):
         for number, example in enumerate(examples):
             if isinstance(example, DataError):
                 if not self._skip:
-                    raise DataError(
-                        f"{source.key(number)} is bad: {example}. Mend or remove it, or leave it "
-                        "out: --skip-bad"
-                    )
+                    advice = "Mend or remove it, or leave it out: --skip-bad"
+                    raise bad_image(source, number, example, advice)
                 log.warning("left out a bad image: %s: %s", source.key(number), example)
                 continue
             features: dict[str, Any] = {"image": io.BytesIO(example[0])}

@@ -8,7 +8,7 @@ import numpy as np
 from mae_jax import console
 from mae_jax.data.decode import decode
 from mae_jax.data.loader import in_order
-from mae_jax.data.sources import DataError, Source
+from mae_jax.data.sources import DataError, Source, bad_image
 
 
 @dataclass
@@ -27,24 +27,23 @@ class Report:
 def check(source: Source, channels: int, threads: int) -> Report:
     """Decodes every image of a source, with a progress bar."""
 
-    def look(number: int) -> tuple[int, str, tuple[int, ...], str, int]:
+    def look(number: int) -> tuple[np.ndarray, int] | DataError:
         try:
             record = source[number]
-            image = decode(record["image"], channels)
+            return decode(record["image"], channels), record["label"]
         except DataError as error:
-            return number, str(error), (), "", -1
-        return number, "", image.shape[:2], image.dtype.name, record["label"]
+            return error
 
     report = Report()
     found = console.progress(in_order(look, len(source), threads), len(source))
-    for number, reason, shape, kind, label in found:
-        if reason:
-            key = source.key(number)
-            report.bad[key] = reason.removeprefix(f"cannot read {key}: ")
-        else:
-            report.sizes.append((shape[0], shape[1]))
-            report.types[kind] += 1
-            report.classes[label] += 1
+    for number, seen in enumerate(found):
+        if isinstance(seen, DataError):
+            report.bad[source.key(number)] = str(seen)
+            continue
+        image, label = seen
+        report.sizes.append((image.shape[0], image.shape[1]))
+        report.types[image.dtype.name] += 1
+        report.classes[label] += 1
     return report
 
 
@@ -67,14 +66,13 @@ def statistics(source: Source, channels: int, threads: int) -> Statistics:
         try:
             image = decode(source[number]["image"], channels)
         except DataError as error:
-            raise DataError(f"{source.key(number)} is bad: {error}. Mend or remove it") from error
+            raise bad_image(source, number, error, "Mend or remove it") from error
         values = image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
         return np.stack([values.mean(axis=(0, 1)), np.square(values).mean(axis=(0, 1))])
 
     found = in_order(moments, len(source), threads)
     mean, square = sum(console.progress(found, len(source)), np.zeros((2, channels))) / len(source)
     deviation = np.sqrt(np.maximum(square - mean**2, 0))
-    for channel in np.flatnonzero(deviation <= 1e-9 * np.abs(mean)):
+    for channel in np.flatnonzero(deviation <= 1e-6 * np.abs(mean)):
         raise DataError(f"channel {channel} is {mean[channel]:g} everywhere: leave it out")
-    rounded = (tuple(float(f"{x:.6g}") for x in values) for values in (mean, deviation))
-    return Statistics(*rounded)
+    return Statistics(tuple(mean.tolist()), tuple(deviation.tolist()))

@@ -6,8 +6,8 @@ tifffile and numpy.
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import re
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ Pixels = Shaped[np.ndarray, "h w c"]  # uint8 of 0..255; else uint16 or float32 
 MODES = {1: "L", 3: "RGB"}
 JPEG, NPY, ZIP = b"\xff\xd8\xff", b"\x93NUMPY", b"PK\x03\x04"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-DAMAGE = ("Corrupt JPEG data", "Premature end")  # what libjpeg says of pixels that are lost
+# What libjpeg says where pixels are lost: not of a few bytes too many before the end of the file.
+DAMAGE = re.compile(r"Premature end|Corrupt JPEG data: (?!\d extraneous bytes before marker 0xd9)")
 ORIENTATION = 0x0112  # tag of EXIF
 
 
@@ -47,9 +48,12 @@ def decode(encoded: Encoded, channels: int, exif: bool = False) -> Pixels:
         array = _jpeg(encoded, channels) if encoded.startswith(JPEG) else None
         if array is None:
             array = _picture(encoded, channels)
-        return _upright(array, encoded) if exif else array
-    except (DataError, MemoryError):
+        turned = encoded.startswith(TIFF)  # already: Pillow does it while it loads a TIFF
+        return _upright(array, encoded) if exif and not turned else array
+    except DataError:
         raise
+    except MemoryError:
+        raise DataError("there is not enough memory to decode it") from None
     except UnidentifiedImageError:
         raise DataError(_no_image(encoded)) from None
     except Exception as error:  # damaged bytes make decoders raise whatever there is
@@ -71,14 +75,14 @@ def _jpeg(encoded: bytes, channels: int) -> Pixels | None:
     except (ValueError, KeyError):  # KeyError: there is no picture after the header
         return None
     height, width, colours, _ = header
-    limit = Image.MAX_IMAGE_PIXELS
-    if channels not in MODES or colours in ("CMYK", "YCCK") or (limit and height * width > limit):
+    bomb = height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if channels not in MODES or colours in ("CMYK", "YCCK") or bomb:
         return None
     as_grey = channels == 1 and colours == "Gray"
     try:
         array = simplejpeg.decode_jpeg(encoded, "GRAY" if as_grey else "RGB", strict=True)
     except ValueError as error:
-        if str(error).startswith(DAMAGE):
+        if DAMAGE.match(str(error)):
             raise
         return None  # odd, but not known to be damaged
     if channels == 1 and not as_grey:
@@ -86,21 +90,8 @@ def _jpeg(encoded: bytes, channels: int) -> Pixels | None:
     return array
 
 
-@contextmanager
-def _opened(encoded: bytes) -> Iterator[Image.Image]:
-    """The picture, of which no pixel has been decoded; ValueError if those are too many."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit and image.width * image.height > limit:  # Pillow warns, and goes on
-            raise ValueError(
-                f"{image.width} x {image.height} pixels may be a decompression bomb: more than "
-                f"{limit}"
-            )
-        yield image
-
-
 def _picture(encoded: bytes, channels: int) -> Pixels:
-    with _opened(encoded) as image:
+    with Image.open(io.BytesIO(encoded)) as image:
         if channels not in MODES:
             return _checked(np.asarray(image), channels)
         array = np.asarray(_eight_bit(image).convert(MODES[channels]))
@@ -124,8 +115,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def _upright(array: Pixels, encoded: bytes) -> Pixels:
     """Turned and mirrored as EXIF tells."""
-    with _opened(encoded) as image:
-        orientation = image.getexif().get(ORIENTATION, 1)
+    orientation = orientation_of(encoded)
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -133,11 +123,17 @@ def _upright(array: Pixels, encoded: bytes) -> Pixels:
     return array[::-1] if orientation in (3, 4, 7, 8) else array
 
 
+def orientation_of(encoded: bytes) -> int:
+    """What EXIF tells: 1 is upright."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return image.getexif().get(ORIENTATION, 1)
+
+
 def _is_stack(encoded: bytes, channels: int) -> bool:
     """Whether a TIFF is one page per channel, or has more channels than a picture."""
     if channels not in MODES:
         return True
-    with _opened(encoded) as image:
+    with Image.open(io.BytesIO(encoded)) as image:
         return getattr(image, "n_frames", 1) > 1
 
 
@@ -176,7 +172,7 @@ def _checked(array: np.ndarray, channels: int) -> Pixels:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind not in "iuf":
         raise DataError(f"it is an array of {array.dtype}, not of numbers")
-    array = array.astype(np.float32)
+    array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise DataError("it holds values that are not finite numbers")
     return array

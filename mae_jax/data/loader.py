@@ -6,14 +6,11 @@ The state of the pipeline is therefore the step, and nothing else has to be save
 """
 
 import logging
-import math
 import multiprocessing
 import os
 import signal
 import threading
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,15 +19,14 @@ import grain
 import numpy as np
 from absl import flags
 
+from mae_jax.data.batches import Batch, Shapes, gather
 from mae_jax.data.decode import Encoded
-from mae_jax.data.sources import DataError, Source
+from mae_jax.data.sources import DataError, Source, bad_image
 from mae_jax.data.transforms import Example
 
-Batch = dict[str, np.ndarray]
 Transform = Callable[[Encoded, Any], Example]
-Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
-AHEAD = 16  # records that each thread may be ahead
+AHEAD = 16  # records that a thread, or a process, may be ahead
 SKIP_ADVICE = "Mend or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
 
@@ -39,7 +35,8 @@ log = logging.getLogger("mae_jax")
 class Load:
     """Record number -> example, with the next good record in place of a bad one if `skip`.
 
-    With `num_classes` a label that is none of theirs is an error.
+    With `num_classes` a label that is none of theirs is an error, as are `max_bad` bad records and
+    one more in a row.
     """
 
     source: Source
@@ -47,19 +44,18 @@ class Load:
     skip: bool = False
     advice: str = SKIP_ADVICE
     num_classes: int | None = None
+    max_bad: int = 100
 
     def __call__(self, index: int, rng: Any = None) -> dict[str, Any]:
         """The example, "label", "index": the number, "skipped": bad records from there on."""
-        for skipped in range(len(self.source)):
+        for skipped in range(min(len(self.source), self.max_bad + 1)):
             number = (index + skipped) % len(self.source)
             try:
                 record = self.source[number]
                 example = self.transform(record["image"], rng)
             except DataError as error:
                 if not self.skip:
-                    raise DataError(
-                        f"{self.source.key(number)} is bad: {error}. {self.advice}"
-                    ) from error
+                    raise bad_image(self.source, number, error, self.advice) from error
                 continue
             self._check_label(number, record["label"])
             return {
@@ -68,7 +64,9 @@ class Load:
                 "index": np.int64(index),
                 "skipped": np.int32(skipped),
             }
-        raise DataError("every image of the data set is bad")
+        raise DataError(
+            f"more than data.max_bad={self.max_bad} bad images from {self.source.key(index)} on"
+        )
 
     def _check_label(self, number: int, label: int) -> None:
         if self.num_classes is not None and not 0 <= label < self.num_classes:
@@ -113,7 +111,13 @@ class Loader:
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: what the transform makes, "label" [b], "index" [b]."""
-        load = Load(self.source, self.transform, self.skip, num_classes=self.num_classes)
+        load = Load(
+            self.source,
+            self.transform,
+            self.skip,
+            num_classes=self.num_classes,
+            max_bad=self.max_bad,
+        )
         examples = _order(len(self.source), self.seed).random_map(load)
         rows = _rows(examples, self.batch_size, start_step, self.host, self.hosts)
         if self.workers:
@@ -125,7 +129,7 @@ class Loader:
         try:
             with _worker_errors():
                 size = self.batch_size // self.hosts
-                for batch in _gather(iterator, size, self.source, self.shapes):
+                for batch in gather(iterator, size, self.source, self.shapes):
                     self._note_skipped(batch.pop("skipped"), batch["index"], bad)
                     yield batch
         finally:
@@ -184,56 +188,6 @@ def _read_options(threads: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * max(threads, 1))
 
 
-class Memory:
-    """Gives arrays whose memory is used again when nobody holds them any more.
-
-    That of a batch is large enough for every allocation to ask the system for it, and clearing it
-    takes a tenth of the time that decoding takes.
-    """
-
-    def __init__(self):
-        self._free: dict[int, list[bytearray]] = defaultdict(list)
-
-    def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array of any content."""
-        size = math.prod(shape) * dtype.itemsize
-        free = self._free[size]
-        memory = free.pop() if free else bytearray(size)
-        # Whatever is made of this array, slices too, holds it, and not the array that is returned.
-        owner = np.frombuffer(memory, dtype)
-        weakref.finalize(owner, free.append, memory)
-        return owner.reshape(shape)
-
-
-def _gather(
-    examples: Iterable[Example], size: int, source: Source, shapes: Shapes
-) -> Iterator[Batch]:
-    """Batches of `size` examples, each copied to its row as soon as it comes.
-
-    Raises:
-      DataError: images are not all of one type and shape.
-    """
-    batch: Batch = {}
-    memory = Memory()
-    for number, example in enumerate(examples):
-        row = number % size
-        if row == 0:
-            batch = {
-                name: memory.array((size, *shapes.get(name, value.shape)), value.dtype)
-                for name, value in example.items()
-            }
-        for name, value in example.items():
-            rows = batch[name]
-            if value.dtype != rows.dtype:
-                raise DataError(
-                    f"{source.key(int(example['index']))} has values of {value.dtype}, and images "
-                    f"before it of {rows.dtype}: save all of them with one type"
-                )
-            rows[(row, *map(slice, value.shape))] = value
-        if row == size - 1:
-            yield batch
-
-
 @contextmanager
 def _worker_errors() -> Iterator[None]:
     """Says of a worker that was killed what that means."""
@@ -243,9 +197,13 @@ def _worker_errors() -> Iterator[None]:
         if "terminated unexpectedly" not in str(error):
             raise
         code = str(error).split("exit code ")[-1].split(".")[0]
+        why = "if memory ran out, lower data.workers or data.threads"
+        if code == str(-signal.SIGBUS):
+            why = "shared memory is full: make /dev/shm larger (docker run --shm-size), or set "
+            why += "data.workers=0"
         raise DataError(
-            f"a process that reads images was killed (exit code {code}); if memory ran out, lower "
-            "data.workers or data.threads. Nothing is lost: the same command continues"
+            f"a process that reads images was killed (exit code {code}): {why}. Nothing is lost: "
+            "the same command continues"
         ) from error
 
 
@@ -277,11 +235,11 @@ def ordered_batches(
     in its place is the next good one. `advice` ends the error about a bad record.
     """
     bad: set[int] = set()
-    load = Load(source, transform, skip, advice, num_classes)
+    load = Load(source, transform, skip, advice, num_classes, max_bad)
     last = len(source) - 1
     count = -(-len(source) // batch_size) * batch_size
     records = in_order(lambda i: load(min(i, last)), count, threads)
-    for number, batch in enumerate(_gather(records, batch_size, source, {})):
+    for number, batch in enumerate(gather(records, batch_size, source, {})):
         position = number * batch_size + np.arange(batch_size)
         valid = (position <= last) & (batch.pop("skipped") == 0)
         for index in position[(position <= last) & ~valid]:
@@ -290,9 +248,15 @@ def ordered_batches(
 
 
 def in_order(function: Callable[[int], T], count: int, threads: int) -> Iterator[T]:
-    """function(0), function(1), ... function(count - 1), none of them None, computed by threads."""
-    dataset = grain.MapDataset.range(count).map(function)
-    return iter(dataset.to_iter_dataset(_read_options(threads)))
+    """function(0), function(1), ... function(count - 1), computed by threads."""
+    boxed = grain.MapDataset.range(count).map(lambda number: (function(number),))
+    for (result,) in boxed.to_iter_dataset(_read_options(threads)):  # it would skip a bare None
+        yield result
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_workers(rows: grain.MapDataset, workers: int, threads: int) -> grain.IterDataset:

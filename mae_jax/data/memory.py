@@ -1,6 +1,8 @@
 """Images in memory: arrays that are so from the start, and decoded images of any source."""
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,17 +80,31 @@ def read_arrays(path: str, split: str, classes: tuple[str, ...] = ()) -> ArraySo
     file = next((file for file in found if file.exists()), None)
     if file is None:
         raise DataError(f"neither {found[0]} nor {found[1].name} exists")
-    try:
-        loaded: Any = np.load(file, allow_pickle=False)
-        arrays = {"image": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-    images = arrays.get("image")
+    arrays = _arrays_of(file)
+    images, labels = arrays.get("image"), arrays.get("label")
     if images is None or images.ndim not in (3, 4):
         shape = "is missing" if images is None else f"has shape {list(images.shape)}"
         raise DataError(f"{file}: its array 'image' [n, height, width, channels] {shape}")
-    names = [str(name) for name in arrays["classes"]] if "classes" in arrays else classes
-    return ArraySource(str(file), images, arrays.get("label"), names)
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise DataError(f"{file}: its array 'label' is of {labels.dtype}, not of class numbers")
+    names = tuple(str(name) for name in arrays.get("classes", classes))
+    if classes and names != classes:
+        raise DataError(
+            f"{file}: its classes are {', '.join(names)}, those of training {', '.join(classes)}"
+        )
+    return ArraySource(str(file), images, labels, names)
+
+
+def _arrays_of(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with file.open("rb") as opened:
+            loaded: Any = np.load(opened, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"image": loaded}
+            names = ("image", "label", "classes")
+            return {name: loaded[name] for name in names if name in loaded}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 class InMemory:
@@ -98,12 +114,12 @@ class InMemory:
         self._source = source
         self.classes = source.classes
 
-        def read(number: int) -> list[Record]:
+        def read(number: int) -> Record | None:
             try:
                 record = source[number]
-                return [{**record, "image": decode(record["image"], channels, exif)}]
+                return {**record, "image": decode(record["image"], channels, exif)}
             except DataError:
-                return []  # whoever asks for it is told why
+                return None  # whoever asks for it is told why
 
         records = in_order(read, len(source), threads)
         self._records = list(console.progress(records, len(source)))
@@ -112,8 +128,7 @@ class InMemory:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        record = self._records[index]
-        return record[0] if record else self._source[index]
+        return self._records[index] or self._source[index]
 
     def label(self, index: int) -> int:
         return self[index]["label"]

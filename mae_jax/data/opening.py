@@ -43,11 +43,15 @@ def open_source(
 
 
 def splits_of(data: str, data_dir: str | None) -> list[str]:
-    """The splits of a folder or TFDS data set; [""] for a folder that is one itself."""
+    """The splits of a folder or TFDS data set; [""] for a folder that is one itself.
+
+    A folder with one called as splits are has nothing but splits in it.
+    """
     folder = Path(data)
     if folder.is_dir():
         found = [split for split in SPLITS if has_split(folder, split)]
-        return found or [""]
+        others = sorted(path.name for path in folder.iterdir() if path.is_dir()) if found else []
+        return found + [x for x in others if x not in found and x[0] != "."] or [""]
     _check_name(data)
     from mae_jax.data.tfds_source import open_builder
 

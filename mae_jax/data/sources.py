@@ -13,8 +13,7 @@ import numpy as np
 
 log = logging.getLogger("mae_jax")
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-SUFFIXES = PICTURES | {".npy", ".npz"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy", ".npz"}
 SHOWN = 5  # links to nowhere that are named
 
 CHANGED = "CHANGED DATA: "  # how the description of a copy begins that is not the original
@@ -85,6 +84,8 @@ class FolderSource:
                 f"no images in {root.absolute()} ({', '.join(sorted(SUFFIXES))} are read)"
             )
         self.scan.warn(root)
+        if beside := [name for name in self.files if os.sep not in name and self.scan.folders]:
+            log.warning("folders count as no classes, since %s lies beside them", beside[0])
         tops = [name.split(os.sep)[0] if os.sep in name else "" for name in self.files]
         found = () if "" in tops else tuple(sorted(set(tops), key=os.fsencode))
         if unknown := set(found) - set(classes or found):
@@ -109,17 +110,27 @@ class FolderSource:
         return self.labels[index]
 
     def key(self, index: int) -> str:
-        return str(self.root / self.files[index])
+        return printable(self.root / self.files[index])
 
     def fingerprint(self) -> str:
         return digest([f"{name} {(self.root / name).stat().st_size}" for name in self.files])
+
+
+def printable(path: Path) -> str:
+    """A path as text also where its name is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def bad_image(source: Source, number: int, error: DataError | str, advice: str) -> DataError:
+    """What to raise for a record that is bad, and for which reason."""
+    return DataError(f"{source.key(number)} is bad: {error}. {advice}")
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"it cannot be read: {error.strerror}") from error
 
 
 @dataclass
@@ -201,7 +212,7 @@ class FileSource:
         return -1
 
     def key(self, index: int) -> str:
-        return str(self.files[index])
+        return printable(self.files[index])
 
     def fingerprint(self) -> str:
         return digest([f"{file} {file.stat().st_size}" for file in self.files])

@@ -42,14 +42,14 @@ class TfdsSource:
                 "data.image_feature names it"
             )
         known: Any = builder.info.splits
-        if split.split("[")[0] not in known:
+        if split.isidentifier() and split not in known:
             raise DataError(f"{name} has no split {split!r}; it has {', '.join(known) or 'none'}")
         self.name, self.split, self._image = name, split, image
         # A label that is a bare number, without a set of classes, counts as none.
         labelled = "label" in features and hasattr(features["label"], "names")
         self.classes = tuple(features["label"].names) if labelled else ()
         try:
-            count = known[split].num_examples
+            parts, count = known[split].file_instructions, known[split].num_examples
         except Exception as error:  # TFDS has no common class for what can be wrong with a slice
             raise DataError(f"{split!r} is no split of {name}: {error}") from error
         if not count:
@@ -57,15 +57,20 @@ class TfdsSource:
         if (told := builder.info.description or "").startswith(CHANGED):
             log.warning("%s is no original: %s", name, told.removeprefix(CHANGED))
         self._records: Any = _records(builder, split, image, index_dir)
-        shards = [Path(file) for file in known[split.split("[")[0]].filepaths]
-        sizes = [f"{shard.name} {shard.stat().st_size}" for shard in shards]
+        files = [Path(part.filename) for part in parts]
+        sizes = [f"{file.name} {file.stat().st_size}" for file in files]
         self._fingerprint = digest([name, split, str(len(self)), *sizes])
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except DataError:
+            raise
+        except Exception as error:  # of whatever parses it
+            raise DataError(f"its record cannot be read: {error}") from error
         label = int(record["label"]) if self.classes else -1
         return {"image": record[self._image], "label": label, "key": self.key(index)}
 
@@ -85,18 +90,16 @@ def _records(builder: Any, split: str, image: str, index_dir: Path | None) -> An
     decoders: Any = {image: tfds.decode.SkipDecoding()} if encoded else None
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         return builder.as_data_source(split, decoders=decoders)
-    of_files = {
-        Path(path): length
-        for path, length in zip(
-            builder.info.splits[split.split("[")[0]].filepaths,
-            builder.info.splits[split.split("[")[0]].shard_lengths,
-        )
+    counts = {
+        Path(path): count
+        for info in builder.info.splits.values()
+        for path, count in zip(info.filepaths, info.shard_lengths)
     }
     shards = []
     for part in builder.info.splits[split].file_instructions:
         path = Path(part.filename)
-        last = part.skip + part.take if part.take != -1 else of_files[path]
-        shards.append(Shard(path, of_files[path], part.skip, last))
+        last = counts[path] if part.take == -1 else part.skip + part.take
+        shards.append(Shard(path, counts[path], part.skip, last))
     return _Parsed(TfRecords(shards, index_dir), builder.info.features, decoders)
 
 
@@ -122,15 +125,11 @@ def open_builder(name: str, data_dir: str | None) -> Any:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         pass
+    except (AssertionError, ValueError) as error:
+        raise DataError(f"{name!r} is no name of a data set: {error}") from error
     if name in EMBEDDED:
         return prepare(name, data_dir)
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError):
-        where = data_dir or "TFDS's own folder"
-        raise DataError(f"TFDS knows no data set called {name!r}, nor is it in {where}") from None
-    except ImportError as error:
-        raise DataError(needs_tensorflow(name, error)) from error
+    builder = _with_code(name, data_dir)
     advice = f"python -m mae_jax.data prepare {name}"
     raise DataError(
         f"{name} is not prepared in {builder.data_dir}. Set data.path to where it is, or prepare "
@@ -149,24 +148,34 @@ def prepare(name: str, data_dir: str | None) -> Any:
 
         builder: Any = embedded.PhotoCrops(data_dir=data_dir, file_format="array_record")
     else:
-        try:
-            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        except tfds.core.registered.DatasetNotFoundError:
-            raise DataError(f"TFDS knows no data set called {name!r}") from None
-        except ImportError as error:
-            raise DataError(needs_tensorflow(name, error)) from error
+        builder = _with_code(name, data_dir)
     if not builder.is_prepared():
         log.info("preparing %s in %s", name, builder.data_dir)
     try:
         # The default format would fail at its very end without TensorFlow.
         builder.download_and_prepare(file_format="array_record")
     except ImportError as error:
-        raise DataError(needs_tensorflow(name, error)) from error
+        raise DataError(_needs(name, error)) from error
     except AssertionError as error:  # files that have to be fetched by hand are not there
         raise DataError(str(error)) from error
     return builder
 
 
-def needs_tensorflow(name: str, error: ImportError) -> str:
+def _with_code(name: str, data_dir: str | None) -> Any:
+    """The builder of a data set that TFDS knows how to prepare."""
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError:
+        where = data_dir or "TFDS's own folder"
+        raise DataError(
+            f"TFDS knows no data set called {name!r}, nor is it in {where}, nor is it a folder"
+        ) from None
+    except ImportError as error:
+        raise DataError(_needs(name, error)) from error
+    except (AssertionError, ValueError) as error:  # a version or config that does not exist
+        raise DataError(f"{name!r} is none of TFDS's: {error}") from error
+
+
+def _needs(name: str, error: ImportError) -> str:
     """What to say where preparing, but not reading, takes a package that is not installed."""
     return f"preparing {name} takes {error.name}: pip install 'mae_jax[prepare]' ({error})"

@@ -2,7 +2,8 @@
 
 A record is its length (uint64), a checksum of that (uint32), its bytes, and a checksum of them
 (uint32), all little-endian. Nothing says where records begin, so files are walked once, from length
-to length; where each record lies is then kept in an index.
+to length; where each record lies is then kept in an index. Checksums are not looked at: what is
+damaged shows when a record is parsed, or its image decoded.
 """
 
 import logging
@@ -26,7 +27,7 @@ BEFORE, AFTER = 12, 4  # bytes around the data of a record
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of which `records` are said to be in it, and those from `first` to `last` are read."""
+    """A file said to hold `records` records, of which those from `first` up to `last` are read."""
 
     path: Path
     records: int
@@ -71,9 +72,13 @@ class TfRecords:
 def _indices(shards: Sequence[Shard], index_dir: Path | None) -> Iterable[tuple[Shard, np.ndarray]]:
     """The index of each file, taken from the folder of indices where it is there already."""
     try:
-        lines = [f"{shard.path.absolute()} {shard.path.stat().st_size}" for shard in shards]
+        stats = [shard.path.stat() for shard in shards]
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist") from error
+    lines = [
+        f"{shard.path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+        for shard, stat in zip(shards, stats)
+    ]
     kept = index_dir and index_dir / f"{shards[0].path.name.split('-')[0]}-{digest(lines)}.npz"
     if kept and kept.exists():
         with np.load(kept) as arrays:
@@ -82,9 +87,16 @@ def _indices(shards: Sequence[Shard], index_dir: Path | None) -> Iterable[tuple[
     log.info("looking once for where the records of %d TFRecord files begin", len(shards))
     found = list(console.progress(map(_index, shards), len(shards), "files"))
     if kept:
-        with whole(kept) as part, part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **{str(n): index for n, index in enumerate(found)})
+        _keep(kept, found)
     yield from zip(shards, found)
+
+
+def _keep(path: Path, found: Sequence[np.ndarray]) -> None:
+    try:
+        with whole(path) as part, part.open("wb") as file:
+            np.savez(file, allow_pickle=False, **{str(n): index for n, index in enumerate(found)})
+    except OSError as error:
+        log.warning("the index could not be kept, and will be made again: %s", error)
 
 
 def _index(shard: Shard) -> np.ndarray:

@@ -146,7 +146,7 @@ class CanvasTransform:
             crop = resize(crop, self.train.image_size)
         size = np.array(crop.shape[:2], np.int32)
         # A copy, for what is waiting not to hold whole images.
-        return {"crop": np.ascontiguousarray(crop), "crop_size": size, "flip": np.array(flip)}
+        return {"crop": crop.copy(), "crop_size": size, "flip": np.array(flip)}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -154,7 +154,7 @@ class CanvasTransform:
         return {"crop": (self.side, self.side, self.train.channels)}
 
 
-MAX_ASPECT = 16  # of the part of an image that is looked at
+MAX_ASPECT = 16.0  # of the part of an image that is looked at, if the model's is not larger
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class EvalTransform:
         height, width = self.image_size
         if self.squash:
             return {"image": resize(image, self.image_size, self.interpolation)}
-        image = _without_ends(image)
+        image = _without_ends(image, max(MAX_ASPECT, height / width, width / height))
         scale = max(height / image.shape[0], width / image.shape[1]) / self.crop
         shape = (
             max(height, round(image.shape[0] * scale)),
@@ -189,9 +189,9 @@ class EvalTransform:
         return {"image": array[top : top + height, left : left + width]}
 
 
-def _without_ends(image: Pixels) -> Pixels:
+def _without_ends(image: Pixels, aspect: float) -> Pixels:
     """A strip without the ends that no crop reaches, which enlarged would fill the memory."""
     height, width = image.shape[:2]
-    rows, columns = min(height, MAX_ASPECT * width), min(width, MAX_ASPECT * height)
+    rows, columns = min(height, math.ceil(aspect * width)), min(width, math.ceil(aspect * height))
     top, left = (height - rows) // 2, (width - columns) // 2
     return image[top : top + rows, left : left + columns]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images uint8 [b, h, w, c] -> [b, ...]
+FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images [b, h, w, c] -> [b, ...]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Where the images of a run come from, and how they are read, cropped and resized."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,16 @@ import numpy as np
 
 from mae_jax import console, sharding
 from mae_jax.data.augment import RandAugment
+from mae_jax.data.batches import Batch
 from mae_jax.data.decode import MODES, decode
-from mae_jax.data.loader import Batch, Loader, ordered_batches
+from mae_jax.data.loader import Loader, cores, ordered_batches
 from mae_jax.data.memory import InMemory
 from mae_jax.data.opening import has_split, open_source
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import few_shot
 from mae_jax.data.transforms import AUGMENTS, CanvasTransform, EvalTransform, TrainTransform
 from mae_jax.evals.extract import Images
-from mae_jax.pixels import IMAGENET_MEAN, crop_resize
+from mae_jax.pixels import crop_resize, units_match
 from mae_jax.recipe import Config
 
 RESIZERS = ("auto", "host", "device")
@@ -49,7 +49,6 @@ def make_train_source(config: Config, index_dir: Path) -> Source:
             "images needs one folder per class, a TFDS data set a ClassLabel called 'label'"
         )
     source = source if data.shots is None else few_shot(source, data.shots, data.shots_seed)
-    _check_units(config, source)
     return _in_memory(config, source)
 
 
@@ -71,6 +70,7 @@ def make_eval_source(
             f"the images of data.eval_split={data.eval_split!r} have no class labels: they need "
             "one folder per class"
         )
+    value_type(config, source)
     return _in_memory(config, source)
 
 
@@ -91,22 +91,26 @@ def _in_memory(config: Config, source: Source) -> Source:
     if not config.data.in_memory:
         return source
     channels, exif = config.model.channels, config.data.exif
-    return InMemory(source, channels, exif=exif, threads=os.cpu_count() or 1)
+    return InMemory(source, channels, exif=exif, threads=cores())
 
 
-def _check_units(config: Config, source: Source) -> None:
-    """ValueError for values of another range with a mean and a deviation that cannot be theirs."""
-    data, channels = config.data, config.model.channels
+def value_type(config: Config, source: Source) -> np.dtype:
+    """The type of a source's values, by its first image; uint8 where that is bad.
+
+    Raises:
+      ValueError: data.mean and data.std are not in the units of such values.
+    """
     try:
-        image = decode(source[0]["image"], channels, data.exif)
+        kind = decode(source[0]["image"], config.model.channels).dtype
     except DataError:
-        return  # reading will say so, or skip it
-    if image.dtype != np.uint8 and tuple(data.mean) == IMAGENET_MEAN:
+        return np.dtype(np.uint8)  # reading it will say so, or skip it
+    if not units_match(kind, tuple(config.data.mean)):
         raise ValueError(
-            f"{source.key(0)} has values of {image.dtype}, but data.mean and data.std are those of "
-            "photographs, as shares of 255: they have to be in the same units as the values. "
-            "python -m mae_jax.data stats computes them"
+            f"{source.key(0)} has values of {kind}, which data.mean={tuple(config.data.mean)} does "
+            "not fit: of uint8 it is a share of 255, of other types in the units of the values. "
+            "python -m mae_jax.data stats computes it"
         )
+    return kind
 
 
 def make_eval_transform(config: Config) -> EvalTransform:
@@ -116,8 +120,8 @@ def make_eval_transform(config: Config) -> EvalTransform:
     )
 
 
-def make_train_transform(config: Config) -> EvalTransform | TrainTransform:
-    """What is done to the images of training, if they are resized on the host."""
+def make_train_transform(config: Config, kind: np.dtype) -> EvalTransform | TrainTransform:
+    """What is done to the images of training, of values of a type, if the host resizes them."""
     data = config.data
     low, high = data.crop_scale
     if not 0 < low <= high <= 1:
@@ -128,8 +132,8 @@ def make_train_transform(config: Config) -> EvalTransform | TrainTransform:
         return make_eval_transform(config)
     augment = None
     if data.augment == "randaugment":
-        if config.model.channels not in MODES:
-            raise ValueError("data.augment='randaugment' is for grey and RGB images")
+        if config.model.channels not in MODES or kind != np.uint8:
+            raise ValueError("data.augment='randaugment' is for grey and RGB images of uint8")
         augment = RandAugment(
             fill=tuple(round(255 * mean) for mean in data.mean),
             magnitude=data.randaugment_magnitude,
@@ -147,8 +151,8 @@ def make_train_transform(config: Config) -> EvalTransform | TrainTransform:
     )
 
 
-def resizes_on_device(config: Config) -> bool:
-    """Whether crops of training images are resized by the devices.
+def resizes_on_device(config: Config, kind: np.dtype) -> bool:
+    """Whether crops of training images, of values of a type, are resized by the devices.
 
     Raises:
       ValueError: that is asked for, but cannot be.
@@ -157,11 +161,12 @@ def resizes_on_device(config: Config) -> bool:
     if data.resize_on not in RESIZERS:
         raise ValueError(f"data.resize_on={data.resize_on!r}; use one of {', '.join(RESIZERS)}")
     possible = data.augment in ("crop", "weak_crop") and model.channels in MODES
-    possible = possible and data.canvas >= max(model.image_size)
+    possible = possible and kind == np.uint8 and data.canvas >= max(model.image_size)
     if data.resize_on == "device" and not possible:
         raise ValueError(
             "data.resize_on='device' is for data.augment='crop' or 'weak_crop', for grey or RGB "
-            f"images, and for a data.canvas (={data.canvas}) not smaller than model.image_size"
+            f"images of uint8, and for a data.canvas (={data.canvas}) not smaller than "
+            "model.image_size"
         )
     if data.resize_on == "auto":
         return possible and jax.default_backend() != "cpu"
@@ -175,13 +180,19 @@ def readers(config: Config) -> tuple[int, int]:
         raise ValueError(f"data.workers={data.workers} must be at least 0")
     if data.threads is not None and data.threads < 1:
         raise ValueError(f"data.threads={data.threads} must be at least 1")
-    cores = os.cpu_count() or 1
-    return data.workers, data.threads or max(cores // max(data.workers, 1), 1)
+    if data.workers and (data.in_memory or data.source == "arrays"):
+        raise ValueError(
+            f"data.workers={data.workers}: images in memory are read by threads of the main "
+            "process, which data.workers=0 asks for; each other would hold all of them"
+        )
+    return data.workers, data.threads or max(cores() // max(data.workers, 1), 1)
 
 
-def make_prepare(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
+def make_prepare(
+    config: Config, mesh: jax.sharding.Mesh, on_device: bool
+) -> Callable[[dict], dict]:
     """What the devices do to a batch before the task takes it."""
-    if not resizes_on_device(config):
+    if not on_device:
         return lambda batch: batch
     size = tuple(config.model.image_size)
     # Each device resizes the images that it has.
@@ -199,11 +210,11 @@ def make_prepare(config: Config, mesh: jax.sharding.Mesh) -> Callable[[dict], di
     return prepare
 
 
-def advice(config: Config) -> str:
+def advice(config: Config, on_device: bool) -> str:
     """What to do where reading images is what training waits for."""
     workers, threads = readers(config)
     found = [f"more data.workers or data.threads than {max(workers, 1)} x {threads}, or more cores"]
-    if jax.default_backend() != "cpu" and not resizes_on_device(config):
+    if jax.default_backend() != "cpu" and not on_device:
         found.append("data.resize_on=device")
     if not config.data.in_memory:
         found.append("data.in_memory=True for small images")
@@ -211,12 +222,12 @@ def advice(config: Config) -> str:
     return "; ".join(found)
 
 
-def make_loader(config: Config, source: Source, num_classes: int | None) -> Loader:
+def make_loader(config: Config, source: Source, num_classes: int | None, kind: np.dtype) -> Loader:
     data = config.data
     if data.on_bad not in ("raise", "skip"):
         raise ValueError(f"data.on_bad={data.on_bad!r}; use 'raise' or 'skip'")
-    transform, shapes = make_train_transform(config), {}
-    if resizes_on_device(config):
+    transform, shapes = make_train_transform(config, kind), {}
+    if resizes_on_device(config, kind):
         assert isinstance(transform, TrainTransform)
         transform = CanvasTransform(transform, data.canvas)
         shapes = transform.shapes
@@ -253,7 +264,7 @@ def make_images(
             source,
             make_eval_transform(config),
             sharding.round_up(config.eval.batch_size, mesh),
-            threads=os.cpu_count() or 1,
+            threads=cores(),
             skip=config.data.on_bad == "skip",
             max_bad=config.data.max_bad,
             num_classes=num_classes,
