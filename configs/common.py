@@ -123,7 +123,8 @@ def _data() -> ConfigDict:
     data.randaugment_std = 0.5  # standard deviation of the magnitude
     data.randaugment_layers = 2  # operations per image, each skipped half of the time
     data.cache_features = False  # of a frozen encoder without augmentation: compute them only once
-    data.eval_crop = 0.875  # share of an image's sides that evaluation looks at
+    data.eval_crop = optional(float)  # share of an image's sides that evaluation looks at; None, as
+    # in the reference: 224/256, and all of it where the model's images are larger than 224 pixels
     data.mean = IMAGENET_MEAN  # per channel: of photographs of values 0..1, else in their units
     data.std = IMAGENET_STD
     data.resize_on = "auto"  # where crops are resized: "host", "device", auto is device on a GPU

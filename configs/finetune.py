@@ -6,7 +6,7 @@
 Reported by the paper, not measured by us, top-1 of B / L / H: 83.6 / 85.9 / 86.9 %. At another size
 the checkpoint's position table is resampled; beyond 224 px evaluation looks at the whole image:
 
-    --config.model.image_size=(448,448) --config.data.eval_crop=1.0
+    --config.model.image_size=(448,448)
 
 The last k blocks alone (paper figure 9): --config.optim.train_last_blocks=4. Few images per class:
 --config.data.shots=10. Data sets smaller than a batch of 1024: --config.batch_size=128.

@@ -23,6 +23,7 @@ from mae_jax.checkpoint import flatten
 from mae_jax.data.sources import DataError
 from mae_jax.experiment import ConfigError, build
 from mae_jax.recipe import judges
+from mae_jax.recipe.data import make_eval_transform
 from mae_jax.sizes import SIZES
 from mae_jax.start import FREE
 
@@ -276,3 +277,14 @@ def test_sizes_of_small_images():
         small.get_config("vit_ti16,50")
     with pytest.raises(ValueError, match="is not SCALE,ROW"):
         ablations.get_config("demo,nothing")
+
+
+@pytest.mark.parametrize(
+    ("side", "given", "crop"),
+    [(224, None, 0.875), (96, None, 0.875), (448, None, 1.0), (448, 0.9, 0.9)],
+)
+def test_what_evaluation_looks_at_is_the_references(side, given, crop):
+    config = common.base()
+    config.model.image_size = (side, side)
+    config.data.eval_crop = given
+    assert make_eval_transform(config).crop == crop

@@ -8,6 +8,7 @@ import numpy as np
 
 from mae_jax.checkpoint import CheckpointError, read_run
 from mae_jax.convert.info import ConvertError
+from mae_jax.data.transforms import usual_crop
 from mae_jax.models.patches import patch_grid, sincos_position_table
 from mae_jax.trees import named_leaves
 
@@ -49,7 +50,7 @@ def load_run(
         "mean": tuple(data["mean"])[: model["channels"]],
         "std": tuple(data["std"])[: model["channels"]],
         "resize": "crop",
-        "crop": data["eval_crop"],
+        "crop": data["eval_crop"] or usual_crop(model["image_size"]),
         "interpolation": "bicubic",
         "exif": data.get("exif", False),  # runs from before there was one ignored it
         "norm_pix_eps": config["target"]["norm_pix_eps"],

@@ -1,6 +1,7 @@
 """Encoded images to arrays of one size, on the host; resizing is Pillow's, to the bit."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,6 +156,11 @@ class CanvasTransform:
 
 
 MAX_ASPECT = 16.0  # of the part of an image that is looked at, if the model's is not larger
+
+
+def usual_crop(image_size: Sequence[int]) -> float:
+    """The reference's `crop` of an EvalTransform, by the model's image size."""
+    return 224 / 256 if max(image_size) <= 224 else 1.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,13 @@ from mae_jax.data.memory import InMemory
 from mae_jax.data.opening import has_split, open_source
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import few_shot
-from mae_jax.data.transforms import AUGMENTS, CanvasTransform, EvalTransform, TrainTransform
+from mae_jax.data.transforms import (
+    AUGMENTS,
+    CanvasTransform,
+    EvalTransform,
+    TrainTransform,
+    usual_crop,
+)
 from mae_jax.evals.extract import Images
 from mae_jax.pixels import crop_resize, units_match
 from mae_jax.recipe import Config
@@ -114,10 +120,9 @@ def value_type(config: Config, source: Source) -> np.dtype:
 
 
 def make_eval_transform(config: Config) -> EvalTransform:
-    model, data = config.model, config.data
-    return EvalTransform(
-        tuple(model.image_size), model.channels, crop=data.eval_crop, exif=data.exif
-    )
+    size, data = tuple(config.model.image_size), config.data
+    crop = usual_crop(size) if data.eval_crop is None else data.eval_crop
+    return EvalTransform(size, config.model.channels, crop=crop, exif=data.exif)
 
 
 def make_train_transform(config: Config, kind: np.dtype) -> EvalTransform | TrainTransform:

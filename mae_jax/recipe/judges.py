@@ -36,7 +36,7 @@ def check_evaluation(config: Config) -> None:
         raise ValueError(f"eval.knn_k={ks} must be numbers from 1 up, as in (10,)")
     if config.eval.stats not in STATISTICS:
         raise ValueError(f"eval.stats={config.eval.stats!r}; use one of {', '.join(STATISTICS)}")
-    if not 0 < config.data.eval_crop <= 1:
+    if config.data.eval_crop is not None and not 0 < config.data.eval_crop <= 1:
         raise ValueError(f"data.eval_crop={config.data.eval_crop} must lie above 0, up to 1")
     check_shown(config.eval.show_channels, config.model.channels)
     if config.eval.knn_temperature <= 0:
