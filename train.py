@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
         _fail(f"unexpected argument {argv[1]!r}; overrides are written --config.key=value")
     from mae_jax import console, experiment
     from mae_jax.checkpoint import CheckpointError
+    from mae_jax.data.loader import WorkerError
     from mae_jax.data.sources import DataError
     from mae_jax.health import NonFiniteError
 
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> None:
         experiment.run(CONFIG.value, Path(WORKDIR.value or ""))
     except (experiment.ConfigError, DataError, CheckpointError) as error:
         _fail(str(error))
+    except WorkerError as error:
+        _fail(str(error), code=1)
     except NonFiniteError as error:
         _fail(str(error), code=3)
 

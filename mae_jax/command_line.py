@@ -204,6 +204,13 @@ def images_said(number: int) -> str:
     return f"{number} image{'' if number == 1 else 's'}"
 
 
+def as_flags(message: str) -> str:
+    """A message from below with flags in place of keys."""
+    for key, flag in FLAGS.items():
+        message = message.replace(key, flag)
+    return message
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a command; bad input ends it with one sentence and exit code 2."""
     console.setup_logging()
@@ -211,10 +218,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (ConvertError, DataError, OSError) as error:
-        message = str(error)
-        for key, flag in FLAGS.items():
-            message = message.replace(key, flag)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {as_flags(str(error))}", file=sys.stderr)
         sys.exit(2)
     except MemoryError:
         print("error: there is not enough memory for this", file=sys.stderr)

@@ -69,6 +69,8 @@ def build(config: Config, workdir: Path) -> Run:
         blocks = task.train_last_blocks if classifies else None
         loader = None
         kind = data.value_type(config, train_source)
+        if eval_source:
+            data.value_type(config, eval_source)
         if duration.total_steps:
             classes = task.model.num_classes if classifies else None
             loader = data.make_loader(config, train_source, classes, kind)

@@ -158,6 +158,8 @@ def test_epochs_and_steps(folder):
         (dict(seed=-1), "seed=-1"),
         (dict(eval__knn_k=("a",)), r"eval.knn_k=\('a',\)"),
         (dict(eval__knn_temperature=0.0), "eval.knn_temperature=0.0"),
+        (dict(data__std=(0.2, 0.0, 0.2)), "data.std=.0.2, 0.0, 0.2.: numbers, those of data.std"),
+        (dict(data__canvas=0), "data.canvas=0"),
         (dict(data__eval_crop=0.0, data__augment="none"), "data.eval_crop=0.0"),
         (dict(model__image_size=(64,)), r"model.image_size=\(64,\) is not a height and a width"),
         (dict(optim__base_lr=-1.0), "optim.base_lr=-1.0"),

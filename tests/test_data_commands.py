@@ -98,15 +98,27 @@ def test_cache_leaves_nothing_half_written(damaged, tmp_path, caplog):
     command = ["cache", str(damaged), str(tmp_path / "out"), "--split", "train"]
     with pytest.raises(DataError, match="cut.jpg is bad: .*--skip-bad"):
         data.main(command)
-    assert not list((tmp_path / "out").glob("set_a_320/*"))
+    assert not (tmp_path / "out").exists()
     data.main([*command, "--skip-bad"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["set_a_320"]
     assert "left out a bad image" in caplog.text
     assert len(open_source("tfds", "set_a_320", str(tmp_path / "out"), "train")) == 20
+
+
+def test_splits_that_do_not_exist(folder, tmp_path):
+    for command in ("check", "stats"):
+        with pytest.raises(DataError, match="Set A/nope does not exist"):
+            data.main([command, str(folder), "--split", "nope"])
+    (folder / "train").rename(folder / "val")
+    with pytest.raises(DataError, match="Set A/train does not exist"):
+        data.main(["stats", str(folder)])
 
 
 def test_prepare(tmp_path, capsys):
     data.main(["prepare", "photo_crops", "--data-dir", str(tmp_path)])
     assert f"name=photo_crops --config.data.path={tmp_path}" in capsys.readouterr().out
+    with pytest.raises(DataError, match="is of TFDS: name the data set, and --data-dir"):
+        data.main(["check", str(tmp_path)])
     with pytest.raises(DataError, match="knows no data set called 'imagenot'"):
         data.main(["prepare", "imagenot", "--data-dir", str(tmp_path)])
 

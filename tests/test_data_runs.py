@@ -239,4 +239,4 @@ def test_waiting_is_measured_and_warned_of_once(photographs, tmp_path, caplog, m
     assert all(0 <= row["data_ready"] <= 2 for row in windows)
     said = [r.getMessage() for r in caplog.records if "waits for images" in r.getMessage()]
     assert len(said) == 1
-    assert "What helps: more data.workers or data.threads than" in said[0]
+    assert "What helps: more cores, with data.threads above" in said[0]

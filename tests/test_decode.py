@@ -73,6 +73,12 @@ def bomb(kind):
     return encoded(Image.new("1" if kind == "PNG" else "L", (20_000, 20_000), 1), kind)
 
 
+def two_arrays():
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros((9, 9, 3)), b=np.zeros((9, 9, 3)))
+    return buffer.getvalue()
+
+
 JPEG = encoded(photograph(), "JPEG", quality=91)
 BAD = {
     "empty": (b"", "it is empty"),
@@ -86,8 +92,9 @@ BAD = {
     "a bomb of a PNG": (bomb("PNG"), "decompression bomb"),
     "a bomb of a JPEG": (bomb("JPEG"), "decompression bomb"),
     "32-bit grey": (encoded(Image.new("F", (4, 4)), "TIFF"), "32-bit numbers"),
-    "half a .npy": (saved(np.zeros((9, 9, 3)))[:200], "."),
-    "half a .npz": (saved(np.zeros((9, 9, 3)), ".npz")[:200], "."),
+    "half a .npy": (saved(np.zeros((9, 9, 3)))[:200], "no whole numpy file"),
+    "half a .npz": (saved(np.zeros((9, 9, 3)), ".npz")[:200], "no whole numpy file"),
+    "two arrays": (two_arrays(), "it has the arrays a, b: one has to be called 'image'"),
     "pickled": (saved(np.array([{}], object)), "."),
     "too few channels": (saved(np.zeros((9, 9, 2))), r"its shape is \[9, 9, 2\]"),
     "no pixels": (saved(np.zeros((0, 9, 3))), r"its shape is \[0, 9, 3\]"),

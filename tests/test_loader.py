@@ -13,7 +13,7 @@ import pytest
 from pictures import fill_folder, noise_image
 
 from mae_jax.data.batches import Memory
-from mae_jax.data.loader import ArrayLoader, Loader, ordered_batches
+from mae_jax.data.loader import ArrayLoader, Loader, WorkerError, ordered_batches
 from mae_jax.data.sources import DataError, FolderSource
 from mae_jax.data.transforms import CanvasTransform, EvalTransform, TrainTransform, resize
 
@@ -94,7 +94,7 @@ class TestLoader:
             same = before["index"] != number
             np.testing.assert_array_equal(before["image"][same], after["image"][same])
         warnings = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
-        assert warnings == [f"skipped a bad image (1 so far): {bad}"]
+        assert warnings == [f"skipped a bad image (1 so far): {bad}: it is empty"]
 
     def test_too_many_bad_images(self, folder):
         for i in range(3):
@@ -171,7 +171,7 @@ def test_a_killed_worker_is_an_error_and_leaves_nobody_behind(folder):
     before = workers_of(os.getpid())
     assert len(before) == 2
     os.kill(before[0], signal.SIGKILL)
-    with pytest.raises(DataError, match=r"was killed \(exit code -9\): if memory ran out"):
+    with pytest.raises(WorkerError, match=r"was killed \(exit code -9\): if memory ran out"):
         list(batches)  # they have no end
     wait_until(lambda: not workers_of(os.getpid()))
 

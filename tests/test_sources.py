@@ -78,6 +78,11 @@ class TestFolder:
         assert len(source) == 22
         assert source.files == sorted(source.files, key=os.fsencode)
         assert source.fingerprint()
+        (folder / "zebra" / "z\nz\x1b[31m.png").write_bytes(b"")
+        source = FolderSource(str(folder), "train")
+        keys = [source.key(number) for number in range(len(source))]
+        assert all(key.isprintable() for key in keys)
+        assert {"z\\nz\\x1b[31m.png", "\\xff.png"} <= {key.split("/")[-1] for key in keys}
 
     def test_unreadable_files_are_named(self, folder):
         (folder / "ant" / "0.png").unlink()
@@ -179,7 +184,7 @@ class TestTfRecords:
             for _ in range(2):
                 source = TfdsSource("tiny_set", "train", str(TFRECORDS), index_dir=tmp_path / "i")
                 assert len(records(source)) == 14
-        assert caplog.text.count("looking once for where the records of 3 TFRecord files") == 1
+        assert caplog.text.count("looking for where records begin in TFRecord files: 3") == 1
         assert [path.name[:9] for path in (tmp_path / "i").iterdir()] == ["tiny_set-"]
 
     def test_a_file_that_was_written_anew_is_indexed_anew(self, tmp_path):
@@ -275,6 +280,9 @@ class TestArrays:
         np.savez(tmp_path / "e.npz", image=images, label=np.array(list("xyzxyz")))
         with pytest.raises(DataError, match="e.npz: its array 'label' is of <U1, not of class n"):
             open_source("arrays", None, str(tmp_path), "e")
+        np.savez(tmp_path / "f.npz", image=images, label=labels, classes=["x"])
+        with pytest.raises(DataError, match="f.npz has labels from 0 to 2 for 1 classes"):
+            open_source("arrays", None, str(tmp_path), "f")
         (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
         with pytest.raises(DataError, match="c.npz cannot be read"):
             open_source("arrays", None, str(tmp_path), "c")

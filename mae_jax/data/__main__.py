@@ -48,7 +48,7 @@ def check_command(parser: argparse.ArgumentParser) -> None:
             console.print_table(f"{arguments.data} {split}".strip(), _described(source, report))
             bad |= report.bad
         for key, reason in list(bad.items())[:SHOWN]:
-            print(f"{key}: {reason}")
+            print(f"{key}: {command_line.as_flags(reason)}")
         if len(bad) > SHOWN:
             print(f"... and {len(bad) - SHOWN} more{'' if arguments.out else ': --out lists all'}")
         if arguments.out:
@@ -63,12 +63,14 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 
 def stats_command(parser: argparse.ArgumentParser) -> None:
     """Computes the mean and the standard deviation of every channel, for the config."""
-    _add_data(parser, split="train")
+    _add_data(parser, "train, or all of a folder without splits")
     parser.add_argument(
         "--images", type=command_line.count, help="so many, evenly spaced; all unless given"
     )
 
     def run(arguments: argparse.Namespace) -> None:
+        if arguments.split is None and splits_of(arguments.data, arguments.data_dir) != [""]:
+            arguments.split = "train"
         (source,) = _sources(arguments).values()
         if arguments.images:
             source = evenly_spaced(source, arguments.images)
@@ -137,11 +139,10 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_data(parser: argparse.ArgumentParser, split: str | None = None) -> None:
+def _add_data(parser: argparse.ArgumentParser, split: str = "all there are") -> None:
     parser.add_argument("data", help="a folder, or the name of a TFDS data set")
     parser.add_argument("--data-dir", help="where TFDS data sets are; TFDS's own unless given")
-    said = f"({split})" if split else "(all there are)"
-    parser.add_argument("--split", default=split, help=f"of the data {said}")
+    parser.add_argument("--split", help=f"of the data ({split})")
     parser.add_argument("--channels", type=command_line.count, default=3, help="of images (3)")
     parser.add_argument("--image-feature", default="image", help="of a TFDS data set (image)")
 
@@ -171,6 +172,8 @@ def _described(source: Source, report: Report) -> dict[str, object]:
     if source.classes:
         counts = [report.classes[number] for number in range(len(source.classes))]
         rows["classes"] = f"{len(counts)}, of {min(counts)} to {max(counts)} good images"
+        if others := report.classes.total() - sum(counts):
+            rows["labels that are no class"] = others
     if report.sizes:
         sizes = np.array(report.sizes)
         low, middle, high = (

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,12 @@ def write_cache(smaller: Smaller) -> Any:
     if smaller.is_prepared():
         raise DataError(f"{smaller.data_dir} exists already: remove it, or take another --name")
     tfds.disable_progress_bar()  # ours also knows how much is left
-    with contextlib.redirect_stdout(io.StringIO()):  # it would speak of downloads
-        smaller.download_and_prepare(file_format="array_record")
+    try:
+        with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
+            smaller.download_and_prepare(file_format="array_record", download_dir=downloads)
+    except BaseException:
+        for folder in Path(smaller.data_dir).parents[:2]:  # of the data set, and the one it is in
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is empty
+        raise
     return smaller

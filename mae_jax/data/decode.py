@@ -145,12 +145,17 @@ def _stack(encoded: bytes) -> np.ndarray:
 
 
 def _load(encoded: bytes) -> np.ndarray:
-    """The array of a .npy, or the one called "image", else the first, of a .npz."""
-    found: Any = np.load(io.BytesIO(encoded), allow_pickle=False)
-    if isinstance(found, np.ndarray):
-        return found
-    names = found.files
-    return found["image" if "image" in names else names[0]]
+    """The array of a .npy, or the only one, or the one called "image", of a .npz."""
+    try:
+        found: Any = np.load(io.BytesIO(encoded), allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found
+        name = found.files[0] if len(found.files) == 1 else "image"
+        if name in found:
+            return found[name]
+    except Exception as error:
+        raise DataError(f"it is no whole numpy file of numbers: {error}") from error
+    raise DataError(f"it has the arrays {', '.join(found.files)}: one has to be called 'image'")
 
 
 def _checked(array: np.ndarray, channels: int) -> Pixels:

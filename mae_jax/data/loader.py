@@ -21,7 +21,7 @@ from absl import flags
 
 from mae_jax.data.batches import Batch, Shapes, gather
 from mae_jax.data.decode import Encoded
-from mae_jax.data.sources import DataError, Source, bad_image
+from mae_jax.data.sources import DataError, Record, Source, bad_image
 from mae_jax.data.transforms import Example
 
 Transform = Callable[[Encoded, Any], Example]
@@ -29,6 +29,10 @@ T = TypeVar("T")
 AHEAD = 16  # records that a thread, or a process, may be ahead
 SKIP_ADVICE = "Mend or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
+
+
+class WorkerError(Exception):
+    """A process that reads images is gone; the message says why that may be."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,7 @@ class Load:
         for skipped in range(min(len(self.source), self.max_bad + 1)):
             number = (index + skipped) % len(self.source)
             try:
-                record = self.source[number]
-                example = self.transform(record["image"], rng)
+                record, example = self.read(number, rng)
             except DataError as error:
                 if not self.skip:
                     raise bad_image(self.source, number, error, self.advice) from error
@@ -67,6 +70,11 @@ class Load:
         raise DataError(
             f"more than data.max_bad={self.max_bad} bad images from {self.source.key(index)} on"
         )
+
+    def read(self, number: int, rng: Any) -> tuple[Record, Example]:
+        """One record, and what the transform makes of it."""
+        record = self.source[number]
+        return record, self.transform(record["image"], rng)
 
     def _check_label(self, number: int, label: int) -> None:
         if self.num_classes is not None and not 0 <= label < self.num_classes:
@@ -130,16 +138,10 @@ class Loader:
             with _worker_errors():
                 size = self.batch_size // self.hosts
                 for batch in gather(iterator, size, self.source, self.shapes):
-                    self._note_skipped(batch.pop("skipped"), batch["index"], bad)
+                    _note_skipped(load, batch.pop("skipped"), batch["index"], bad)
                     yield batch
         finally:
             iterator.close()
-
-    def _note_skipped(self, skipped: np.ndarray, index: np.ndarray, bad: set[int]) -> None:
-        for row in np.flatnonzero(skipped):
-            for offset in range(skipped[row]):
-                number = int(index[row] + offset) % len(self.source)
-                _note_bad(self.source, number, bad, self.max_bad)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,22 +203,30 @@ def _worker_errors() -> Iterator[None]:
         if code == str(-signal.SIGBUS):
             why = "shared memory is full: make /dev/shm larger (docker run --shm-size), or set "
             why += "data.workers=0"
-        raise DataError(
-            f"a process that reads images was killed (exit code {code}): {why}. Nothing is lost: "
-            "the same command continues"
+        raise WorkerError(
+            f"a process that reads images was killed (exit code {code}): {why}. The same command "
+            "continues from the last checkpoint"
         ) from error
 
 
-def _note_bad(source: Source, number: int, bad: set[int], most: int) -> None:
-    """Names a bad record in the log, once; DataError if there are more than `most`."""
+def _note_skipped(load: Load, skipped: np.ndarray, index: np.ndarray, bad: set[int]) -> None:
+    for row in np.flatnonzero(skipped):
+        for offset in range(skipped[row]):
+            _note_bad(load, int(index[row] + offset) % len(load.source), bad)
+
+
+def _note_bad(load: Load, number: int, bad: set[int]) -> None:
+    """Names a bad record in the log, once; DataError if there are more than may be."""
     if number in bad:
         return
     bad.add(number)
-    log.warning("skipped a bad image (%d so far): %s", len(bad), source.key(number))
-    if len(bad) > most:
-        raise DataError(
-            f"more than data.max_bad={most} bad images; the last one was {source.key(number)}"
-        )
+    key = load.source.key(number)
+    try:
+        load.read(number, np.random.default_rng(0))
+    except DataError as error:
+        log.warning("skipped a bad image (%d so far): %s: %s", len(bad), key, error)
+    if len(bad) > load.max_bad:
+        raise DataError(f"more than data.max_bad={load.max_bad} bad images; the last one was {key}")
 
 
 def ordered_batches(
@@ -243,7 +253,7 @@ def ordered_batches(
         position = number * batch_size + np.arange(batch_size)
         valid = (position <= last) & (batch.pop("skipped") == 0)
         for index in position[(position <= last) & ~valid]:
-            _note_bad(source, int(index), bad, max_bad)
+            _note_bad(load, int(index), bad)
         yield batch | {"valid": valid}
 
 

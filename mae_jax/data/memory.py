@@ -46,6 +46,11 @@ class ArraySource:
         if labels is not None and not classes:
             classes = [str(number) for number in range(int(np.max(labels)) + 1)]
         self.classes = tuple(classes) if labels is not None else ()
+        if labels is not None and not -1 <= np.min(labels) <= np.max(labels) < len(classes):
+            raise DataError(
+                f"{name} has labels from {np.min(labels)} to {np.max(labels)} for {len(classes)} "
+                "classes: they are numbers from 0 up, or -1 for none"
+            )
 
     def __len__(self) -> int:
         return len(self._images)

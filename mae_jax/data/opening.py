@@ -77,6 +77,12 @@ def open_named(
     if not Path(data).is_dir():
         _check_name(data)
         return open_source("tfds", data, data_dir, split, classes, image=image)
+    if split and not has_split(Path(data), split):
+        raise DataError(f"{Path(data) / split} does not exist")
+    if any(any(Path(data).glob("*/" * depth + "dataset_info.json")) for depth in range(3)):
+        raise DataError(
+            f"{data} is of TFDS: name the data set, and --data-dir, the folder it is in"
+        )
     arrays = split and has_split(Path(data), split, ("arrays",))
     return open_source("arrays" if arrays else "folder", None, data, split, classes)
 

@@ -117,8 +117,9 @@ class FolderSource:
 
 
 def printable(path: Path) -> str:
-    """A path as text also where its name is not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A path as text that fits a line, whatever bytes are in its name."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def bad_image(source: Source, number: int, error: DataError | str, advice: str) -> DataError:

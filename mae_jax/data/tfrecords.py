@@ -84,7 +84,7 @@ def _indices(shards: Sequence[Shard], index_dir: Path | None) -> Iterable[tuple[
         with np.load(kept) as arrays:
             yield from ((shard, arrays[str(n)]) for n, shard in enumerate(shards))
         return
-    log.info("looking once for where the records of %d TFRecord files begin", len(shards))
+    log.info("looking for where records begin in TFRecord files: %d", len(shards))
     found = list(console.progress(map(_index, shards), len(shards), "files"))
     if kept:
         _keep(kept, found)

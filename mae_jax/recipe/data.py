@@ -76,7 +76,6 @@ def make_eval_source(
             f"the images of data.eval_split={data.eval_split!r} have no class labels: they need "
             "one folder per class"
         )
-    value_type(config, source)
     return _in_memory(config, source)
 
 
@@ -165,6 +164,8 @@ def resizes_on_device(config: Config, kind: np.dtype) -> bool:
     data, model = config.data, config.model
     if data.resize_on not in RESIZERS:
         raise ValueError(f"data.resize_on={data.resize_on!r}; use one of {', '.join(RESIZERS)}")
+    if data.canvas < 1:
+        raise ValueError(f"data.canvas={data.canvas} must be at least 1, pixels")
     possible = data.augment in ("crop", "weak_crop") and model.channels in MODES
     possible = possible and kind == np.uint8 and data.canvas >= max(model.image_size)
     if data.resize_on == "device" and not possible:
@@ -218,7 +219,9 @@ def make_prepare(
 def advice(config: Config, on_device: bool) -> str:
     """What to do where reading images is what training waits for."""
     workers, threads = readers(config)
-    found = [f"more data.workers or data.threads than {max(workers, 1)} x {threads}, or more cores"]
+    found = [f"more cores, with data.threads above {threads}"]
+    if workers:
+        found = [f"more cores, with data.workers above {workers} of {threads} threads each"]
     if jax.default_backend() != "cpu" and not on_device:
         found.append("data.resize_on=device")
     if not config.data.in_memory:

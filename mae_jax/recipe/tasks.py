@@ -1,5 +1,6 @@
 """What is trained, and which parameters it starts from."""
 
+import math
 from typing import Any
 
 import jax
@@ -47,6 +48,8 @@ def make_task(
             f"data.mean and data.std need a value for each of {model.channels} channels: "
             "python -m mae_jax.data stats computes them"
         )
+    if not all(math.isfinite(x) for x in mean) or not all(0 < x < math.inf for x in std):
+        raise ValueError(f"data.mean={mean} and data.std={std}: numbers, those of data.std above 0")
     execution = Execution(
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
