@@ -23,8 +23,8 @@ def main(argv: list[str]) -> None:
         _fail(f"unexpected argument {argv[1]!r}; overrides are written --config.key=value")
     from mae_jax import console, experiment
     from mae_jax.checkpoint import CheckpointError
-    from mae_jax.data.loader import WorkerError
     from mae_jax.data.sources import DataError
+    from mae_jax.data.workers import WorkerError
     from mae_jax.health import NonFiniteError
 
     console.setup_logging()

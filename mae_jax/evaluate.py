@@ -68,7 +68,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         required=True,
-        help="a folder with labelled splits, or the name of a TFDS data set",
+        help="a folder with labelled splits (folders or .npz), or the name of a TFDS data set",
     )
     parser.add_argument("--data-dir", help="where TFDS data sets are; TFDS's own unless given")
     parser.add_argument("--image-feature", default="image", help="of a TFDS data set (image)")

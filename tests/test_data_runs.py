@@ -170,9 +170,9 @@ def on_host(photographs, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("canvas", [512, 64], ids=["whole crops", "large crops by the host"])
-def test_resizing_on_the_device_changes_next_to_nothing(photographs, on_host, tmp_path, canvas):
-    config = config_of(photographs, data__resize_on="device", data__canvas=canvas)
+def test_resizing_on_the_device_changes_next_to_nothing(photographs, on_host, tmp_path):
+    """Of crops of up to 150 pixels, the larger ones by the host."""
+    config = config_of(photographs, data__resize_on="device", data__canvas=100)
     experiment.run(config, tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(on_host), rtol=2e-3)
     assert (tmp_path / "summary.json").exists()
@@ -194,8 +194,8 @@ def test_everything_about_reading_may_change_when_a_run_goes_on(photographs, on_
 
         monkeypatch.setattr(experiment, "check_finite", check)
 
-    parts = (dict(data__workers=2, data__threads=1), dict(data__in_memory=True), dict())
-    for steps, overrides in zip((2, 4, None), parts):
+    parts = (dict(data__workers=2, data__threads=1), dict(data__in_memory=True))
+    for steps, overrides in zip((3, None), parts):
         with pytest.MonkeyPatch.context() as patch:
             if steps:
                 stop_after(steps, patch)

@@ -28,7 +28,7 @@ DOORS = [
 FENCES = {  # package -> where alone it may be imported
     "flax": ["models/"],
     "orbax": ["checkpoint.py"],
-    "grain": ["data/loader.py"],
+    "grain": ["data/loader.py", "data/workers.py"],
     "tensorflow_datasets": ["data/tfds_source.py", "data/embedded.py", "data/cache.py"],
     "tensorboardX": ["metrics.py"],
     "rich": ["metrics.py", "console.py"],

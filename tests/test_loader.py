@@ -13,9 +13,10 @@ import pytest
 from pictures import fill_folder, noise_image
 
 from mae_jax.data.batches import Memory
-from mae_jax.data.loader import ArrayLoader, Loader, WorkerError, ordered_batches
+from mae_jax.data.loader import ArrayLoader, Loader, ordered_batches
 from mae_jax.data.sources import DataError, FolderSource
 from mae_jax.data.transforms import CanvasTransform, EvalTransform, TrainTransform, resize
+from mae_jax.data.workers import WorkerError
 
 
 @pytest.fixture

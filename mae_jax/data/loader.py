@@ -6,33 +6,24 @@ The state of the pipeline is therefore the step, and nothing else has to be save
 """
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grain
 import numpy as np
-from absl import flags
 
 from mae_jax.data.batches import Batch, Shapes, gather
 from mae_jax.data.decode import Encoded
 from mae_jax.data.sources import DataError, Record, Source, bad_image
 from mae_jax.data.transforms import Example
+from mae_jax.data.workers import in_workers, read_options, worker_errors
 
 Transform = Callable[[Encoded, Any], Example]
 T = TypeVar("T")
-AHEAD = 16  # records that a thread, or a process, may be ahead
 SKIP_ADVICE = "Mend or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
-
-
-class WorkerError(Exception):
-    """A process that reads images is gone; the message says why that may be."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +120,13 @@ class Loader:
         examples = _order(len(self.source), self.seed).random_map(load)
         rows = _rows(examples, self.batch_size, start_step, self.host, self.hosts)
         if self.workers:
-            records = _in_workers(rows, self.workers, self.threads)
+            records = in_workers(rows, self.workers, self.threads)
         else:
-            records = rows.to_iter_dataset(_read_options(self.threads))
+            records = rows.to_iter_dataset(read_options(self.threads))
         iterator = iter(records)
         bad: set[int] = set()
         try:
-            with _worker_errors():
+            with worker_errors():
                 size = self.batch_size // self.hosts
                 for batch in gather(iterator, size, self.source, self.shapes):
                     _note_skipped(load, batch.pop("skipped"), batch["index"], bad)
@@ -184,29 +175,6 @@ def _rows(
         return dataset[step * batch_size + host * per_host + offset]
 
     return grain.MapDataset.range(start_step * per_host, len(dataset) // hosts).map(row)
-
-
-def _read_options(threads: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * max(threads, 1))
-
-
-@contextmanager
-def _worker_errors() -> Iterator[None]:
-    """Says of a worker that was killed what that means."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
-        code = str(error).split("exit code ")[-1].split(".")[0]
-        why = "if memory ran out, lower data.workers or data.threads"
-        if code == str(-signal.SIGBUS):
-            why = "shared memory is full: make /dev/shm larger (docker run --shm-size), or set "
-            why += "data.workers=0"
-        raise WorkerError(
-            f"a process that reads images was killed (exit code {code}): {why}. The same command "
-            "continues from the last checkpoint"
-        ) from error
 
 
 def _note_skipped(load: Load, skipped: np.ndarray, index: np.ndarray, bad: set[int]) -> None:
@@ -260,45 +228,10 @@ def ordered_batches(
 def in_order(function: Callable[[int], T], count: int, threads: int) -> Iterator[T]:
     """function(0), function(1), ... function(count - 1), computed by threads."""
     boxed = grain.MapDataset.range(count).map(lambda number: (function(number),))
-    for (result,) in boxed.to_iter_dataset(_read_options(threads)):  # it would skip a bare None
+    for (result,) in boxed.to_iter_dataset(read_options(threads)):  # it would skip a bare None
         yield result
 
 
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _in_workers(rows: grain.MapDataset, workers: int, threads: int) -> grain.IterDataset:
-    """The rows, made by processes of so many threads each.
-
-    Images go through shared memory, which takes only contiguous arrays. What else there is of the
-    rows of a worker has to fit into a pipe (64 KiB): otherwise a worker cannot end before somebody
-    reads it, and whoever closes the iterator waits for the worker.
-    """
-    if not flags.FLAGS.is_parsed():  # grain reads them before it starts processes
-        flags.FLAGS.mark_as_parsed()
-    contiguous = rows.map(lambda row: {k: np.asarray(v, order="C") for k, v in row.items()})
-    records = grain.experimental.WithOptionsIterDataset(
-        contiguous.to_iter_dataset(_read_options(threads)),
-        grain.experimental.DatasetOptions(min_shm_size=1024),
-    )
-    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-    return records.mp_prefetch(processes, worker_init_fn=_init_worker)
-
-
-def _init_worker(index: int, count: int) -> None:
-    """A worker leaves stopping to its parent, and does not outlive it."""
-    del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_outlive_nobody, daemon=True).start()
-
-
-def _outlive_nobody() -> None:
-    """Ends this process when its parent ends, however that is."""
-    # Not by PR_SET_PDEATHSIG: that is sent when the thread ends that started the process.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
