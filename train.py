@@ -3,10 +3,14 @@
     python train.py --config configs/pretrain.py:vit_b16 --workdir runs/x [--config.key=value ...]
 
 Exit codes: 0 finished, or stopped on request with everything saved; 2 bad config or input;
-3 halted by a loss that is not a finite number; 1 anything else.
+3 halted by losses that are not finite numbers; 1 anything else.
+
+With --distributed, or where JAX_COORDINATOR_ADDRESS, SLURM or Open MPI say so, this is one process
+of several that train together (docs/scaling.md).
 """
 
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,27 +19,47 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as in configs/pretrain.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a run.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}; overrides are written --config.key=value")
-    from mae_jax import console, experiment
-    from mae_jax.checkpoint import CheckpointError
+    import jax
+
+    from mae_jax import console, distributed, experiment
+    from mae_jax.checkpoint import CheckpointError, SaveError
     from mae_jax.data.sources import DataError
     from mae_jax.data.workers import WorkerError
     from mae_jax.health import NonFiniteError
+    from mae_jax.workdir import WorkdirError
 
     console.setup_logging()
     try:
-        experiment.run(CONFIG.value, Path(WORKDIR.value or ""))
-    except (experiment.ConfigError, DataError, CheckpointError) as error:
+        distributed.join(DISTRIBUTED.value)
+    except ValueError as error:
         _fail(str(error))
-    except WorkerError as error:
+    if not distributed.is_main():
+        console.only_errors(jax.process_index())
+    try:
+        experiment.run(CONFIG.value, Path(WORKDIR.value or ""))
+    except (experiment.ConfigError, DataError, WorkdirError, CheckpointError) as error:
+        _fail("" if distributed.is_told(error) else str(error))
+    except (SaveError, WorkerError) as error:
         _fail(str(error), code=1)
     except NonFiniteError as error:
         _fail(str(error), code=3)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        _fail(
+            f"process {jax.process_index()} of {jax.process_count()} failed as told above, or has "
+            "lost one that did; the others end with it. Start all of them again: the run continues "
+            "from its last checkpoint",
+            code=1,
+        )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -60,8 +84,11 @@ def _reason(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    from mae_jax import distributed
+
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    distributed.leave(code)
 
 
 if __name__ == "__main__":

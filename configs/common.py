@@ -72,6 +72,16 @@ def base() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every_steps = 50
+    config.log.profile_from = optional(int)  # step from which on a profile is written ...
+    config.log.profile_steps = 5  # ... and of how many, to WORKDIR/profile
+
+    config.health = health = ConfigDict()
+    health.max_bad_steps = 10  # steps with a loss or gradients that are not finite, which are
+    # skipped, in a row before the run halts
+    health.rollbacks = 0  # how often, instead of halting, to go back to the last checkpoint and on
+    # with the data after those steps
+    health.spike_sigmas = 6.0  # a loss so many deviations above the last 128 is named; 0.0: none
+    health.hang_minutes = 30.0  # without progress before the process ends itself; 0.0: never
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 1000
@@ -82,6 +92,8 @@ def base() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices to split parameters and optimizer over; 1 copies them to each
+    config.mesh.min_split_bytes = 2**20  # smaller arrays stay whole on every device ...
+    config.mesh.max_whole = 0.1  # ... but no larger share of all bytes than this
     return config
 
 

@@ -1,13 +1,12 @@
-"""Checkpoints with orbax, what they remember about their run, and who may write to a workdir."""
+"""Checkpoints with orbax, believed only where they read back as they were written."""
 
-import fcntl
 import itertools
+import json
 import logging
-import os
-import socket
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,25 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mae_jax import distributed
+from mae_jax.digests import digests
 from mae_jax.trees import differences
 
 log = logging.getLogger("mae_jax")
 
+FORMAT = 2  # of what "meta" holds
+
 
 class CheckpointError(Exception):
-    """A checkpoint or a workdir cannot be used; the message says why and what to do."""
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the message says why and what is left."""
+
+
+class _DamageError(Exception):
+    """A step does not read back as it was written."""
 
 
 class Checkpointer:
@@ -31,40 +42,72 @@ class Checkpointer:
     The parameters are an item of their own, "params", so that other programs can read them alone.
     "train" holds the rest of the state, "meta" what the run wants to know on resuming, and the
     digests by which a damaged checkpoint is recognised: orbax itself would restore flipped bytes.
-    Saving goes on in the background; a step's folder appears only when it is complete.
+    Saving goes on in the background; a step's folder appears only when it is complete, and only
+    then older ones are removed. All processes of a run save and restore together.
     """
 
     def __init__(self, directory: Path, max_to_keep: int):
         self.directory = directory
         self._max_to_keep = max_to_keep
+        self._last: int | None = None  # the step whose save may still go on
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._max_to_keep, cleanup_tmp_directories=True
         )
-        handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "train": ocp.StandardCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
         return ocp.CheckpointManager(
-            self.directory.absolute(), options=options, item_handlers=handlers
+            self.directory.absolute(),
+            options=options,
+            item_handlers=_handlers(ocp.StandardCheckpointHandler),
         )
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Saves {"params": ..., other items of the state}; does nothing if the step is there."""
+        """Saves {"params": ..., other items of the state}; does nothing if the step is there.
+
+        Raises:
+          SaveError: this save, or the one before it, failed.
+        """
         if step in self._manager.all_steps():
             return
+        self.wait()
         train = {name: item for name, item in state.items() if name != "params"}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state["params"]),
-                train=ocp.args.StandardSave(train),
-                meta=ocp.args.JsonSave({**meta, "digests": digests(state)}),
-            ),
+        meta = {**meta, "format": FORMAT, "digests": digests(state)}
+        arguments = ocp.args.Composite(
+            params=ocp.args.StandardSave(state["params"]),
+            train=ocp.args.StandardSave(train),
+            meta=ocp.args.JsonSave(meta | {"crc": _crc(meta)}),
         )
+        self._last = step
+        with self._saving():
+            self._manager.save(step, args=arguments)
+
+    def check(self) -> None:
+        """SaveError if the save in the background has failed by now."""
+        with self._saving():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Waits for the save in the background; SaveError if it fails."""
+        with self._saving():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax has no common class for what can go wrong
+            for part in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk
+            steps = _steps_in(self.directory)
+            kept = (
+                f"the last complete one is that of step {steps[-1]}" if steps else "there is none"
+            )
+            raise SaveError(
+                f"the checkpoint of step {self._last} could not be written to {self.directory} "
+                f"({_reason(error)}); {kept}. Make room or mend the disk: the same command goes on "
+                "from there"
+            ) from error
 
     def restore_newest(
         self,
@@ -80,19 +123,19 @@ class Checkpointer:
         Raises:
           CheckpointError: a step does not fit the model, or all steps are damaged.
         """
+        wanted = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            dict(shapes),
+            dict(shardings),
+        )
         steps = sorted(self._manager.all_steps(), reverse=True)
+        distributed.check_same({f"list of checkpoints in {self.directory}": str(steps)})
         for step in steps:
             try:
-                meta, stored = self._read_meta(step)
-            except Exception as error:  # orbax has no common class for what can go wrong
-                self._set_aside(step, error)
-                continue
-            accept(meta)
-            self._check_fits(step, shapes["params"], stored)
-            try:
-                return step, self._read_state(step, shapes, shardings, meta["digests"])
-            except Exception as error:
-                self._set_aside(step, error)
+                with distributed.together():
+                    return step, self._read(step, wanted, accept)
+            except _DamageError as error:
+                self._set_aside(step, str(error))
         if steps:
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged (renamed to *.damaged). To start "
@@ -100,14 +143,25 @@ class Checkpointer:
             )
         return None
 
-    def _read_meta(self, step: int) -> tuple[dict[str, Any], Mapping[str, Any]]:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-            "meta"
-        ]
-        stored = self._manager.item_metadata(step)["params"]
-        if stored is None or "digests" not in meta:
-            raise ValueError("it does not say what it holds")
-        return meta, stored.tree
+    def _read(
+        self, step: int, wanted: Mapping[str, Any], accept: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        params, train = wanted["params"], {k: v for k, v in wanted.items() if k != "params"}
+        arguments = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(train)
+        )
+        with _reader(self.directory, ocp.StandardCheckpointHandler) as manager:
+            with _damage():
+                meta, stored = _read_meta(manager, step), manager.item_metadata(step)["params"]
+                if stored is None:
+                    raise ValueError("it has no parameters")
+            accept(meta)
+            self._check_fits(step, params, stored.tree)
+            with _damage():
+                restored = manager.restore(step, args=arguments)
+                state = {"params": restored["params"], **restored["train"]}
+                _check_digests(state, meta["digests"])
+        return state
 
     def _check_fits(self, step: int, wanted: Mapping, stored: Mapping) -> None:
         wrong = differences(wanted, stored)
@@ -117,28 +171,8 @@ class Checkpointer:
                 + "\n  ".join(wrong)
             )
 
-    def _read_state(
-        self, step: int, shapes: Mapping, shardings: Mapping, expected: Mapping[str, int]
-    ) -> dict[str, Any]:
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            dict(shapes),
-            dict(shardings),
-        )
-        params = abstract.pop("params")
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(abstract)
-            ),
-        )
-        state = {"params": restored["params"], **restored["train"]}
-        _check_digests(state, expected)
-        return state
-
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _set_aside(self, step: int, reason: str) -> None:
         """Renames a damaged step; left in place it would count as the newest for ever."""
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         folder = self.directory / str(step)
         kept = next(
             path
@@ -147,17 +181,25 @@ class Checkpointer:
         )
         log.warning("checkpoint %s is damaged and renamed to %s: %s", folder, kept.name, reason)
         self._manager.close()
-        folder.rename(kept)
+        with distributed.together():
+            if distributed.is_main():
+                folder.rename(kept)
         self._manager = self._open()
 
-    def wait(self) -> None:
-        """Waits for saves in the background, and raises what went wrong in them."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Waits, and releases everything."""
+        """Waits for the save in the background, and releases everything."""
         self.wait()
         self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif jax.process_count() == 1:  # else the others may wait for something else
+            with suppress(Exception):  # what has been raised already matters more
+                self.close()
 
 
 def read_run(
@@ -172,32 +214,44 @@ def read_run(
     Raises:
       CheckpointError: there is no such step or item, or it is damaged.
     """
-    with _read_only_manager(directory) as manager:
+    with _reader(directory, ocp.PyTreeCheckpointHandler) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
             raise CheckpointError(f"{directory} has no step {step}; it has {steps}")
         for number in steps if step is None else [step]:
             try:
-                meta = _meta(manager, number)
-                found = [_read_item(manager, number, item, meta["digests"]) for item in items]
+                with _damage():
+                    meta = _read_meta(manager, number)
+                    found = [_read_item(manager, number, item, meta["digests"]) for item in items]
                 return number, found, meta
-            except CheckpointError:
-                raise
-            except Exception as error:  # orbax has no common class for what can go wrong
+            except _DamageError as error:
                 log.warning("checkpoint %s is damaged: %s", directory / str(number), error)
     which = "holds no checkpoint" if step is None else f"has a step {step}, but none"
     raise CheckpointError(f"{directory} {which} that can be read; its steps are {steps}")
 
 
-@contextmanager
-def _read_only_manager(directory: Path) -> Iterator[ocp.CheckpointManager]:
-    handlers = {
-        "params": ocp.PyTreeCheckpointHandler(),
-        "train": ocp.PyTreeCheckpointHandler(),
-        "meta": ocp.JsonCheckpointHandler(),
+def _handlers(arrays: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    return {
+        "params": arrays(**options),
+        "train": arrays(**options),
+        "meta": ocp.JsonCheckpointHandler(**options),
     }
-    # Read only, it leaves alone what a run may be writing there just now.
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+
+
+@contextmanager
+def _reader(directory: Path, arrays: Callable[..., Any]) -> Iterator[ocp.CheckpointManager]:
+    """A manager that changes nothing, and reads in this process without waiting for others.
+
+    So a step that only some of them can read stops nobody.
+    """
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+    )
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, create=False, save_interval_steps=0, multiprocessing_options=alone
+    )
+    handlers = _handlers(arrays, multiprocessing_options=alone)
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity("error")  # it would warn that it is read only
     try:
@@ -209,12 +263,53 @@ def _read_only_manager(directory: Path) -> Iterator[ocp.CheckpointManager]:
         absl.logging.set_verbosity(verbosity)
 
 
-def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Makes of whatever reading raises a _DamageError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # orbax has no common class for what can go wrong
+        raise _DamageError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, on one line; the first words of tensorstore's are the least telling."""
+    text = str(error).strip()
+    for known in ("No space left on device", "File too large", "Read-only file system"):
+        if known in text:
+            return known
+    return text.splitlines()[0][:200] if text else repr(error)
+
+
+def _steps_in(directory: Path) -> list[int]:
+    """Steps whose folders are complete, in order."""
+    with suppress(OSError):
+        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    return []
+
+
+def _crc(meta: Mapping[str, Any]) -> int:
+    """Of what a run says of a step, in the form in which it is read back."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    crc, known = meta.pop("crc", None), "format" in meta  # the first format had neither
+    if known and crc != _crc(meta):
+        raise ValueError("what it says of its run is not what was written")
+    if meta.get("format", 1) != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {manager.directory / str(step)} was written by another version of "
+            f"mae_jax, as format {meta.get('format', 1)}; this version reads {FORMAT}"
+        )
+    return meta
 
 
 def _read_item(
-    manager: ocp.CheckpointManager, step: int, item: str, expected: Mapping[str, int]
+    manager: ocp.CheckpointManager, step: int, item: str, expected: Mapping[str, str]
 ) -> dict[str, Any]:
     metadata = manager.item_metadata(step)
     if item == "params":
@@ -236,78 +331,8 @@ def _read_item(
     return state[item]
 
 
-def _check_digests(state: Mapping[str, Any], expected: Mapping[str, int]) -> None:
+def _check_digests(state: Mapping[str, Any], expected: Mapping[str, str]) -> None:
     """ValueError unless the arrays of a state are those that were saved."""
-    changed = [name for name, crc in digests(state).items() if crc != expected.get(name)]
+    changed = [name for name, digest in digests(state).items() if digest != expected.get(name)]
     if changed:
         raise ValueError(f"{len(changed)} arrays are not what was saved, {changed[0]} for one")
-
-
-def digests(state: Mapping[str, Any]) -> dict[str, int]:
-    """CRC-32 of every array of a state, by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(dict(state))
-    return {jax.tree_util.keystr(path): _crc32(np.asarray(leaf)) for path, leaf in leaves}
-
-
-def _crc32(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
-def check_resume(
-    old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], allow: Sequence[str]
-) -> None:
-    """CheckpointError, by key, unless a run with config `new` may continue one with `old`.
-
-    Args:
-      old, new: flat configs, "data.fingerprint" included.
-      free: keys, or beginnings of keys that end in ".", whose change is only logged.
-      allow: keys that the user has allowed to change.
-    """
-    refused = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if before == after:
-            continue
-        change = f"{key}: {before} -> {after}"
-        if key in allow or any(key == f or (f.endswith(".") and key.startswith(f)) for f in free):
-            log.info("changed since the checkpoint: %s", change)
-        else:
-            refused.append((key, change))
-    if refused:
-        keys = ",".join(key for key, _ in refused)
-        raise CheckpointError(
-            "the workdir holds a run with another config:\n  "
-            + "\n  ".join(change for _, change in refused)
-            + f"\nUse another --workdir, or continue it with --config.resume.allow={keys}"
-        )
-
-
-@contextmanager
-def locked_workdir(workdir: Path) -> Iterator[None]:
-    """Creates a workdir and holds it for this process alone; CheckpointError if that fails."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise CheckpointError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise CheckpointError(
-                f"the workdir {workdir} is in use by {file.read().strip() or 'another process'}"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield

@@ -32,6 +32,13 @@ def setup_logging() -> None:
     absl.logging.set_verbosity("error")  # orbax would tell of every file that it touches
 
 
+def only_errors(process: int) -> None:
+    """Of the processes of a run only the first shows what goes on, others are heard in need."""
+    console.quiet = True
+    log.handlers[0].setFormatter(logging.Formatter(f"process {process}: %(message)s"))
+    log.setLevel(logging.ERROR)
+
+
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Prints a table with a heading for every column to the standard output."""
     table = Table(title=escape(title), box=rich.box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)

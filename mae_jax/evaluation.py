@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from mae_jax import sharding
+from mae_jax import distributed, sharding
 from mae_jax.console import print_table
 from mae_jax.evals.extract import Images, extract
 from mae_jax.evals.knn import knn_scores
@@ -65,8 +65,11 @@ class DrawPictures:
     every: int | None
 
     def run(self, step: int, state: TrainState) -> Results:
-        """Writes a picture."""
-        picture = self.pictures.run(state.params)
+        """Writes a picture, which all processes compute."""
+        made = self.pictures.reconstruct(state.params)
+        if not distributed.is_main():
+            return {}
+        picture = self.pictures.draw(made)
         path = self.folder / f"step_{step:07d}.png"
         save_png(path, picture)
         self.run_log.image(step, "reconstruction", picture)
@@ -207,7 +210,10 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluators of one run; results go to its log and into its workdir."""
+    """The evaluators of one run; results go to its log and into its workdir.
+
+    All processes evaluate together, and have the same results; the main one writes them.
+    """
 
     run_log: RunLog
     workdir: Path
@@ -245,8 +251,9 @@ class Evaluation:
             "steps": step,
             **more,
         }
-        write_json(self.workdir / "summary.json", summary)
-        print_summary(summary)
+        if distributed.is_main():
+            write_json(self.workdir / "summary.json", summary)
+            print_summary(summary)
 
 
 def _numbers(results: Results) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mae_jax import sharding, warm_start
-from mae_jax.checkpoint import Checkpointer, check_resume, flatten
+from mae_jax import distributed, sharding, warm_start
+from mae_jax.checkpoint import Checkpointer, CheckpointError
 from mae_jax.convert.info import ConvertError, variables
 from mae_jax.metrics import write_json
 from mae_jax.recipe import Config, tasks
@@ -38,6 +39,7 @@ FREE = (
     "data.max_bad",
     "eval.",
     "log.",
+    "health.",
     "checkpoint.",
     "resume.",
     "mesh.",
@@ -48,33 +50,101 @@ class ConfigError(Exception):
     """The config cannot be run; the message names the key and says what to do."""
 
 
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def check_resume(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], allow: Sequence[str]
+) -> None:
+    """CheckpointError, by key, unless a run with config `new` may continue one with `old`.
+
+    Args:
+      old, new: flat configs, "data.fingerprint" included.
+      free: keys, or beginnings of keys that end in ".", whose change is only logged.
+      allow: keys that the user has allowed to change.
+    """
+    refused = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        change = f"{key}: {before} -> {after}"
+        if key in allow or any(key == f or (f.endswith(".") and key.startswith(f)) for f in free):
+            log.info("changed since the checkpoint: %s", change)
+        else:
+            refused.append((key, change))
+    if refused:
+        keys = ",".join(key for key, _ in refused)
+        raise CheckpointError(
+            "the workdir holds a run with another config:\n  "
+            + "\n  ".join(change for _, change in refused)
+            + f"\nUse another --workdir, or continue it with --config.resume.allow={keys}"
+        )
+
+
 def run_keys(config: Config) -> tuple[jax.Array, jax.Array]:
     """One key for the first parameters, one for what the steps draw."""
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     return init_key, step_key
 
 
-def starting_state(
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shapes of a run's state, and how it lies on the devices."""
+
+    shapes: TrainState
+    shardings: TrainState
+
+
+def make_layout(
     config: Config,
     task: Pretrain | Classify,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+) -> Layout:
+    """Before there is a state.
+
+    Raises:
+      ValueError: mesh.fsdp would leave too much of it whole on every device.
+    """
+    limits = config.mesh
+    if limits.min_split_bytes < 1 or not 0 <= limits.max_whole <= 1:
+        raise ValueError(
+            f"mesh.min_split_bytes={limits.min_split_bytes} must be at least 1, and "
+            f"mesh.max_whole={limits.max_whole} within 0 to 1"
+        )
+    shapes = jax.eval_shape(_make_init(config, task, tx), run_keys(config)[0])
+    shardings = sharding.state_shardings(shapes, mesh, limits.min_split_bytes)
+    sharding.check_split(shapes, shardings, mesh, limits.max_whole)
+    return Layout(shapes, shardings)
+
+
+def _make_init(
+    config: Config, task: Pretrain | Classify, tx: optax.GradientTransformation
+) -> Callable[[jax.Array], TrainState]:
+    return lambda key: init_state(task, tx, key, with_ema=config.optim.ema is not None)
+
+
+def starting_state(
+    config: Config,
+    task: Pretrain | Classify,
+    tx: optax.GradientTransformation,
+    layout: Layout,
     checkpointer: Checkpointer,
     meta: dict[str, Any],
-) -> tuple[TrainState, TrainState]:
-    """The state to train from, and its shardings: of the newest checkpoint, else a first one.
+) -> TrainState:
+    """The state to train from: of the newest checkpoint, else a first one.
 
     Raises:
       ConfigError, CheckpointError: init.path does not fit, or is missing where it is needed; or
         the workdir holds another run.
     """
-
-    def init(key: jax.Array) -> TrainState:
-        return init_state(task, tx, key, with_ema=config.optim.ema is not None)
-
-    key, _ = run_keys(config)
-    shapes = jax.eval_shape(init, key)
-    shardings = sharding.state_shardings(shapes, mesh)
 
     def accept(old_meta: dict[str, Any]) -> None:
         old, new = (
@@ -84,10 +154,10 @@ def starting_state(
         allow = [key.strip() for key in config.resume.allow.split(",")]
         check_resume(old, new, FREE, allow)
 
-    found = checkpointer.restore_newest(vars(shapes), vars(shardings), accept)
+    found = checkpointer.restore_newest(vars(layout.shapes), vars(layout.shardings), accept)
     if found:
         log.info("continuing from step %d", found[0])
-        return TrainState(**found[1]), shardings
+        return TrainState(**found[1])
     path = config.init.path
     if path is None and config.task == "classify":
         raise ConfigError(
@@ -96,20 +166,21 @@ def starting_state(
             "says that random ones are meant"
         )
     # Each device makes only the part of the state that it holds.
-    state = jax.jit(init, out_shardings=shardings)(key)
+    init = jax.jit(_make_init(config, task, tx), out_shardings=layout.shardings)
+    state = init(run_keys(config)[0])
     if path not in (None, "random"):
-        return _warm(config, task, state, shardings, meta, checkpointer.directory.parent), shardings
+        return _warm(config, task, state, layout, meta, checkpointer.directory.parent)
     if config.task == "classify":
         log.warning("init.path=random: the encoder starts from random weights")
-    write_json(checkpointer.directory.parent / ORIGIN, {"path": "random"})
-    return state, shardings
+    _write_origin(checkpointer.directory.parent, {"path": "random"})
+    return state
 
 
 def _warm(
     config: Config,
     task: Pretrain | Classify,
     state: TrainState,
-    shardings: TrainState,
+    layout: Layout,
     meta: dict[str, Any],
     workdir: Path,
 ) -> TrainState:
@@ -121,18 +192,18 @@ def _warm(
         raise ConfigError(f"init.path: {error}") from error
     warm_start.report(path, start)
     names = {name: vars(start)[name] for name in ("loaded", "fresh", "unused")}
-    write_json(workdir / ORIGIN, {"path": path, **names})
+    _write_origin(workdir, {"path": path, **names})
     found = variables(start.params)
-    params, stats = (
-        jax.tree.map(jax.device_put, tree, layout)
-        for tree, layout in (
-            (found["params"], shardings.params),
-            (found["batch_stats"], shardings.batch_stats),
-        )
-    )
+    params = sharding.put(found["params"], layout.shardings.params)
+    stats = sharding.put(found["batch_stats"], layout.shardings.batch_stats)
     # A copy, since a step donates its state and may not be given the same buffer twice.
     ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
     return dataclasses.replace(state, params=params, batch_stats=stats, ema=ema)
+
+
+def _write_origin(workdir: Path, found: dict[str, Any]) -> None:
+    if distributed.is_main():
+        write_json(workdir / ORIGIN, found)
 
 
 def origin(workdir: Path) -> dict[str, Any]:

@@ -39,11 +39,15 @@ class Task(Protocol):
 class TrainState:
     """All that a step changes.
 
-    step: counts finished steps; ema: an average of the parameters, None where not asked for;
-    batch_stats: running statistics of the model, empty where it has none.
+    step: counts finished steps; position: the next batch of data, which is the step unless some
+    were passed over; skipped: steps that changed nothing, since their numbers were not finite;
+    ema: an average of the parameters, None where not asked for; batch_stats: running statistics of
+    the model, empty where it has none.
     """
 
     step: Int[Array, ""]
+    position: Int[Array, ""]
+    skipped: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
     ema: PyTree | None
@@ -56,7 +60,9 @@ def init_state(
     """The state before the first step."""
     params = task.init(key)
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, task.init_stats())
+    step, position, skipped = jnp.zeros((3,), jnp.int32)
+    stats = task.init_stats()
+    return TrainState(step, position, skipped, params, tx.init(params), ema, stats)
 
 
 def make_train_step(
@@ -73,13 +79,16 @@ def make_train_step(
 
     What is drawn is a function of (key, step, row of the global batch), so it does not depend on
     devices, on accumulation or on interruptions. `prepare` makes of a batch, as the loader gives
-    it, one as the task takes it. `accumulate` computes the same mean gradient in
-    that many smaller parts.
+    it, one as the task takes it. `accumulate` computes the same mean gradient in that many smaller
+    parts. Where the loss or the gradients are not finite numbers, the parameters and all that
+    belongs to them stay as they are.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = task.draw(jax.random.fold_in(key, state.step), prepare(batch))
         loss, stats, grads = _loss_and_grads(task.loss, state, batch, accumulate)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -87,12 +96,19 @@ def make_train_step(
             # In this form an average of what does not change does not change either, to the bit.
             rate = 1 - ema_decay
             ema = jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+        changed = (params, opt_state, ema, stats)
+        before = (state.params, state.opt_state, state.ema, state.batch_stats)
+        changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, before)
+        skipped = 1 - finite.astype(jnp.int32)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(learning_rate(state.step)),
+            "grad_norm": grad_norm,
+            # The optimizer counts the steps that it takes.
+            "learning_rate": jnp.asarray(learning_rate(state.step - state.skipped)),
+            "skipped": skipped,
         }
-        return TrainState(state.step + 1, params, opt_state, ema, stats), metrics
+        new = TrainState(state.step + 1, state.position + 1, state.skipped + skipped, *changed)
+        return new, metrics
 
     return train_step
 
@@ -136,16 +152,20 @@ class Hook:
 class Observer(Protocol):
     """Is told of every step, one step late, so that the device never waits for the host."""
 
-    def waiting(self) -> Any:
-        """A context in which the loop waits for data."""
+    def waiting(self, step: int) -> Any:
+        """A context in which the loop waits for the data of a step."""
+        ...
+
+    def computing(self, step: int) -> Any:
+        """A context in which a step is sent to the devices, and the one before it is awaited."""
         ...
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         """Step number `step` (from 1) is done and had these metrics."""
         ...
 
-    def paused(self) -> Any:
-        """A context in which the loop does other things than training."""
+    def paused(self, step: int) -> Any:
+        """A context in which the loop does other things than training, after a step."""
         ...
 
 
@@ -157,37 +177,40 @@ def fit(
     total_steps: int,
     hooks: Sequence[Hook],
     observer: Observer,
-    check: Callable[[int, Mapping[str, float]], None],
+    check: Callable[[int, Mapping[str, float]], bool],
     should_stop: Callable[[], bool],
 ) -> TrainState:
-    """Trains until `total_steps` or until asked to stop.
+    """Trains until `total_steps`, until asked to stop, or until `check` forbids to go on.
 
-    `check` raises where a step's metrics forbid to go on; hooks see only states that passed it.
+    `check` is asked about the metrics of every step; hooks see only states that passed it.
     """
     start = int(state.step)
     late: list[tuple[int, Metrics]] = []
 
-    def observe() -> None:
+    def observe() -> bool:
+        passed = True
         for step, metrics in late:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            check(step, values)
+            passed = check(step, values)
             observer.step_done(step, values)
         late.clear()
+        return passed
 
     for step in range(start + 1, total_steps + 1):
-        with observer.waiting():
+        with observer.waiting(step):
             batch = next(batches)
-        state, metrics = train_step(state, batch)
-        observe()
+        with observer.computing(step):
+            state, metrics = train_step(state, batch)
+            passed = observe()
         late.append((step, metrics))
         stopping = should_stop()
         due = [hook for hook in hooks if step % hook.every == 0]
-        if due:
-            observe()
-            with observer.paused():
-                for hook in due:
+        if due and passed:
+            passed = observe()
+            with observer.paused(step):
+                for hook in due if passed else ():
                     hook.run(step, state)
-        if stopping:
+        if stopping or not passed:
             break
     observe()
     return state

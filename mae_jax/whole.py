@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ def whole(path: Path) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))  # "." has no name of its own
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # The host too: on a shared disk others may write the same, from a process of the same number.
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     _remove(part)
     try:
         yield part

@@ -12,10 +12,9 @@ import pytest
 from mae_jax.checkpoint import (
     Checkpointer,
     CheckpointError,
-    check_resume,
-    flatten,
-    locked_workdir,
 )
+from mae_jax.start import check_resume, flatten
+from mae_jax.workdir import WorkdirError, locked_workdir
 
 STATE = {
     "params": {"encoder": {"w": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3)},
@@ -182,10 +181,10 @@ class TestCheckResume:
 
 def test_a_workdir_in_use_is_refused_with_the_owner(tmp_path):
     code = (
-        "import sys, pathlib; from mae_jax.checkpoint import *\n"
+        "import sys, pathlib; from mae_jax.workdir import *\n"
         "try:\n"
         "  with locked_workdir(pathlib.Path(sys.argv[1])): print('free')\n"
-        "except CheckpointError as error: print(error)"
+        "except WorkdirError as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with locked_workdir(tmp_path):
@@ -197,5 +196,5 @@ def test_a_workdir_in_use_is_refused_with_the_owner(tmp_path):
 @pytest.mark.parametrize("place", ["/proc/mae_jax/run", "file/run"])
 def test_a_workdir_that_cannot_be_written(tmp_path, place):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot write to the workdir"):
+    with pytest.raises(WorkdirError, match="cannot write to the workdir"):
         locked_workdir(tmp_path / place).__enter__()

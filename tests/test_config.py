@@ -19,13 +19,12 @@ from configs import (
     scratch,
     small,
 )
-from mae_jax.checkpoint import flatten
 from mae_jax.data.sources import DataError
 from mae_jax.experiment import ConfigError, build
 from mae_jax.recipe import judges
 from mae_jax.recipe.data import make_eval_transform
 from mae_jax.sizes import SIZES
-from mae_jax.start import FREE
+from mae_jax.start import FREE, flatten
 
 CONFIGS = Path(common.__file__).parent
 PLAIN = {bool, int, float, str, tuple, type(None)}

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # a module may import its own folder and what stands on a lower floor
     ["sizes", "trees", "whole", "console"],
-    ["flops"],
-    ["data", "pixels", "models", "optim", "sharding", "checkpoint", "metrics"],
+    ["flops", "distributed", "digests"],
+    ["data", "pixels", "models", "optim", "sharding", "checkpoint", "metrics", "workdir"],
     ["tasks", "convert"],
     ["training", "health", "feed", "pretrained", "warm_start"],
     ["evals"],

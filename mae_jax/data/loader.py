@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import grain
@@ -134,6 +135,10 @@ class Loader:
         finally:
             iterator.close()
 
+    def numbers(self, step: int) -> list[int]:
+        """Which records the batch of a step has, on all hosts."""
+        return _numbers(len(self.source), self.seed, self.batch_size, step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayLoader:
@@ -153,11 +158,21 @@ class ArrayLoader:
         for rows in numbers.batch(self.batch_size // self.hosts):
             yield {name: array[rows] for name, array in self.arrays.items()}
 
+    def numbers(self, step: int) -> list[int]:
+        """Which rows the batch of a step has, on all hosts."""
+        count = len(next(iter(self.arrays.values())))
+        return _numbers(count, self.seed, self.batch_size, step)
+
 
 def _order(count: int, seed: int) -> grain.MapDataset:
     """Record numbers, shuffled anew in every epoch."""
     # A repeat without end overflows.
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat(10**9)
+
+
+def _numbers(count: int, seed: int, batch_size: int, step: int) -> list[int]:
+    order: Any = _order(count, seed)
+    return [int(order[step * batch_size + row]) for row in range(batch_size)]
 
 
 def _rows(
@@ -168,13 +183,17 @@ def _rows(
     A batch is a slice of the global order, and a host's part a slice of the batch: so the global
     batch is the same, row for row, on any number of hosts.
     """
+    place = partial(_place, batch_size=batch_size, host=host, hosts=hosts)
+    begin = start_step * (batch_size // hosts)
+    rows = grain.MapDataset.range(begin, len(dataset) // hosts)
+    return rows.map(lambda number: dataset[place(number)])
+
+
+def _place(number: int, batch_size: int, host: int, hosts: int) -> int:
+    """Where in the global order a host's row is that it comes to as its `number`-th."""
     per_host = batch_size // hosts
-
-    def row(number: int) -> Any:
-        step, offset = divmod(number, per_host)
-        return dataset[step * batch_size + host * per_host + offset]
-
-    return grain.MapDataset.range(start_step * per_host, len(dataset) // hosts).map(row)
+    step, offset = divmod(number, per_host)
+    return step * batch_size + host * per_host + offset
 
 
 def _note_skipped(load: Load, skipped: np.ndarray, index: np.ndarray, bad: set[int]) -> None:
@@ -206,19 +225,23 @@ def ordered_batches(
     advice: str = SKIP_ADVICE,
     max_bad: int = 100,
     num_classes: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
 ) -> Iterator[Batch]:
     """Every record once, in order; the last batch is filled up with copies marked "valid" False.
 
     With `skip` a bad record is not valid either, and named in the log, up to `max_bad`; what stands
-    in its place is the next good one. `advice` ends the error about a bad record.
+    in its place is the next good one. `advice` ends the error about a bad record. As in `Loader`, a
+    batch is of all hosts together, and a host yields its rows of it.
     """
     bad: set[int] = set()
     load = Load(source, transform, skip, advice, num_classes, max_bad)
-    last = len(source) - 1
-    count = -(-len(source) // batch_size) * batch_size
-    records = in_order(lambda i: load(min(i, last)), count, threads)
-    for number, batch in enumerate(gather(records, batch_size, source, {})):
-        position = number * batch_size + np.arange(batch_size)
+    last, per_host = len(source) - 1, batch_size // hosts
+    count = -(-len(source) // batch_size) * per_host
+    place = partial(_place, batch_size=batch_size, host=host, hosts=hosts)
+    records = in_order(lambda i: load(min(place(i), last)), count, threads)
+    for number, batch in enumerate(gather(records, per_host, source, {})):
+        position = place(number * per_host) + np.arange(per_host)
         valid = (position <= last) & (batch.pop("skipped") == 0)
         for index in position[(position <= last) & ~valid]:
             _note_bad(load, int(index), bad)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from mae_jax import sharding
 from mae_jax.tasks.masking import Mask
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.whole import whole
@@ -121,10 +122,19 @@ class Pictures:
 
     def run(self, params: Any) -> UInt8[np.ndarray, "y x 3"]:
         """The figure for some parameters."""
-        pictures = self._reconstruct(params, self.images, self.mask, stats=self.stats)
+        return self.draw(self.reconstruct(params))
+
+    def reconstruct(self, params: Any) -> Shaped[np.ndarray, "b h w c"]:
+        """What a model with some parameters makes of the images."""
+        mask = Mask(*jax.device_get(self.mask))  # the same on every process
+        made = self._reconstruct(params, self.images, mask, stats=self.stats)
+        return np.asarray(made if made.is_fully_addressable else sharding.everywhere(made))
+
+    def draw(self, made: Shaped[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "y x 3"]:
+        """The figure of what a model made."""
         originals, made = (
             displayed(np.asarray(images), self.show, self.task.mean, self.task.std)
-            for images in (self.images, pictures)
+            for images in (self.images, made)
         )
         columns = panels(originals, made, np.asarray(self.mask.as_bool()), self.task.patch)
         hidden = self.task.num_patches - self.task.num_kept

@@ -251,7 +251,14 @@ def make_loader(config: Config, source: Source, num_classes: int | None, kind: n
         skip=data.on_bad == "skip",
         max_bad=data.max_bad,
         num_classes=num_classes,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
     )
+
+
+def _shown_images(batch: Batch) -> int:
+    """Of all processes, by those of the one that shows them."""
+    return console.valid_images(batch) * jax.process_count()
 
 
 def make_images(
@@ -261,11 +268,18 @@ def make_images(
     *,
     num_classes: int | None = None,
     show: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Images:
     """The images of a source in order, as evaluation sees them.
 
-    With `show` reading them has a progress bar, which must not be inside another.
+    With `show` reading them has a progress bar, which must not be inside another. `note` is told
+    of every batch.
     """
+
+    def noted(batches: Iterator[Batch]) -> Iterator[Batch]:
+        for number, batch in enumerate(batches):
+            note(f"evaluating, on batch {number} of images")
+            yield batch
 
     def read() -> Iterator[Batch]:
         batches = ordered_batches(
@@ -276,9 +290,11 @@ def make_images(
             skip=config.data.on_bad == "skip",
             max_bad=config.data.max_bad,
             num_classes=num_classes,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
         )
-        return (
-            console.progress(batches, len(source), count=console.valid_images) if show else batches
-        )
+        if show:
+            batches = console.progress(batches, len(source), count=_shown_images)
+        return noted(batches)
 
     return Images(len(source), read)

@@ -1,5 +1,7 @@
 """What a run is judged by, and how often."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -54,10 +56,15 @@ def make_evaluators(
     run_log: RunLog,
     workdir: Path,
     init_key: Key[Array, ""],
+    note: Callable[[str], None],
 ) -> list[Evaluator]:
-    """The evaluators of a run, none of which has to know what the run trains."""
+    """The evaluators of a run, none of which has to know what the run trains.
+
+    `note` is told of every batch that they look at.
+    """
     evaluators: list[Evaluator] = []
     alone = duration.total_steps == 0  # without a training loop, which has a progress bar
+    images = partial(make_images, config, mesh=mesh, show=alone, note=note)
     every = {
         kind: duration.steps(config.eval[f"{kind}_every_epochs"])
         for kind in ("accuracy", "knn", "pictures")
@@ -67,9 +74,8 @@ def make_evaluators(
         folder = workdir / "pictures"
         evaluators.append(DrawPictures(pictures, run_log, folder, every["pictures"]))
     elif task.model.num_classes and eval_source is not None:
-        classes = task.model.num_classes
-        images = make_images(config, eval_source, mesh, num_classes=classes, show=alone)
-        evaluators.append(MeasureAccuracy(task, images, mesh, every["accuracy"]))
+        read = images(eval_source, num_classes=task.model.num_classes)
+        evaluators.append(MeasureAccuracy(task, read, mesh, every["accuracy"]))
     if can_measure_features(config, train_source, eval_source):
         assert eval_source is not None
         classes = len(train_source.classes)
@@ -78,8 +84,8 @@ def make_evaluators(
         evaluators.append(
             MeasureFeatures(
                 task=task,
-                bank=make_images(config, bank, mesh, num_classes=classes, show=alone),
-                queries=make_images(config, queries, mesh, num_classes=classes, show=alone),
+                bank=images(bank, num_classes=classes),
+                queries=images(queries, num_classes=classes),
                 num_classes=classes,
                 ks=tuple(config.eval.knn_k),
                 temperature=config.eval.knn_temperature,

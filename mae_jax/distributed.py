@@ -1,0 +1,148 @@
+"""The processes of one run: joining them, agreeing with each other, leaving together."""
+
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # in the environment of srun and mpirun
+JOINING = 300  # seconds that processes wait for each other at the start
+SILENCE = 20  # seconds without a sign of life after which a process counts as dead
+LEAVING = 60  # seconds that processes wait for each other at the end
+
+
+def join(wanted: bool) -> None:
+    """Joins the other processes of this run, where `wanted` or where the environment names some.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it outright. Of SLURM, Open
+    MPI, Kubernetes and TPU, jax finds out itself.
+
+    Raises:
+      ValueError: that is wanted, and nothing says who the others are; or what says it is wrong.
+    """
+    given = [name for name in OURS if name in os.environ]
+    if not given and not wanted and not any(int(os.environ.get(name, 1)) > 1 for name in TASKS):
+        return
+    who: dict[str, Any] = {}
+    if "JAX_NUM_PROCESSES" in given or "JAX_PROCESS_ID" in given:
+        if missing := sorted(set(OURS) - set(given)):
+            raise ValueError(f"{' and '.join(given)} need {' and '.join(missing)} beside them")
+        who = {"num_processes": _number(OURS[1], 1), "process_id": _number(OURS[2], 0)}
+        if who["process_id"] >= who["num_processes"]:
+            raise ValueError(
+                f"JAX_PROCESS_ID={who['process_id']} is not below JAX_NUM_PROCESSES="
+                f"{who['num_processes']}: processes are counted from 0"
+            )
+    try:
+        jax.distributed.initialize(
+            **who,
+            cluster_detection_method="deactivate" if who else None,
+            initialization_timeout=JOINING,
+            heartbeat_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=LEAVING,
+        )
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"--distributed: nothing says which processes belong together ({error}). Start them "
+            "with scripts/launch_local.sh, srun or mpirun, or set " + ", ".join(OURS)
+        ) from error
+
+
+def _number(name: str, least: int) -> int:
+    text = os.environ[name]
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}={text!r} is not a number from {least} up")
+    return int(text)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes what all have in common."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Raises on every process what its block raises on any of them.
+
+    Without it a process that fails alone leaves the others waiting for it. See `is_told`.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    packed = b"" if mine is None else pickle.dumps((type(mine), str(mine)))
+    for number, found in enumerate(_gather(packed)):
+        if found:
+            kind, text = pickle.loads(found)
+            error = mine or kind(f"process {number}: {text}")
+            error.__dict__["told"] = not is_main()
+            raise error
+
+
+def is_told(error: Exception) -> bool:
+    """Whether the main process has raised an error, and so told of it, too."""
+    return getattr(error, "told", False)
+
+
+def _gather(mine: bytes) -> list[bytes]:
+    """What every process has."""
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    if not sizes.any():
+        return [b""] * len(sizes)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes)]
+
+
+def check_same(values: Mapping[str, str]) -> None:
+    """ValueError, on every process, unless all have the same text under each name."""
+    if jax.process_count() == 1:
+        return
+    mine = b"".join(sha256(text.encode()).digest() for text in values.values())
+    found = np.stack(
+        [np.frombuffer(row, np.uint8).reshape(len(values), -1) for row in _gather(mine)]
+    )
+    differs = (found != found[0]).any(axis=2)
+    if differs.any():
+        number, which = np.argwhere(differs)[0]
+        error = ValueError(
+            f"process {number} has another {list(values)[which]} than process 0: all processes of "
+            "a run need the same command, the same data and the same workdir"
+        )
+        error.__dict__["told"] = not is_main()
+        raise error
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("wait_for_all")
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process after an error, without waiting for others that may wait for it.
+
+    These notice its silence. Those that leave for the same reason fall with the main process, so
+    that leaves last.
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    if is_main():
+        time.sleep(2.0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

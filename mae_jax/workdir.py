@@ -1,0 +1,71 @@
+"""The folder of a run: one run at a time, and the same folder for all of its processes."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mae_jax import distributed
+
+
+class WorkdirError(Exception):
+    """A workdir cannot be used; the message says why and what to do."""
+
+
+@contextmanager
+def locked_workdir(workdir: Path) -> Iterator[None]:
+    """Creates a workdir and holds it for this run alone.
+
+    Raises:
+      WorkdirError: another run has it, it cannot be written, or not all processes see the same.
+    """
+    with ExitStack() as stack:
+        with distributed.together():
+            if distributed.is_main():
+                stack.enter_context(_lock(workdir))
+        with distributed.together():
+            try:
+                owner = _lock_file(workdir).read_text()
+            except OSError:
+                owner = ""
+        try:
+            distributed.check_same({f"workdir {workdir}": owner})
+        except ValueError as error:
+            raise WorkdirError(
+                f"{error}. It has to be on a disk that all hosts share, since checkpoints are "
+                "written by all of them"
+            ) from error
+        yield
+
+
+@contextmanager
+def _lock(workdir: Path) -> Iterator[None]:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(_lock_file(workdir), "a+")  # noqa: SIM115
+    except OSError as error:
+        raise WorkdirError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise WorkdirError(
+                f"the workdir {workdir} is in use by {file.read().strip() or 'another process'}"
+            ) from None
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot write to the workdir {workdir}: {error.strerror}"
+            ) from error
+        yield
+
+
+def _lock_file(workdir: Path) -> Path:
+    return workdir / ".lock"

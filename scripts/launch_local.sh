@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Runs N processes of one run on this machine, each with a GPU of its own where there are any:
+#
+#     scripts/launch_local.sh N train.py --config ... --workdir ...
+#
+# Ctrl-C and SIGTERM reach all of them. When one dies the others end by themselves, within a minute;
+# the exit code is that of the first, in order, that did not end with 0.
+set -u
+if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
+  echo "usage: scripts/launch_local.sh N train.py --config ... --workdir ..." >&2
+  exit 2
+fi
+count=$1
+shift
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$port
+export JAX_NUM_PROCESSES=$count
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+
+pids=()
+for ((id = 0; id < count; id++)); do
+  if [ "$gpus" -ge "$count" ]; then export JAX_LOCAL_DEVICE_IDS=$id; fi
+  JAX_PROCESS_ID=$id "$python" "$@" &
+  pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+
+code=0
+for id in "${!pids[@]}"; do
+  status=129
+  while [ "$status" -gt 128 ]; do  # a signal to this script ends the waiting, not the process
+    wait "${pids[$id]}"
+    status=$?
+    kill -0 "${pids[$id]}" 2>/dev/null || break
+  done
+  if [ "$status" -ne 0 ]; then
+    echo "process $id of $count ended with code $status" >&2
+    [ "$code" -eq 0 ] && code=$status
+  fi
+done
+exit "$code"
