@@ -1,7 +1,4 @@
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import closing
 
 import jax
@@ -14,7 +11,6 @@ from mae_jax.checkpoint import (
     CheckpointError,
 )
 from mae_jax.start import check_resume, flatten
-from mae_jax.workdir import WorkdirError, locked_workdir
 
 STATE = {
     "params": {"encoder": {"w": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3)},
@@ -177,24 +173,3 @@ class TestCheckResume:
         self.check(seed=1, allow=["seed"])
         with pytest.raises(CheckpointError, match="model.width"):
             self.check(seed=1, model__width=64, allow=["seed"])
-
-
-def test_a_workdir_in_use_is_refused_with_the_owner(tmp_path):
-    code = (
-        "import sys, pathlib; from mae_jax.workdir import *\n"
-        "try:\n"
-        "  with locked_workdir(pathlib.Path(sys.argv[1])): print('free')\n"
-        "except WorkdirError as error: print(error)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with locked_workdir(tmp_path):
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert f"in use by process {os.getpid()} on" in out
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "free\n"
-
-
-@pytest.mark.parametrize("place", ["/proc/mae_jax/run", "file/run"])
-def test_a_workdir_that_cannot_be_written(tmp_path, place):
-    (tmp_path / "file").touch()
-    with pytest.raises(WorkdirError, match="cannot write to the workdir"):
-        locked_workdir(tmp_path / place).__enter__()

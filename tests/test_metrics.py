@@ -1,9 +1,10 @@
 import json
-import logging
+import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from mae_jax.health import NonFiniteError, StopSignal, check_finite
 from mae_jax.metrics import RunLog, truncate_jsonl, write_json
 
 
@@ -15,7 +16,7 @@ def make_log(workdir, start_step=0, **kwargs):
 
 def steps(log, numbers):
     for step in numbers:
-        with log.waiting():
+        with log.waiting(step):
             pass
         log.step_done(step, {"loss": float(step), "grad_norm": 1.0, "learning_rate": 0.1 * step})
 
@@ -73,23 +74,55 @@ def test_json_is_written_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_numbers_that_are_none(name):
-    good = {"loss": 1.0, "grad_norm": 1.0}
-    check_finite(3, good)
-    for value in (float("nan"), float("inf")):
-        with pytest.raises(NonFiniteError, match=f"{name} is {value} at step 3"):
-            check_finite(3, good | {name: value})
+def test_skipped_steps_are_counted_and_left_out_of_means(tmp_path):
+    log = make_log(tmp_path)
+    steps(log, [1])
+    log.step_done(2, {"loss": math.nan, "grad_norm": math.nan, "learning_rate": 0.1, "skipped": 1})
+    log.skipped(2, {"images": ["a"]})
+    for step in (3, 4):
+        log.step_done(step, {"loss": math.nan, "grad_norm": 1, "learning_rate": 0.1, "skipped": 1})
+    log.close()
+    first, second = rows(tmp_path)
+    assert (first["loss"], first["skipped_steps"]) == (1.0, 1)
+    assert "loss" not in second
+    assert second["skipped_steps"] == 2
+    assert json.loads((tmp_path / "skipped.jsonl").read_text()) == {"step": 2, "images": ["a"]}
 
 
-def test_stop_signal_restores_what_was_there():
-    import os
-    import signal
+def test_going_back_forgets_what_came_after(tmp_path):
+    log = make_log(tmp_path)
+    steps(log, range(1, 7))
+    log.rewind(2)
+    steps(log, range(3, 5))
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4]
+    assert log.column("loss") == [1.5, 3.5]
 
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop()
-    assert signal.getsignal(signal.SIGTERM) is before
-    logging.getLogger("mae_jax")
+
+def test_only_the_main_process_writes(tmp_path):
+    log = make_log(tmp_path, main=False, profile=(1, 2))
+    steps(log, range(1, 5))
+    log.skipped(4, {"images": []})
+    log.rewind(2)
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_of_some_steps(tmp_path):
+    log = make_log(tmp_path, profile=(2, 2))
+    add = jax.jit(lambda x: x + 1)
+    for step in range(1, 6):
+        with log.waiting(step):
+            pass
+        with log.computing(step):
+            add(jnp.zeros(3)).block_until_ready()
+    log.close()
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+
+
+def test_memory_is_in_the_log(tmp_path):
+    log = make_log(tmp_path)
+    steps(log, range(1, 3))
+    log.close()
+    assert 0.05 < rows(tmp_path)[0]["host_memory"] < 100
