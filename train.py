@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     except (SaveError, WorkerError) as error:
         _fail(str(error), code=1)
     except NonFiniteError as error:
-        _fail(str(error), code=3)
+        _fail(str(error) if distributed.is_main() else "", code=3)
     except Exception:
         if jax.process_count() == 1:
             raise

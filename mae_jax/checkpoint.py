@@ -133,7 +133,9 @@ class Checkpointer:
         for step in steps:
             try:
                 with distributed.together():
-                    return step, self._read(step, wanted, accept)
+                    meta, state = self._read(step, wanted, accept)
+                _check_digests(state, meta["digests"])  # computed together: all find the same
+                return step, state
             except _DamageError as error:
                 self._set_aside(step, str(error))
         if steps:
@@ -145,7 +147,8 @@ class Checkpointer:
 
     def _read(
         self, step: int, wanted: Mapping[str, Any], accept: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A step's meta and state; each process reads what it holds, and waits for nobody."""
         params, train = wanted["params"], {k: v for k, v in wanted.items() if k != "params"}
         arguments = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(train)
@@ -159,9 +162,7 @@ class Checkpointer:
             self._check_fits(step, params, stored.tree)
             with _damage():
                 restored = manager.restore(step, args=arguments)
-                state = {"params": restored["params"], **restored["train"]}
-                _check_digests(state, meta["digests"])
-        return state
+        return meta, {"params": restored["params"], **restored["train"]}
 
     def _check_fits(self, step: int, wanted: Mapping, stored: Mapping) -> None:
         wrong = differences(wanted, stored)
@@ -268,7 +269,7 @@ def _damage() -> Iterator[None]:
     """Makes of whatever reading raises a _DamageError."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, _DamageError):
         raise
     except Exception as error:  # orbax has no common class for what can go wrong
         raise _DamageError(_reason(error)) from error
@@ -332,7 +333,7 @@ def _read_item(
 
 
 def _check_digests(state: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """ValueError unless the arrays of a state are those that were saved."""
+    """_DamageError unless the arrays of a state are those that were saved."""
     changed = [name for name, digest in digests(state).items() if digest != expected.get(name)]
     if changed:
-        raise ValueError(f"{len(changed)} arrays are not what was saved, {changed[0]} for one")
+        raise _DamageError(f"{len(changed)} arrays are not what was saved, {changed[0]} for one")

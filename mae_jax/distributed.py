@@ -93,8 +93,8 @@ def together() -> Iterator[None]:
 
 
 def is_told(error: Exception) -> bool:
-    """Whether the main process has raised an error, and so told of it, too."""
-    return getattr(error, "told", False)
+    """Whether the main process has raised an error, or its cause, and so told of it, too."""
+    return any(getattr(found, "told", False) for found in (error, error.__cause__))
 
 
 def _gather(mine: bytes) -> list[bytes]:

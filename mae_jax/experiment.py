@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ class Training:
             if not guard.halted:
                 return state
             if not left:
-                self._halt(state, guard)
+                self._halt(state)
             left -= 1
             position = int(state.position)
             self.checkpointer.wait()
@@ -287,16 +288,20 @@ class Training:
             note_spike=self.run_log.scalars,
         )
 
-    def _halt(self, state: TrainState, guard: Guard) -> NoReturn:
-        folder = self.run.workdir / "halted"
+    def _halt(self, state: TrainState) -> NoReturn:
+        folder, images = self.run.workdir / "halted", self.run.workdir / "skipped.jsonl"
+        with distributed.together():
+            if distributed.is_main():
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier halt
         with Checkpointer(folder, 1) as dump:
             dump.save(int(state.step), vars(state), self.meta)
         raise NonFiniteError(
-            f"{guard.bad_in_a_row} steps in a row had a loss or gradients that are not finite "
-            f"numbers, up to step {int(state.step)}. They changed nothing; {folder} holds the "
-            f"state, {self.run.workdir / 'skipped.jsonl'} the images. The same command goes back "
-            "to the last checkpoint; if it comes to this again, lower optim.base_lr, set "
-            "optim.clip_norm=1.0, or let health.rollbacks=1 go round these images"
+            "the loss or the gradients are no finite numbers, "
+            f"{self.run.config.health.max_bad_steps} time(s) in a row, up to step "
+            f"{int(state.step)}. These steps changed nothing; {folder} holds the state, {images} "
+            "names the images. The same command goes back to the last checkpoint; if it comes to "
+            "this again, lower optim.base_lr, set optim.clip_norm=1.0, or let health.rollbacks=1 "
+            "go round these images"
         )
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger("mae_jax")
 
 SPIKE_STEPS = 128  # over which the usual loss is known ...
 SPIKE_FROM = 32  # ... from so many on
-NAMED = 8  # images that the log names of a batch
+NAMED = 3  # images that the log names of a batch
 
 
 class NonFiniteError(Exception):
@@ -94,16 +94,13 @@ class Guard:
         self._note_skipped, self._note_spike = note_skipped, note_spike
         self._losses: deque[float] = deque(maxlen=SPIKE_STEPS)
         self.bad_in_a_row = 0
-
-    @property
-    def halted(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return self.bad_in_a_row >= self._most
+        self.halted = False  # once too many steps in a row were skipped, whatever comes after
 
     def check(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether to go on after a step with such metrics."""
         if metrics["skipped"]:
             self.bad_in_a_row += 1
+            self.halted |= self.bad_in_a_row >= self._most
             self._tell_skipped(step, metrics)
         else:
             self.bad_in_a_row = 0

@@ -1,5 +1,6 @@
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,30 @@ def flip_a_byte(folder):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 4
         file.write_bytes(data)
+
+
+def test_no_flipped_byte_is_restored(tmp_path):
+    """Most of them orbax would restore in silence."""
+    with closing(Checkpointer(tmp_path / "good", max_to_keep=3)) as writer:
+        saved(writer, STATE, 1)
+    rng = np.random.default_rng(0)
+    restored, refused = 0, 0
+    for number in range(12):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", folder)
+        file = rng.choice(sorted(map(str, (folder / "1").rglob("d/*"))))
+        data = bytearray(Path(file).read_bytes())
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        Path(file).write_bytes(data)
+        with closing(Checkpointer(folder, max_to_keep=3)) as reader:
+            try:
+                _, found = restore(reader)
+            except CheckpointError:
+                refused += 1
+            else:  # it was in a byte that means nothing
+                restored += 1
+                jax.tree.map(np.testing.assert_array_equal, found, STATE)
+    assert (restored + refused, refused > 0) == (12, True)
 
 
 def truncate(folder):

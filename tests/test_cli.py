@@ -1,105 +1,30 @@
 """train.py as its users run it: real processes, real files."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-TINY = """
-import sys
-sys.path.insert(0, {root!r})
-from configs import common
-
-
-def get_config():
-    config = common.base()
-    config.batch_size = 8
-    config.steps = 24
-    config.model.update(image_size=(16, 24), patch=8, width=16, depth=2, heads=2)
-    config.model.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
-    config.optim.warmup_steps = 4
-    config.optim.ema = 0.9
-    config.data.update(source="folder", path={folder!r}, workers=0, eval_split="val")
-    config.eval.update(knn_every_epochs=3.0, pictures_every_epochs=3.0, pictures=2)
-    config.log.every_steps = 2
-    config.checkpoint.every_steps = 5
-    return config
-"""
+from runs import (
+    ROOT,
+    assert_same_end,
+    command,
+    environment,
+    lines,
+    run,
+    start,
+    wait_for,
+    write_tiny,
+)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A config file, and the folder of noise in two classes that it trains on."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 3)):
-        for name, low in (("dark", 0), ("light", 128)):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(low, low + 128, (20, 30, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
-    config = folder / "tiny.py"
-    config.write_text(TINY.format(root=str(ROOT), folder=str(folder)))
-    return config
-
-
-def command(config, workdir, *overrides):
-    flags = ["--config", str(config), "--workdir", str(workdir)]
-    return [sys.executable, str(ROOT / "train.py"), *flags, *overrides]
-
-
-def environment(tmp_path):
-    return os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", "PYTHONWARNINGS": "default"}
-
-
-def run(config, workdir, *overrides, code=0):
-    done = subprocess.run(
-        command(config, workdir, *overrides),
-        capture_output=True,
-        text=True,
-        env=environment(workdir),
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def start(config, workdir):
-    return subprocess.Popen(
-        command(config, workdir),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(workdir),
-    )
-
-
-def wait_for(process, condition):
-    """Until the condition holds, or the process ends first, which fails."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def final_arrays(workdir):
-    import jax
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as reader:
-        step = workdir.absolute() / "checkpoints" / "24"
-        items = {item: reader.restore(step / item) for item in ("params", "train")}
-    return jax.tree.leaves(items)
+    return write_tiny(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +32,6 @@ def finished(tiny, tmp_path_factory):
     """A run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("straight")
     return workdir, run(tiny, workdir)
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -159,9 +80,7 @@ def test_killed_and_stopped_runs_end_bit_identical(tiny, finished, tmp_path):
         assert "the same command continues from here" in output
 
     output = run(tiny, tmp_path)
-    straight, _ = finished
-    for ours, theirs in zip(final_arrays(tmp_path), final_arrays(straight), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same_end(tmp_path, finished[0])
     steps = [row["step"] for row in lines(tmp_path) if "loss" in row]
     assert steps == list(range(2, 25, 2))
 
@@ -216,7 +135,7 @@ def test_warm_start(tiny, finished, tmp_path):
     source, converted = finished[0], tmp_path / "converted"
     convert = [sys.executable, "-m", "mae_jax.convert", str(source), str(converted)]
     convert += ["--to", "mae_jax"]
-    subprocess.run(convert, check=True, env=environment(tmp_path), cwd=ROOT)
+    subprocess.run(convert, check=True, env=environment(), cwd=ROOT)
     flags = ["--config.steps=1", "--config.optim.warmup_steps=0", "--config.optim.base_lr=0.0"]
     output = run(tiny, tmp_path / "b", *flags, f"--config.init.path={converted}")
     assert "arrays loaded" in output
@@ -231,6 +150,6 @@ def test_warm_start(tiny, finished, tmp_path):
 
 def test_warm_start_from_nothing(tiny, tmp_path):
     flags = command(tiny, tmp_path / "run", "--config.init.path=gone.pth")
-    made = subprocess.run(flags, capture_output=True, text=True, env=environment(tmp_path))
+    made = subprocess.run(flags, capture_output=True, text=True, env=environment())
     assert made.returncode == 2
     assert made.stderr.splitlines()[-1] == "error: init.path: gone.pth does not exist"

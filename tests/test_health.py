@@ -33,11 +33,12 @@ def test_halts_after_bad_steps_in_a_row(caplog):
         assert guard.check(step, metrics)
     assert not guard.halted
     assert not guard.check(5, BAD)
+    assert not guard.check(6, GOOD), "one more step may be under way when it halts"
     assert guard.halted
     assert [step for step, _ in notes] == [0, 1, 3, 4, 5]
     assert notes[-1][1] == {"loss": "nan", "grad_norm": "inf", "images": ["5.png"] * 9}
     assert "step 5 is skipped (3 in a row, of at most 3): loss nan, grad_norm inf" in caplog.text
-    assert "5.png and 1 more" in caplog.text
+    assert "5.png and 6 more" in caplog.text
 
 
 def losses(guard, values):

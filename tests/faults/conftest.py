@@ -1,0 +1,18 @@
+"""The runs that all tests of faults compare with."""
+
+import pytest
+
+from runs import run, write_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def straight(tiny, tmp_path_factory):
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("straight")
+    run(tiny, workdir, "--config.log.every_steps=1")
+    return workdir

@@ -1,0 +1,113 @@
+"""Runs of two processes, which talk over the loopback."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mae_jax.convert import weights
+from runs import ROOT, children, environment, losses, run, start, wait_for
+
+EACH = "--config.log.every_steps=1"  # else a line of metrics may be a mean of fewer steps
+SPLIT = [EACH, "--config.mesh.fsdp=2", "--config.mesh.min_split_bytes=512", "--config.mesh.max_whole=0.5"]
+
+
+def pids(launcher):
+    """Of the processes of a run, by number."""
+    found = {}
+    for pid in children(launcher.pid):
+        environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        number = next(pair for pair in environ if pair.startswith("JAX_PROCESS_ID="))
+        found[int(number.split("=")[1])] = pid
+    assert len(found) == 2
+    return found
+
+
+def assert_same_losses(ours, theirs):
+    ours, theirs = losses(ours), losses(theirs)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
+def test_two_processes_are_one_run(tiny, straight, tmp_path):
+    output = run(tiny, tmp_path, EACH, processes=2)
+    assert output.count("After 24 steps") == 1, "only the first of them speaks"
+    assert output.count("step 24/24") == 1
+    assert_same_losses(tmp_path, straight)
+    ours, theirs = weights.read(tmp_path), weights.read(straight)
+    for name, array in theirs.arrays.items():
+        np.testing.assert_allclose(ours.arrays[name], array, atol=1e-4)
+
+
+def test_split_stopped_and_gone_on_with_by_others(tiny, straight, tmp_path):
+    """SIGTERM to one of two stops both; one process of four devices goes on; then two again."""
+    process = start(tiny, tmp_path, *SPLIT, processes=2)
+    wait_for(process, (tmp_path / "checkpoints" / "5").exists)
+    os.kill(pids(process)[1], signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert "the same command continues from here" in output
+    stopped = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert f"stopped at step {stopped} of 24" in output
+    process = start(tiny, tmp_path, *SPLIT, devices=4)
+    wait_for(process, (tmp_path / "checkpoints" / f"{stopped // 5 * 5 + 5}").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0
+    run(tiny, tmp_path, EACH, processes=2)
+    assert_same_losses(tmp_path, straight)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_dies_takes_the_other_down(tiny, straight, tmp_path, victim):
+    process = start(tiny, tmp_path, EACH, processes=2)
+    wait_for(process, (tmp_path / "checkpoints" / "5").exists)
+    killed = time.monotonic()
+    os.kill(pids(process)[victim], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert time.monotonic() - killed < 60
+    assert process.returncode not in (0, 2, 3)
+    assert f"process {victim} of 2 ended with code 137" in output
+    assert f"process {1 - victim} of 2 ended with code" in output
+    run(tiny, tmp_path, EACH)
+    assert_same_losses(tmp_path, straight)
+
+
+def test_damage_is_found_together(tiny, straight, tmp_path):
+    """The second process goes back with the first, also where only one of them fails to read."""
+    process = start(tiny, tmp_path, *SPLIT, processes=2)
+    wait_for(process, (tmp_path / "checkpoints" / "15").exists)
+    for pid in pids(process).values():
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    newest = max(
+        (tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.split(".")[0])
+    )
+    for file in newest.joinpath("train").rglob("ocdbt.process_1/d/*"):
+        file.write_bytes(file.read_bytes()[:20])
+    output = run(tiny, tmp_path, *SPLIT, processes=2)
+    assert f"{newest} is damaged and renamed" in output
+    assert_same_losses(tmp_path, straight)
+
+
+def test_processes_that_do_not_belong_together(tiny, tmp_path):
+    script = tmp_path / "differ.py"
+    script.write_text(
+        "import os, sys\n"
+        "number = os.environ['JAX_PROCESS_ID']\n"
+        "sys.argv[-1] += number\n"
+        f"sys.argv[0] = {str(tmp_path)!r}\n"
+        "os.execv(sys.executable, [sys.executable, 'train.py', *sys.argv[1:]])\n"
+    )
+    for flag, what in (("--config.seed=", "config"), ("--workdir=" + str(tmp_path), "workdir")):
+        flags = ["--config", str(tiny), "--workdir", str(tmp_path / "w"), flag]
+        command = [str(ROOT / "scripts" / "launch_local.sh"), "2", str(script), *flags]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=120
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("error: process 1 has another " + what) == 1
+        assert "process 1 of 2 ended with code 2" in done.stderr

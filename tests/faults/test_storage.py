@@ -1,0 +1,134 @@
+"""Disks that are full, and checkpoints that are not what they were."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from runs import assert_same_end, command, environment, run, start, wait_for
+
+SMALL = ["--config.eval.pictures_every_epochs=-1.0", "--config.model.width=64"]
+SMALL += ["--config.eval.knn_every_epochs=-1.0"]
+
+
+def steps(workdir):
+    return {path.name for path in (workdir / "checkpoints").iterdir()}
+
+
+# Files of at most 300 KiB: a checkpoint's are larger, all others smaller.
+LIMIT = "ulimit -f 300"
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny, tmp_path_factory):
+    """What the runs that ran out of space would have come to."""
+    workdir = tmp_path_factory.mktemp("roomy")
+    run(tiny, workdir, *SMALL)
+    return workdir
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tiny, roomy, tmp_path):
+    run(tiny, tmp_path, *SMALL, "--config.steps=5", "--config.resume.allow=steps")
+    output = run(tiny, tmp_path, *SMALL, "--config.resume.allow=steps", code=1, before=LIMIT)
+    assert f"the checkpoint of step 10 could not be written to {tmp_path}/checkpoints" in output
+    assert "(File too large); the last complete one is that of step 5" in output
+    assert "Traceback" not in output
+    assert steps(tmp_path) == {"5"}, "what is half written is gone, what is complete is not"
+    # Step 5 was the last of a run of 5 steps: only the learning rates after it are the others'.
+    run(tiny, tmp_path, *SMALL, "--config.resume.allow=steps")
+    assert steps(tmp_path) == {"15", "20", "24"}
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tiny, tmp_path):
+    flags = [*SMALL, "--config.checkpoint.every_steps=1000"]
+    output = run(tiny, tmp_path, *flags, code=1, before=LIMIT)
+    assert "the checkpoint of step 24 could not be written" in output
+    assert "there is none" in output
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk(tiny, roomy, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("not even root can mount a small disk here")
+    try:
+        output = run(tiny, disk / "run", *SMALL, code=1)
+        assert "No space left on device" in output
+        assert "Make room or mend the disk: the same command goes on from there" in output
+        complete = steps(disk / "run")
+        assert complete
+        assert all(name.isdecimal() for name in complete)
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        output = run(tiny, disk / "run", *SMALL)
+        assert f"continuing from step {max(map(int, complete))}" in output
+        assert_same_end(disk / "run", roomy)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def interrupted(tiny, workdir):
+    """A run that was killed when it had three checkpoints, of steps 5, 10 and 15."""
+    process = start(tiny, workdir)
+    wait_for(process, (workdir / "checkpoints" / "15").exists)
+    process.kill()
+    process.communicate()
+    shutil.rmtree(workdir / "checkpoints" / "20", ignore_errors=True)  # it may have been quick
+    return workdir / "checkpoints"
+
+
+def flip_a_bit(folder):
+    for file in sorted((folder / "params").rglob("d/*")):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+
+
+def test_damaged_copied_and_empty_steps_are_passed_over(tiny, straight, tmp_path):
+    folder = interrupted(tiny, tmp_path)
+    flip_a_bit(folder / "15")
+    (folder / "40").mkdir()
+    shutil.copytree(folder / "15" / "params", folder / "30" / "params")
+    output = run(tiny, tmp_path)
+    for step in ("15", "30", "40"):
+        assert f"checkpoint {folder / step} is damaged and renamed to {step}.damaged" in output
+    assert "continuing from step 10" in output
+    assert_same_end(tmp_path, straight)
+    assert {"15", "20", "24"} <= steps(tmp_path), "saves after the return to step 10 are there"
+
+
+def test_nothing_but_damaged_steps(tiny, tmp_path):
+    folder = interrupted(tiny, tmp_path)
+    for step in folder.iterdir():
+        flip_a_bit(step)
+    output = run(tiny, tmp_path, code=2)
+    assert "every checkpoint in" in output
+    assert "another --workdir" in output
+
+
+def test_what_would_load_in_silence_is_refused_by_name(tiny, straight):
+    flags = ["--config.model.heads=4", "--config.mask.ratio=0.5", "--config.target.norm_pix=False"]
+    output = run(tiny, straight, *flags, code=2)
+    for change in ("model.heads: 2 -> 4", "mask.ratio: 0.75 -> 0.5", "target.norm_pix: True -> F"):
+        assert change in output
+
+
+def test_a_second_run_in_one_workdir(tiny, tmp_path):
+    first = start(tiny, tmp_path, "--config.steps=100000")
+    wait_for(first, (tmp_path / "checkpoints" / "5").exists)
+    output = run(tiny, tmp_path, code=2)
+    assert f"is in use by process {first.pid} on {os.uname().nodename}" in output
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+
+
+def test_a_workdir_that_cannot_be_written_fails_at_the_start(tiny):
+    done = subprocess.run(
+        command(tiny, "/proc/mae_jax"), capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write to the workdir")

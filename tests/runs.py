@@ -1,0 +1,130 @@
+"""Runs of train.py as its users start them: real processes, real files, a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+import sys
+sys.path.insert(0, {root!r})
+from configs import common
+
+
+def get_config():
+    config = common.base()
+    config.batch_size = 8
+    config.steps = 24
+    config.model.update(image_size=(16, 24), patch=8, width=16, depth=2, heads=2)
+    config.model.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
+    config.optim.warmup_steps = 4
+    config.optim.ema = 0.9
+    config.data.update(source="folder", path={folder!r}, workers=0, eval_split="val")
+    config.eval.update(knn_every_epochs=3.0, pictures_every_epochs=3.0, pictures=2)
+    config.log.every_steps = 2
+    config.checkpoint.every_steps = 5
+    return config
+"""
+
+
+def write_tiny(folder):
+    """A config file, beside the folder of noise in two classes that it trains on."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3)):
+        for name, low in (("dark", 0), ("light", 128)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(low, low + 128, (20, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    config = folder / "tiny.py"
+    config.write_text(TINY.format(root=str(ROOT), folder=str(folder)))
+    return config
+
+
+def command(config, workdir, *overrides, processes=1):
+    flags = ["--config", str(config), "--workdir", str(workdir), *overrides]
+    launch = [str(ROOT / "scripts" / "launch_local.sh"), str(processes)]
+    return [*(launch if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *flags]
+
+
+def environment(devices=1):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "COLUMNS": "200",
+        "PYTHON": sys.executable,
+        "PYTHONWARNINGS": "default",
+    }
+
+
+def run(config, workdir, *overrides, code=0, processes=1, devices=1, before=":"):
+    """What a run prints, which has to end with an exit code; `before` is a line of shell."""
+    done = subprocess.run(
+        ["bash", "-c", f'{before} && exec "$@"', "bash"]
+        + command(config, workdir, *overrides, processes=processes),
+        capture_output=True,
+        text=True,
+        env=environment(devices),
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def start(config, workdir, *overrides, processes=1, devices=1):
+    """The process of a run."""
+    return subprocess.Popen(
+        command(config, workdir, *overrides, processes=processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(devices),
+    )
+
+
+def children(pid):
+    """Processes that a process has started, from whichever of its threads."""
+    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for text in lists for child in text.split()]
+
+
+def wait_for(process, condition, pause=0.01):
+    """Until the condition holds, or the process ends first, which fails."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(pause)
+
+
+def final_arrays(workdir, step=24):
+    """All arrays of the last checkpoint, as orbax alone reads them."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        folder = workdir.absolute() / "checkpoints" / str(step)
+        items = {item: reader.restore(folder / item) for item in ("params", "train")}
+    return jax.tree.leaves(items)
+
+
+def assert_same_end(ours, theirs):
+    """Both runs have ended with the same parameters and optimizer, to the bit."""
+    for mine, others in zip(final_arrays(ours), final_arrays(theirs), strict=True):
+        np.testing.assert_array_equal(mine, others)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    """By step."""
+    return {row["step"]: row["loss"] for row in lines(workdir) if "loss" in row}
