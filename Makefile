@@ -4,7 +4,7 @@ VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-torch lint clean
+.PHONY: help demo test test-faults test-slow test-torch lint clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -14,6 +14,12 @@ demo: $(VENV)/.demo  ## pretrain on real photographs in five minutes, with pictu
 
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-faults: $(VENV)/.dev  ## kill, stop, starve and damage real runs (docs/reliability.md)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults $(ARGS)
+
+test-slow: $(VENV)/.dev  ## more of the same, and programs for hundreds of devices; half an hour
+	$(BIN)/python -m pytest tests/slow $(ARGS)
 
 test-torch: .venv-torch/.peers  ## run the tests against torch, transformers and timm themselves
 	HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/peers $(ARGS)

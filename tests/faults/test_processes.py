@@ -13,7 +13,12 @@ from mae_jax.convert import weights
 from runs import ROOT, children, environment, losses, run, start, wait_for
 
 EACH = "--config.log.every_steps=1"  # else a line of metrics may be a mean of fewer steps
-SPLIT = [EACH, "--config.mesh.fsdp=2", "--config.mesh.min_split_bytes=512", "--config.mesh.max_whole=0.5"]
+SPLIT = [
+    EACH,
+    "--config.mesh.fsdp=2",
+    "--config.mesh.min_split_bytes=512",
+    "--config.mesh.max_whole=0.5",
+]
 
 
 def pids(launcher):
@@ -56,7 +61,8 @@ def test_split_stopped_and_gone_on_with_by_others(tiny, straight, tmp_path):
     process = start(tiny, tmp_path, *SPLIT, devices=4)
     wait_for(process, (tmp_path / "checkpoints" / f"{stopped // 5 * 5 + 5}").exists)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
     run(tiny, tmp_path, EACH, processes=2)
     assert_same_losses(tmp_path, straight)
 
