@@ -104,7 +104,7 @@ def wait_for(process, condition, pause=0.01):
         time.sleep(pause)
 
 
-def final_arrays(workdir, step=24):
+def final_arrays(workdir, step):
     """All arrays of the last checkpoint, as orbax alone reads them."""
     import jax
     import orbax.checkpoint as ocp
@@ -115,9 +115,9 @@ def final_arrays(workdir, step=24):
     return jax.tree.leaves(items)
 
 
-def assert_same_end(ours, theirs):
+def assert_same_end(ours, theirs, step=24):
     """Both runs have ended with the same parameters and optimizer, to the bit."""
-    for mine, others in zip(final_arrays(ours), final_arrays(theirs), strict=True):
+    for mine, others in zip(final_arrays(ours, step), final_arrays(theirs, step), strict=True):
         np.testing.assert_array_equal(mine, others)
 
 

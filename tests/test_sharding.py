@@ -28,6 +28,19 @@ def test_large_arrays_are_split_along_their_largest_axis_but_never_along_depth()
     assert spec_of({"head": shape(1024, 512)}, 1) == {"head": P(None, None)}
 
 
+def test_what_stays_whole_is_told_and_limited():
+    mesh = sharding.make_mesh(4)
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, np.float32)
+    state = {"kernel": shape(1024, 512), "odd": shape(1023, 513)}
+    shardings = sharding.state_shardings(state, mesh)
+    assert sharding.bytes_per_device(state, shardings) == (1024 * 512, 1023 * 513 * 4)
+    sharding.check_split(state, shardings, mesh, 0.6)
+    with pytest.raises(ValueError, match=r"mesh.fsdp=4 leaves 50 % .* \(2.1 of 4.2 MB\)"):
+        sharding.check_split(state, shardings, mesh, 0.1)
+    mesh = sharding.make_mesh(1)
+    sharding.check_split(state, sharding.state_shardings(state, mesh), mesh, 0.0)
+
+
 def test_batch_is_split_over_both_axes():
     mesh = sharding.make_mesh(2)
     batch = sharding.shard_batch({"image": np.arange(8)}, mesh)

@@ -1,0 +1,148 @@
+"""However a step is computed and laid out, it computes the same, from the same draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax import sharding
+from mae_jax.digests import digests
+from mae_jax.models.classifier import Classifier
+from mae_jax.models.layers import Execution
+from mae_jax.models.mae import make_mae
+from mae_jax.models.vit import Encoder
+from mae_jax.optim import adamw, warmup_cosine
+from mae_jax.sizes import Size
+from mae_jax.tasks.classify import Classify
+from mae_jax.tasks.mixup import Mixup
+from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.training import init_state, make_train_step
+
+SIZE = Size(64, 2, 2, 8, decoder_width=32, decoder_depth=2, decoder_heads=2)
+LEARNING_RATE = warmup_cosine(peak=1e-2, warmup_steps=2, total_steps=20)
+KEY = jax.random.key(5)
+STEPS, ROWS, CLASSES = 5, 16, 7
+PIXELS = dict(patch=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def make_pretrain(execution):
+    return Pretrain(model=make_mae(SIZE, grid=(4, 4), execution=execution), grid=(4, 4), **PIXELS)
+
+
+def make_finetune(execution):
+    encoder = Encoder(64, 2, 2, (4, 4), final_norm=False, drop_path=0.2, execution=execution)
+    model = Classifier(encoder, num_classes=CLASSES, pool="mean", fc_norm=True)
+    mixup = Mixup(mixup=0.8, cutmix=1.0, mode="elem")
+    return Classify(model=model, smoothing=0.1, mixup=mixup, erase=0.25, **PIXELS)
+
+
+TASKS = {"pretrain": make_pretrain, "finetune": make_finetune}
+
+
+def batch_of(step):
+    rng = np.random.default_rng(step)
+    images = rng.integers(0, 256, (ROWS, 32, 32, 3), dtype=np.uint8)
+    return {"image": images, "label": rng.integers(0, CLASSES, ROWS, dtype=np.int32)}
+
+
+def make(name, mesh, **execution):
+    """A task, its optimizer, and how its state lies on a mesh."""
+    task = TASKS[name](Execution(constrain=sharding.batch_constraint(mesh), **execution))
+    tx = adamw(LEARNING_RATE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
+    init = lambda key: init_state(task, tx, key)
+    shapes = jax.eval_shape(init, KEY)
+    return task, tx, init, shapes, sharding.state_shardings(shapes, mesh, min_bytes=1024)
+
+
+def train(name, mesh, accumulate=1, **execution):
+    """Losses, and the digest of the first state."""
+    task, tx, init, _, shardings = make(name, mesh, **execution)
+    state = jax.jit(init, out_shardings=shardings)(KEY)
+    first = digests(vars(state))
+    step = make_train_step(task, tx, LEARNING_RATE, KEY, accumulate=accumulate)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    losses = []
+    for number in range(STEPS):
+        state, metrics = step(state, sharding.shard_batch(batch_of(number), mesh))
+        losses.append(float(metrics["loss"]))
+    return losses, first
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def plain(request):
+    """The task, and what one device comes to."""
+    return request.param, *train(request.param, one_device())
+
+
+def one_device():
+    mesh = sharding.make_mesh()
+    return jax.sharding.Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "options"),
+    [
+        (1, {}),
+        (4, {}),
+        (2, dict(remat="full", accumulate=4)),
+        (4, dict(scan_unroll=2, remat="dots", accumulate=2)),
+        (None, dict(scan_unroll=2)),
+        (None, dict(remat="full")),
+        (None, dict(accumulate=4)),
+    ],
+    ids=str,
+)
+def test_the_same_losses(plain, fsdp, options):
+    name, losses, first = plain
+    mesh = sharding.make_mesh(fsdp) if fsdp else one_device()
+    found, begun = train(name, mesh, **options)
+    assert begun == first, "the first state, to the bit"
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_same_draws_for_every_image(name):
+    """Masks to the bit; images and labels that are mixed by them but for the rounding."""
+    drawn = []
+    for mesh in (one_device(), sharding.make_mesh(), sharding.make_mesh(4)):
+        task = make(name, mesh)[0]
+        batch = sharding.shard_batch(batch_of(0), mesh)
+        drawn.append(jax.device_get(jax.jit(task.draw)(KEY, batch)))
+    for other in drawn[1:]:
+        for name, array in drawn[0].items():
+            tolerance = 0 if array.dtype.kind in "iu" else 1e-6
+            np.testing.assert_allclose(other[name], array, rtol=tolerance, atol=tolerance)
+
+
+def test_a_split_state_takes_its_share_of_memory():
+    mesh = sharding.make_mesh(4)
+    _, _, init, shapes, shardings = make("pretrain", mesh)
+    state = jax.jit(init, out_shardings=shardings)(KEY)
+    for item in ("params", "opt_state"):
+        arrays = jax.tree.leaves(vars(state)[item])
+        total = sum(array.nbytes for array in arrays)
+        first = sum(array.addressable_shards[0].data.nbytes for array in arrays)
+        small = sum(array.nbytes for array in arrays if array.nbytes < 1024)
+        assert first <= total / 4 + small
+    split, whole = sharding.bytes_per_device(shapes, shardings)
+    assert split + whole == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+
+
+def test_no_device_holds_all_of_a_first_state():
+    mesh = sharding.make_mesh(4)
+    _, _, init, shapes, shardings = make("pretrain", mesh)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    memory = jax.jit(init, out_shardings=shardings).lower(KEY).compile().memory_analysis()
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < total / 2
+    whole = jax.jit(init).lower(KEY).compile().memory_analysis()
+    assert whole.output_size_in_bytes >= total, "it would be seen"
+
+
+def test_gathered_and_put_back():
+    mesh = sharding.make_mesh(4)
+    arrays = {"a": np.arange(4096.0).reshape(8, 512), "b": np.float32(3)}
+    there = sharding.put(arrays, sharding.state_shardings(arrays, mesh, min_bytes=1024))
+    assert not there["a"].sharding.is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, sharding.everywhere(there), arrays)
+    again = sharding.put({"a": jnp.ones(3)}, {"a": there["b"].sharding})
+    np.testing.assert_array_equal(again["a"], np.ones(3))
