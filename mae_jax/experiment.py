@@ -174,6 +174,8 @@ def _train(run: Run, stop: StopSignal, watchdog: Watchdog) -> None:
         if distributed.is_main():
             write_json(run.workdir / "config.json", plain)
         _say_hello(run, start_step)
+        if total:
+            _warn_of_space(run)
 
         with closing(_make_run_log(run, start_step, watchdog)) as run_log:
             evaluation = _make_evaluation(run, run_log, watchdog)
@@ -369,6 +371,23 @@ def _make_run_log(run: Run, start_step: int, watchdog: Watchdog) -> RunLog:
         note=watchdog.note,
         main=distributed.is_main(),
     )
+
+
+def _warn_of_space(run: Run) -> None:
+    """Says so where the checkpoints that are kept, and one more, will not fit onto the disk."""
+    leaves = jax.tree.leaves(run.layout.shapes)
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    needed = state * (run.config.checkpoint.max_to_keep + 1)
+    free = shutil.disk_usage(run.workdir).free
+    if needed > free:
+        log.warning(
+            "checkpoints will take up to %.1f GB, %.1f GB at a time, and %.1f GB are free in %s: "
+            "the run ends at the first that does not fit",
+            needed / 1e9,
+            state / 1e9,
+            free / 1e9,
+            run.workdir,
+        )
 
 
 def _say_hello(run: Run, start_step: int) -> None:

@@ -1,6 +1,9 @@
 """TFDS data sets as sources. TensorFlow is not needed, whichever way they were prepared."""
 
+import fcntl
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +152,26 @@ def prepare(name: str, data_dir: str | None) -> Any:
         builder: Any = embedded.PhotoCrops(data_dir=data_dir, file_format="array_record")
     else:
         builder = _with_code(name, data_dir)
-    if not builder.is_prepared():
-        log.info("preparing %s in %s", name, builder.data_dir)
     try:
-        # The default format would fail at its very end without TensorFlow.
-        builder.download_and_prepare(file_format="array_record")
+        with _alone(Path(builder.data_dir).parent):
+            if not builder.is_prepared():
+                log.info("preparing %s in %s", name, builder.data_dir)
+            # The default format would fail at its very end without TensorFlow.
+            builder.download_and_prepare(file_format="array_record")
     except ImportError as error:
         raise DataError(_needs(name, error)) from error
     except AssertionError as error:  # files that have to be fetched by hand are not there
         raise DataError(str(error)) from error
     return builder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits for others that are preparing the same, which may be processes of one run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _with_code(name: str, data_dir: str | None) -> Any:

@@ -58,6 +58,7 @@ def test_a_full_disk(tiny, roomy, tmp_path):
     try:
         output = run(tiny, disk / "run", *SMALL, code=1)
         assert "No space left on device" in output
+        assert "GB are free in" in output, "it was to be foreseen"
         assert "Make room or mend the disk: the same command goes on from there" in output
         complete = steps(disk / "run")
         assert complete
