@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
     import jax
 
     from mae_jax import console, distributed, experiment
-    from mae_jax.checkpoint import CheckpointError, SaveError
+    from mae_jax.checkpoint import SaveError
+    from mae_jax.checkpoint_reader import CheckpointError
     from mae_jax.data.sources import DataError
     from mae_jax.data.workers import WorkerError
     from mae_jax.health import NonFiniteError
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         _fail(str(error))
     if not distributed.is_main():
-        console.only_errors(jax.process_index())
+        console.only_troubles(jax.process_index())
     try:
         experiment.run(CONFIG.value, Path(WORKDIR.value or ""))
     except (experiment.ConfigError, DataError, WorkdirError, CheckpointError) as error:

@@ -65,7 +65,7 @@ def predict(
 def collective_seconds(each: Collective, cluster: Cluster, sent: float = 1.0) -> float:
     """Seconds of one run of a collective, of which a share of the bytes is sent."""
     size = each.groups.shape[1]
-    nodes = len(np.unique(each.groups[0] // cluster.node_devices))
+    nodes = max(len(np.unique(group // cluster.node_devices)) for group in each.groups)
     members = size / nodes  # devices of the group in a node
     bandwidth, near, far = cluster.node_bandwidth, cluster.node_latency, 0.0
     if nodes > 1:

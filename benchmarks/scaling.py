@@ -46,7 +46,6 @@ MLP_RATIOS = {"vit_2b": 8192 / 1664}  # of encoders other than 4, which decoders
 DECODER_MLP_RATIO = 4.0
 STRATEGIES = ("replicate", "fsdp", "hsdp8")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-MAX_WHOLE = 0.1  # the default of mesh.max_whole
 # Machine code that nobody runs need not be fast: the same program in half of the time.
 NEVER_RUN = {"xla_backend_optimization_level": 0}
 TIMEOUT = 180  # seconds that a row of the table may take
@@ -101,7 +100,7 @@ def compile_step(setup: Setup) -> Program:
     tx = adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
     shapes = jax.eval_shape(lambda key: init_state(task, tx, key), jax.random.key(0))
     shardings = sharding.state_shardings(shapes, mesh, setup.min_split_bytes)
-    sharding.check_split(shapes, shardings, mesh, MAX_WHOLE)
+    sharding.check_split(shapes, shardings, mesh, sharding.MAX_WHOLE)
     step = make_train_step(task, tx, learning_rate, jax.random.key(1))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     images = jax.ShapeDtypeStruct((batch_size, setup.image_size, setup.image_size, 3), jnp.uint8)

@@ -7,6 +7,7 @@ None take a value of the type named here.
 from ml_collections import ConfigDict, config_dict
 
 from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mae_jax.sharding import MAX_WHOLE, MIN_SPLIT_BYTES
 from mae_jax.sizes import get_size
 
 
@@ -92,8 +93,8 @@ def base() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices to split parameters and optimizer over; 1 copies them to each
-    config.mesh.min_split_bytes = 2**20  # smaller arrays stay whole on every device ...
-    config.mesh.max_whole = 0.1  # ... but no larger share of all bytes than this
+    config.mesh.min_split_bytes = MIN_SPLIT_BYTES  # smaller arrays stay whole on every device ...
+    config.mesh.max_whole = MAX_WHOLE  # ... but no larger share of all bytes than this
     return config
 
 
@@ -146,7 +147,7 @@ def _data() -> ConfigDict:
     # long as its Python keeps up (docs/images.md)
     data.threads = optional(int)  # per process; None: as many as cores, in all
     data.on_bad = "raise"  # or "skip": the next good image instead, counted and named
-    data.max_bad = 100  # different bad images to skip before giving up
+    data.max_bad = 100  # different bad images that a process skips before it gives up
     return data
 
 

@@ -1,39 +1,37 @@
 """Checkpoints with orbax, believed only where they read back as they were written."""
 
 import itertools
-import json
 import logging
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from mae_jax import distributed
+from mae_jax.checkpoint_reader import (
+    FORMAT,
+    CheckpointError,
+    DamageError,
+    as_damage,
+    check_digests,
+    crc_of,
+    make_handlers,
+    open_reader,
+    read_meta,
+    reason_of,
+)
 from mae_jax.digests import digests
 from mae_jax.trees import differences
 
-log = logging.getLogger("mae_jax")
-
-FORMAT = 2  # of what "meta" holds
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message says why and what to do."""
+log = logging.getLogger("mae_jax.run")
 
 
 class SaveError(Exception):
     """A checkpoint could not be written; the message says why and what is left."""
-
-
-class _DamageError(Exception):
-    """A step does not read back as it was written."""
 
 
 class Checkpointer:
@@ -59,7 +57,7 @@ class Checkpointer:
         return ocp.CheckpointManager(
             self.directory.absolute(),
             options=options,
-            item_handlers=_handlers(ocp.StandardCheckpointHandler),
+            item_handlers=make_handlers(ocp.StandardCheckpointHandler),
         )
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -76,7 +74,7 @@ class Checkpointer:
         arguments = ocp.args.Composite(
             params=ocp.args.StandardSave(state["params"]),
             train=ocp.args.StandardSave(train),
-            meta=ocp.args.JsonSave(meta | {"crc": _crc(meta)}),
+            meta=ocp.args.JsonSave(meta | {"crc": crc_of(meta)}),
         )
         self._last = step
         with self._saving():
@@ -84,8 +82,9 @@ class Checkpointer:
 
     def check(self) -> None:
         """SaveError if the save in the background has failed by now."""
-        with self._saving():
-            self._manager.check_for_errors()
+        # Not by `check_for_errors`: it would take the error from the thread that is to see it.
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits for the save in the background; SaveError if it fails."""
@@ -105,8 +104,8 @@ class Checkpointer:
             )
             raise SaveError(
                 f"the checkpoint of step {self._last} could not be written to {self.directory} "
-                f"({_reason(error)}); {kept}. Make room or mend the disk: the same command goes on "
-                "from there"
+                f"({reason_of(error)}); {kept}. Make room or mend the disk: the same command goes "
+                "on from there"
             ) from error
 
     def restore_newest(
@@ -132,11 +131,8 @@ class Checkpointer:
         distributed.check_same({f"list of checkpoints in {self.directory}": str(steps)})
         for step in steps:
             try:
-                with distributed.together():
-                    meta, state = self._read(step, wanted, accept)
-                _check_digests(state, meta["digests"])  # computed together: all find the same
-                return step, state
-            except _DamageError as error:
+                return step, self._read_verified(step, wanted, accept)
+            except DamageError as error:
                 self._set_aside(step, str(error))
         if steps:
             raise CheckpointError(
@@ -144,6 +140,14 @@ class Checkpointer:
                 "anew, use another --workdir"
             )
         return None
+
+    def _read_verified(
+        self, step: int, wanted: Mapping[str, Any], accept: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        with distributed.together():
+            meta, state = self._read(step, wanted, accept)
+        check_digests(state, meta["digests"])  # computed together: all find the same
+        return state
 
     def _read(
         self, step: int, wanted: Mapping[str, Any], accept: Callable[[dict[str, Any]], None]
@@ -153,14 +157,14 @@ class Checkpointer:
         arguments = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(train)
         )
-        with _reader(self.directory, ocp.StandardCheckpointHandler) as manager:
-            with _damage():
-                meta, stored = _read_meta(manager, step), manager.item_metadata(step)["params"]
+        with open_reader(self.directory, ocp.StandardCheckpointHandler) as manager:
+            with as_damage():
+                meta, stored = read_meta(manager, step), manager.item_metadata(step)["params"]
                 if stored is None:
                     raise ValueError("it has no parameters")
             accept(meta)
             self._check_fits(step, params, stored.tree)
-            with _damage():
+            with as_damage():
                 restored = manager.restore(step, args=arguments)
         return meta, {"params": restored["params"], **restored["train"]}
 
@@ -203,137 +207,8 @@ class Checkpointer:
                 self.close()
 
 
-def read_run(
-    directory: Path, step: int | None = None, items: Sequence[str] = ("params",)
-) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
-    """A step of a run, items of its state as numpy arrays, and its meta; changes nothing.
-
-    Args:
-      step: None takes the newest that reads back as it was written.
-      items: "params", "ema" for the average of the parameters, "batch_stats", which may be empty.
-
-    Raises:
-      CheckpointError: there is no such step or item, or it is damaged.
-    """
-    with _reader(directory, ocp.PyTreeCheckpointHandler) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{directory} has no step {step}; it has {steps}")
-        for number in steps if step is None else [step]:
-            try:
-                with _damage():
-                    meta = _read_meta(manager, number)
-                    found = [_read_item(manager, number, item, meta["digests"]) for item in items]
-                return number, found, meta
-            except _DamageError as error:
-                log.warning("checkpoint %s is damaged: %s", directory / str(number), error)
-    which = "holds no checkpoint" if step is None else f"has a step {step}, but none"
-    raise CheckpointError(f"{directory} {which} that can be read; its steps are {steps}")
-
-
-def _handlers(arrays: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    return {
-        "params": arrays(**options),
-        "train": arrays(**options),
-        "meta": ocp.JsonCheckpointHandler(**options),
-    }
-
-
-@contextmanager
-def _reader(directory: Path, arrays: Callable[..., Any]) -> Iterator[ocp.CheckpointManager]:
-    """A manager that changes nothing, and reads in this process without waiting for others.
-
-    So a step that only some of them can read stops nobody.
-    """
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
-    )
-    options = ocp.CheckpointManagerOptions(
-        read_only=True, create=False, save_interval_steps=0, multiprocessing_options=alone
-    )
-    handlers = _handlers(arrays, multiprocessing_options=alone)
-    verbosity = absl.logging.get_verbosity()
-    absl.logging.set_verbosity("error")  # it would warn that it is read only
-    try:
-        with ocp.CheckpointManager(
-            directory.absolute(), options=options, item_handlers=handlers
-        ) as manager:
-            yield manager
-    finally:
-        absl.logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def _damage() -> Iterator[None]:
-    """Makes of whatever reading raises a _DamageError."""
-    try:
-        yield
-    except (CheckpointError, _DamageError):
-        raise
-    except Exception as error:  # orbax has no common class for what can go wrong
-        raise _DamageError(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What an error says, on one line; the first words of tensorstore's are the least telling."""
-    text = str(error).strip()
-    for known in ("No space left on device", "File too large", "Read-only file system"):
-        if known in text:
-            return known
-    return text.splitlines()[0][:200] if text else repr(error)
-
-
 def _steps_in(directory: Path) -> list[int]:
     """Steps whose folders are complete, in order."""
     with suppress(OSError):
         return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
     return []
-
-
-def _crc(meta: Mapping[str, Any]) -> int:
-    """Of what a run says of a step, in the form in which it is read back."""
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-
-
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    crc, known = meta.pop("crc", None), "format" in meta  # the first format had neither
-    if known and crc != _crc(meta):
-        raise ValueError("what it says of its run is not what was written")
-    if meta.get("format", 1) != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {manager.directory / str(step)} was written by another version of "
-            f"mae_jax, as format {meta.get('format', 1)}; this version reads {FORMAT}"
-        )
-    return meta
-
-
-def _read_item(
-    manager: ocp.CheckpointManager, step: int, item: str, expected: Mapping[str, str]
-) -> dict[str, Any]:
-    metadata = manager.item_metadata(step)
-    if item == "params":
-        group, stored = "params", metadata["params"].tree
-    else:
-        group, stored = "train", {item: metadata["train"].tree.get(item)}
-    if group == "train" and not stored[item]:
-        if item == "batch_stats":
-            return {}
-        raise CheckpointError(
-            f"step {step} in {manager.directory} keeps no {item}: read it without"
-        )
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    arguments = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-    restored = manager.restore(step, args=ocp.args.Composite(**{group: arguments}))[group]
-    state = {"params": restored} if item == "params" else restored
-    _check_digests(state, expected)
-    return state[item]
-
-
-def _check_digests(state: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """_DamageError unless the arrays of a state are those that were saved."""
-    changed = [name for name, digest in digests(state).items() if digest != expected.get(name)]
-    if changed:
-        raise _DamageError(f"{len(changed)} arrays are not what was saved, {changed[0]} for one")

@@ -32,11 +32,15 @@ def setup_logging() -> None:
     absl.logging.set_verbosity("error")  # orbax would tell of every file that it touches
 
 
-def only_errors(process: int) -> None:
-    """Of the processes of a run only the first shows what goes on, others are heard in need."""
+def only_troubles(process: int) -> None:
+    """Of the processes of a run only the first tells of it; of others, what befalls them alone.
+
+    What all processes would say alike goes to the logger "mae_jax.run".
+    """
     console.quiet = True
     log.handlers[0].setFormatter(logging.Formatter(f"process {process}: %(message)s"))
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.WARNING)
+    logging.getLogger("mae_jax.run").setLevel(logging.ERROR)
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -1,9 +1,9 @@
 """Digests of arrays that do not depend on how these are split over devices.
 
 The bits of each element and its place are hashed to 32 bits, and these summed modulo 2^32, twice
-with other numbers. A change of one element always shows, since the hash of one place is one to one;
-any other change but once in 2^64. Sums of integers are the same in any order, so each device adds
-up what it holds.
+with other numbers. A change of one element (of up to 4 bytes) always shows, since the hash of one
+place is one to one; any other change but once in 2^64. Sums of integers are the same in any order,
+so each device adds up what it holds.
 """
 
 from collections.abc import Mapping

@@ -55,6 +55,11 @@ def join(wanted: bool) -> None:
             f"--distributed: nothing says which processes belong together ({error}). Start them "
             "with scripts/launch_local.sh, srun or mpirun, or set " + ", ".join(OURS)
         ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"not all processes of the run have met within {JOINING} seconds: are all started, "
+            f"with the same address and number of processes? ({error})"
+        ) from error
 
 
 def _number(name: str, least: int) -> int:
@@ -86,10 +91,20 @@ def together() -> Iterator[None]:
     packed = b"" if mine is None else pickle.dumps((type(mine), str(mine)))
     for number, found in enumerate(_gather(packed)):
         if found:
-            kind, text = pickle.loads(found)
-            error = mine or kind(f"process {number}: {text}")
+            # The first of them, so that all go on alike, also where they fail in different ways.
+            is_mine = mine is not None and number == jax.process_index()
+            error: Any = mine if is_mine else _made_again(number, found)
             error.__dict__["told"] = not is_main()
             raise error
+
+
+def _made_again(number: int, packed: bytes) -> Exception:
+    """The error of another process."""
+    kind, text = pickle.loads(packed)
+    try:
+        return kind(f"process {number}: {text}")
+    except TypeError:  # some need more than a message
+        return RuntimeError(f"process {number}: {kind.__name__}: {text}")
 
 
 def is_told(error: Exception) -> bool:

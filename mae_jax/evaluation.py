@@ -25,7 +25,7 @@ from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import Hook, TrainState
 
-log = logging.getLogger("mae_jax")
+log = logging.getLogger("mae_jax.run")
 
 RANDOM_ENCODERS = 3  # whose mean accuracy is the baseline
 Results = dict[str, Any]
@@ -142,6 +142,7 @@ class MeasureFeatures:
     every: int | None
     linear: bool = False
     baseline_key: Key[Array, ""] | None = None
+    note: Callable[[str], None] = lambda _: None  # is told what is being done
 
     def run(self, step: int, state: TrainState) -> Results:
         """k-NN accuracy of the encoder."""
@@ -179,6 +180,7 @@ class MeasureFeatures:
         queries, labels = extract(features, self.queries)
         found: Results = {}
         for kind in kinds:
+            self.note(f"looking for nearest neighbours{kind}")
             scores = knn_scores(
                 bank[kind],
                 bank_labels,
@@ -192,6 +194,7 @@ class MeasureFeatures:
             found |= {f"knn_top1_k{k}{kind}": scores[k].top1 for k in ks[1:]}
         if linear:
             for kind in kinds:
+                self.note(f"training a linear probe{kind}")
                 train, test = {kind: bank[kind]}, {kind: queries[kind]}
                 scores = probe_scores(
                     train, bank_labels, test, labels, num_classes=self.num_classes
@@ -219,6 +222,7 @@ class Evaluation:
     workdir: Path
     evaluators: Sequence[Evaluator]
     total_steps: int
+    note: Callable[[str], None] = lambda _: None  # is told what is being done
 
     def hooks(self) -> list[Hook]:
         """One for each evaluator that runs while the run goes on."""
@@ -240,6 +244,7 @@ class Evaluation:
         """The last evaluation: summary.json, which takes `more` too, and its table."""
         found: Results = {}
         for evaluator in self.evaluators:
+            self.note(f"evaluating: {type(evaluator).__name__}")
             found |= evaluator.finish(step, state)
         if numbers := _numbers(found):
             self.run_log.scalars(step, numbers)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-log = logging.getLogger("mae_jax")
+log = logging.getLogger("mae_jax.run")
 
 SPIKE_STEPS = 128  # over which the usual loss is known ...
 SPIKE_FROM = 32  # ... from so many on
@@ -32,12 +32,13 @@ class StopSignal:
     """Turns SIGTERM and Ctrl-C into a request that the loop honours at the next step boundary.
 
     A second signal quits at once. Where a run has several processes, a signal to any of them stops
-    all after the same step, which jax sees to: SIGTERM is then its own.
+    all after the same step. jax sees to that, and SIGTERM is then its own: only a second Ctrl-C
+    quits at once.
     """
 
     def __init__(self):
         self.requested = False
-        self._asked = 0
+        self._agreed = False  # by all processes
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -50,11 +51,11 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def __call__(self) -> bool:
-        """Whether to stop now; all processes have to ask equally often."""
+    def __call__(self, step: int) -> bool:
+        """Whether to stop after a step; all processes have to ask about every one."""
         if self._several:
-            self._asked += 1
-            return multihost_utils.reached_preemption_sync_point(self._asked)
+            self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(step)
+            return self._agreed
         return self.requested
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -132,7 +133,7 @@ class Guard:
 
 
 class Watchdog:
-    """Ends the process with code 1 when nothing has been noted for too long; it would hang.
+    """Ends the process with code 1 when nothing has been noted for too long: it hangs.
 
     Before that it writes the stacks of all threads to stderr and to `folder`. 0 minutes: never.
     """
@@ -160,6 +161,8 @@ class Watchdog:
                 self._give_up()
 
     def _give_up(self) -> None:
+        # Whatever hangs may be the disk, or hold the interpreter: then this ends the process.
+        faulthandler.dump_traceback_later(60, exit=True)
         process = jax.process_index()
         path = self._folder / f"stacks_{process}.txt"
         try:

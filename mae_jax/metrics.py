@@ -119,10 +119,8 @@ class RunLog:
     ):
         self._lines = Lines(workdir / "metrics.jsonl", start_step, kept=main)
         self._skipped = Lines(workdir / "skipped.jsonl", start_step, kept=main)
-        purge = start_step + 1 if start_step else None
-        self._board = SummaryWriter(
-            os.fspath(workdir / "tensorboard"), purge_step=purge, write_to_disk=main
-        )
+        self._boards, self._main = workdir / "tensorboard", main
+        self._board = self._open_board(start_step)
         self._profile, self._profiles = profile if main else None, workdir / "profile"
         self._profiling, self._note = False, note
         self._total, self._per_epoch, self._batch_size = total_steps, steps_per_epoch, batch_size
@@ -142,8 +140,16 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Forgets what came after a step, from which the run goes on anew."""
         self._lines.rewind(step)
-        self._window = []
+        self._skipped.rewind(step)
+        self._board.close()
+        self._board = self._open_board(step)
+        self._window, self._ready, self._started = [], [], None
         self._bar.update(self._task, completed=step)
+
+    def _open_board(self, step: int) -> SummaryWriter:
+        purge = step + 1 if step else None
+        folder = os.fspath(self._boards)
+        return SummaryWriter(folder, purge_step=purge, write_to_disk=self._main)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Appends numbers to metrics.jsonl and TensorBoard."""

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = PartitionSpec(("data", "fsdp"))
 MIN_SPLIT_BYTES = 2**20  # smaller arrays cost more to gather than to copy
+MAX_WHOLE = 0.1  # share of a state that may stay whole where the rest is split
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from mae_jax import distributed, sharding, warm_start
-from mae_jax.checkpoint import Checkpointer, CheckpointError
+from mae_jax.checkpoint import Checkpointer
+from mae_jax.checkpoint_reader import CheckpointError
 from mae_jax.convert.info import ConvertError, variables
 from mae_jax.metrics import write_json
 from mae_jax.recipe import Config, tasks
@@ -20,7 +21,7 @@ from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import TrainState, init_state
 
-log = logging.getLogger("mae_jax")
+log = logging.getLogger("mae_jax.run")
 
 ORIGIN = "init.json"  # in the workdir: what a warm start took from where
 # Keys (or groups, ending in ".") that may differ when a run is continued: they change how the
@@ -159,12 +160,13 @@ def starting_state(
         log.info("continuing from step %d", found[0])
         return TrainState(**found[1])
     path = config.init.path
-    if path is None and config.task == "classify":
-        raise ConfigError(
-            "init.path is not set, so the encoder would be random: "
-            "--config.init.path=CHECKPOINT names pretrained weights; --config.init.path=random "
-            "says that random ones are meant"
-        )
+    with distributed.together():
+        if path is None and config.task == "classify":
+            raise ConfigError(
+                "init.path is not set, so the encoder would be random: "
+                "--config.init.path=CHECKPOINT names pretrained weights; --config.init.path=random "
+                "says that random ones are meant"
+            )
     # Each device makes only the part of the state that it holds.
     init = jax.jit(_make_init(config, task, tx), out_shardings=layout.shardings)
     state = init(run_keys(config)[0])
@@ -186,10 +188,11 @@ def _warm(
 ) -> TrainState:
     """The first state with the parameters that init.path has for it."""
     path, arrays = config.init.path, {**state.params, **state.batch_stats}
-    try:
-        start = tasks.make_warm_start(config, task, arrays, tuple(meta["classes"]))
-    except ConvertError as error:
-        raise ConfigError(f"init.path: {error}") from error
+    with distributed.together():
+        try:
+            start = tasks.make_warm_start(config, task, arrays, tuple(meta["classes"]))
+        except ConvertError as error:
+            raise ConfigError(f"init.path: {error}") from error
     warm_start.report(path, start)
     names = {name: vars(start)[name] for name in ("loaded", "fresh", "unused")}
     _write_origin(workdir, {"path": path, **names})

@@ -178,7 +178,7 @@ def fit(
     hooks: Sequence[Hook],
     observer: Observer,
     check: Callable[[int, Mapping[str, float]], bool],
-    should_stop: Callable[[], bool],
+    should_stop: Callable[[int], bool],
 ) -> TrainState:
     """Trains until `total_steps`, until asked to stop, or until `check` forbids to go on.
 
@@ -203,7 +203,7 @@ def fit(
             state, metrics = train_step(state, batch)
             passed = observe()
         late.append((step, metrics))
-        stopping = should_stop()
+        stopping = should_stop(step)
         due = [hook for hook in hooks if step % hook.every == 0]
         if due and passed:
             passed = observe()

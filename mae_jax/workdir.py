@@ -25,11 +25,10 @@ def locked_workdir(workdir: Path) -> Iterator[None]:
         with distributed.together():
             if distributed.is_main():
                 stack.enter_context(_lock(workdir))
-        with distributed.together():
-            try:
-                owner = _lock_file(workdir).read_text()
-            except OSError:
-                owner = ""
+        try:
+            owner = _lock_file(workdir).read_text()
+        except OSError:
+            owner = ""
         try:
             distributed.check_same({f"workdir {workdir}": owner})
         except ValueError as error:

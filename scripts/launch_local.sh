@@ -17,10 +17,17 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$port
 export JAX_NUM_PROCESSES=$count
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l)
+fi
+if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$count" ]; then
+  echo "$count processes need a GPU each, and there are $gpus" >&2
+  exit 2
+fi
 
 pids=()
 for ((id = 0; id < count; id++)); do
-  if [ "$gpus" -ge "$count" ]; then export JAX_LOCAL_DEVICE_IDS=$id; fi
+  if [ "$gpus" -gt 0 ]; then export JAX_LOCAL_DEVICE_IDS=$id; fi
   JAX_PROCESS_ID=$id "$python" "$@" &
   pids+=($!)
 done
@@ -32,7 +39,10 @@ for id in "${!pids[@]}"; do
   while [ "$status" -gt 128 ]; do  # a signal to this script ends the waiting, not the process
     wait "${pids[$id]}"
     status=$?
-    kill -0 "${pids[$id]}" 2>/dev/null || break
+    kill -0 "${pids[$id]}" 2>/dev/null && continue
+    wait "${pids[$id]}"
+    status=$?
+    break
   done
   if [ "$status" -ne 0 ]; then
     echo "process $id of $count ended with code $status" >&2

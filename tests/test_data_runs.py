@@ -10,7 +10,7 @@ from PIL import Image
 import mae_jax
 from configs import common
 from mae_jax import experiment, features, reconstruct
-from mae_jax.checkpoint import CheckpointError
+from mae_jax.checkpoint_reader import CheckpointError
 from mae_jax.convert import weights
 from mae_jax.data.sources import DataError
 from mae_jax.start import ConfigError

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # a module may import its own folder and what stands on a lower floor
     ["sizes", "trees", "whole", "console"],
     ["flops", "distributed", "digests"],
+    ["checkpoint_reader"],
     ["data", "pixels", "models", "optim", "sharding", "checkpoint", "metrics", "workdir"],
     ["tasks", "convert"],
     ["training", "health", "feed", "pretrained", "warm_start"],
@@ -17,6 +18,8 @@ FLOORS = [  # a module may import its own folder and what stands on a lower floo
     ["evaluation"],
     ["recipe"],
     ["start"],
+    ["parts"],
+    ["loop"],
     ["experiment", "command_line"],
     ["reconstruct", "features", "predict", "evaluate"],
 ]
@@ -27,7 +30,7 @@ DOORS = [
 ]  # as high as the commands, wherever they lie
 FENCES = {  # package -> where alone it may be imported
     "flax": ["models/"],
-    "orbax": ["checkpoint.py"],
+    "orbax": ["checkpoint.py", "checkpoint_reader.py"],
     "grain": ["data/loader.py", "data/workers.py"],
     "tensorflow_datasets": ["data/tfds_source.py", "data/embedded.py", "data/cache.py"],
     "tensorboardX": ["metrics.py"],

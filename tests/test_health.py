@@ -67,9 +67,9 @@ def test_what_is_no_spike():
 def test_stop_signal_restores_what_was_there():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
-        assert not stop()
+        assert not stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop()
+        assert stop(2)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

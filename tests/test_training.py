@@ -129,7 +129,6 @@ def run_fit(total, hooks=(), stop_at=None, check=lambda step, metrics: True, sta
     task, recorder = make_task(), Recorder()
     state = start or jax.jit(lambda key: init_state(task, TX, key))(KEY)
     step = jax.jit(make_train_step(task, TX, LEARNING_RATE, KEY))
-    calls = iter(range(int(state.step) + 1, 100))
     state = fit(
         state,
         step,
@@ -138,7 +137,7 @@ def run_fit(total, hooks=(), stop_at=None, check=lambda step, metrics: True, sta
         hooks=hooks,
         observer=recorder,
         check=check,
-        should_stop=lambda: next(calls) == stop_at,
+        should_stop=lambda step: step == stop_at,
     )
     return state, recorder.steps
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_jax.checkpoint import CheckpointError, read_run
+from mae_jax.checkpoint_reader import CheckpointError, read_run
 from mae_jax.convert.info import ConvertError
 from mae_jax.data.transforms import usual_crop
 from mae_jax.models.patches import patch_grid, sincos_position_table

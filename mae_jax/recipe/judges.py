@@ -93,6 +93,7 @@ def make_evaluators(
                 every=every["knn"],
                 linear=config.eval.linear,
                 baseline_key=init_key if config.eval.baselines else None,
+                note=note,
             )
         )
     return evaluators

@@ -1,0 +1,194 @@
+"""The training loop of a run, and what becomes of it when its numbers go wrong."""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from mae_jax import distributed, sharding
+from mae_jax.checkpoint import Checkpointer, SaveError
+from mae_jax.data.batches import Batch
+from mae_jax.data.loader import ArrayLoader, Loader
+from mae_jax.evals.extract import extract
+from mae_jax.evaluation import over_devices
+from mae_jax.feed import Feed
+from mae_jax.health import Guard, NonFiniteError, StopSignal, Watchdog
+from mae_jax.metrics import RunLog
+from mae_jax.parts import Run
+from mae_jax.recipe import data
+from mae_jax.start import run_keys
+from mae_jax.tasks.classify import Classify
+from mae_jax.training import Hook, TrainState, fit, make_train_step
+
+log = logging.getLogger("mae_jax.run")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The loop of a run, and what becomes of it when its numbers go wrong."""
+
+    run: Run
+    run_log: RunLog
+    checkpointer: Checkpointer
+    meta: dict[str, Any]
+    judges: Sequence[Hook]
+    stop: StopSignal
+    watchdog: Watchdog
+
+    def to_the_end(self, state: TrainState, start: Callable[[], TrainState]) -> TrainState:
+        """The state at the end of the run, or when asked to stop.
+
+        Where too many steps in a row are skipped, and as often as health.rollbacks allows, the
+        state from `start` goes on with the data after those steps.
+
+        Raises:
+          NonFiniteError: they are too many, and the state has been dumped.
+        """
+        left = self.run.config.health.rollbacks
+        loader: Loader | ArrayLoader | None = self.run.loader
+        assert loader is not None
+        if self.run.config.data.cache_features:
+            loader = _cached(self.run, state, self.watchdog)
+        step = _make_step(self.run)
+        while True:
+            guard = self._make_guard(loader, int(state.position) - int(state.step))
+            state = self._fit(state, step, loader, guard)
+            if not guard.halted:
+                return state
+            self.checkpointer.wait()
+            if not left:
+                self._halt(state)
+            left -= 1
+            position = int(state.position)
+            del state  # there may not be room for two
+            state = start()
+            log.warning(
+                "going back to step %d, and on with the batches from number %d; rollbacks left: %d",
+                int(state.step),
+                position,
+                left,
+            )
+            self.run_log.rewind(int(state.step))
+            moved = sharding.put(np.int32(position), self.run.layout.shardings.position)
+            state = dataclasses.replace(state, position=moved)
+
+    def _fit(
+        self,
+        state: TrainState,
+        step: Callable[..., Any],
+        loader: Loader | ArrayLoader,
+        guard: Guard,
+    ) -> TrainState:
+        def save(number: int, state: TrainState) -> None:
+            if guard.bad_in_a_row:
+                log.warning("no checkpoint of step %d, amid skipped ones", number)
+            else:
+                self.checkpointer.save(number, vars(state), self.meta)
+
+        def check(number: int, metrics: Any) -> bool:
+            self.checkpointer.check()
+            return guard.check(number, metrics)
+
+        every = self.run.config.checkpoint.every_steps
+        feed = _make_feed(loader, int(state.position), self.run.mesh, self.run_log)
+        with closing(feed) as batches:
+            return fit(
+                state,
+                step,
+                batches,
+                total_steps=self.run.duration.total_steps,
+                hooks=[Hook(every, save), *self.judges],
+                observer=self.run_log,
+                check=check,
+                should_stop=self.stop,
+            )
+
+    def _make_guard(self, loader: Loader | ArrayLoader, offset: int) -> Guard:
+        """`offset`: by how much the number of a step's batch is ahead of it."""
+        health, name = self.run.config.health, self.run.train_source.key
+        if isinstance(loader, ArrayLoader):
+            name = "row {} of the features".format
+
+        def names(step: int) -> list[str]:
+            return [name(number) for number in loader.numbers(step - 1 + offset)]
+
+        return Guard(
+            max_bad_steps=health.max_bad_steps,
+            spike_sigmas=health.spike_sigmas,
+            images=names,
+            note_skipped=self.run_log.skipped,
+            note_spike=self.run_log.scalars,
+        )
+
+    def _halt(self, state: TrainState) -> NoReturn:
+        folder, images = self.run.workdir / "halted", self.run.workdir / "skipped.jsonl"
+        with distributed.together():
+            if distributed.is_main():
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier halt
+        dumped = f"{folder} holds the state"
+        try:
+            with Checkpointer(folder, 1) as dump:
+                dump.save(int(state.step), vars(state), self.meta)
+        except SaveError as error:
+            dumped = f"the state could not be dumped ({error})"
+        raise NonFiniteError(
+            "the loss or the gradients are no finite numbers, "
+            f"{self.run.config.health.max_bad_steps} time(s) in a row, up to step "
+            f"{int(state.step)}. These steps changed nothing; {dumped}, {images} names the images. "
+            "The same command goes back to the last checkpoint; if it comes to this again, lower "
+            "optim.base_lr, set optim.clip_norm=1.0, or let health.rollbacks=1 go round these "
+            "images"
+        )
+
+
+def _make_step(run: Run):
+    step = make_train_step(
+        run.task,
+        run.tx,
+        run.learning_rate,
+        run_keys(run.config)[1],
+        prepare=data.make_prepare(run.config, run.mesh, run.on_device),
+        accumulate=run.config.accumulate,
+        ema_decay=run.config.optim.ema,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(run.layout.shardings, None))
+
+
+def _make_feed(
+    loader: Loader | ArrayLoader, position: int, mesh: jax.sharding.Mesh, run_log: RunLog
+) -> Feed[dict[str, jax.Array]]:
+    """The loader's batches from a number on, split over the devices."""
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        inputs = {name: rows for name, rows in batch.items() if name != "index"}
+        return sharding.shard_batch(inputs, mesh)
+
+    return Feed(loader.batches(position), put, run_log.batches_ready)
+
+
+def _cached(run: Run, state: TrainState, watchdog: Watchdog) -> ArrayLoader:
+    """The features of all training images, in the order that the images would have come in."""
+    task, config = run.task, run.config
+    assert isinstance(task, Classify)
+    classes = task.model.num_classes
+    images = data.make_images(
+        config, run.train_source, run.mesh, num_classes=classes, show=True, note=watchdog.note
+    )
+    log.info("computing the features of %d images once", images.count)
+    pooled = over_devices(jax.jit(task.pooled), run.mesh, state.params)
+    found, labels = extract(lambda images: {"pooled": pooled(images)}, images)
+    log.info("they take %.1f MB of memory", found["pooled"].nbytes / 1e6)
+    arrays = {"pooled": found["pooled"], "label": labels}
+    return ArrayLoader(
+        arrays=arrays,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
