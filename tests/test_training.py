@@ -9,8 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from mae_jax import sharding
-from mae_jax.models.layers import Execution
 from mae_jax.models.mae import make_mae
 from mae_jax.optim import adamw, warmup_cosine
 from mae_jax.sizes import Size
@@ -23,9 +21,8 @@ TX = adamw(LEARNING_RATE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
 KEY = jax.random.key(5)
 
 
-def make_task(mesh=None, mask="random"):
-    execution = Execution(constrain=sharding.batch_constraint(mesh)) if mesh else Execution()
-    model = make_mae(TINY, grid=(4, 4), execution=execution)
+def make_task(mask="random"):
+    model = make_mae(TINY, grid=(4, 4))
     return Pretrain(model=model, grid=(4, 4), patch=8, mean=(0.5,) * 3, std=(0.25,) * 3, mask=mask)
 
 
@@ -34,19 +31,14 @@ def batch_of(step, rows=8):
     return {"image": images}
 
 
-def train(steps, *, mesh=None, mask="random", **kwargs):
+def train(steps, *, mask="random", **kwargs):
     """Losses and final state of a few steps."""
-    task = make_task(mesh, mask)
-    init = lambda key: init_state(task, TX, key, with_ema="ema_decay" in kwargs)
-    shardings = None
-    if mesh:
-        shardings = sharding.state_shardings(jax.eval_shape(init, KEY), mesh, min_bytes=1024)
-    state = jax.jit(init, out_shardings=shardings)(KEY)
+    task = make_task(mask)
+    state = jax.jit(lambda key: init_state(task, TX, key, with_ema="ema_decay" in kwargs))(KEY)
     step = jax.jit(make_train_step(task, TX, LEARNING_RATE, KEY, **kwargs))
     losses = []
     for number in range(steps):
-        batch = batch_of(number)
-        state, metrics = step(state, sharding.shard_batch(batch, mesh) if mesh else batch)
+        state, metrics = step(state, batch_of(number))
         losses.append(float(metrics["loss"]))
     return np.array(losses), state
 
@@ -62,24 +54,13 @@ def test_learns_and_counts(plain):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("mask", ["random", "block"])
-def test_accumulation_equals_the_big_batch(mask):
-    losses, state = train(4, mask=mask)
-    parts_losses, parts_state = train(4, mask=mask, accumulate=4)
+def test_accumulation_equals_the_big_batch():
+    losses, state = train(4, mask="block")
+    parts_losses, parts_state = train(4, mask="block", accumulate=4)
     np.testing.assert_allclose(parts_losses, losses, rtol=1e-5)
     # The first moment is linear in the gradients; Adam's division would amplify rounding.
     for a, b in zip(*(jax.tree.leaves(s.opt_state[0].mu) for s in (state, parts_state))):
         np.testing.assert_allclose(a, b, atol=2e-5)
-
-
-@pytest.mark.parametrize("fsdp", [1, 2, 4])
-def test_devices_do_not_change_the_loss(plain, fsdp):
-    mesh = sharding.make_mesh(fsdp)
-    assert mesh.size == 4
-    losses, state = train(6, mesh=mesh)
-    np.testing.assert_allclose(losses, plain[0], rtol=1e-5)
-    kernel = state.params["encoder"]["blocks"]["mlp"]["fc1"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
 
 
 def test_the_step_key_decides_the_masks(plain):
