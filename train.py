@@ -47,8 +47,10 @@ def main(argv: list[str]) -> None:
         experiment.run(CONFIG.value, Path(WORKDIR.value or ""))
     except (experiment.ConfigError, DataError, WorkdirError, CheckpointError) as error:
         _fail("" if distributed.is_told(error) else str(error))
-    except (SaveError, WorkerError) as error:
+    except WorkerError as error:
         _fail(str(error), code=1)
+    except SaveError as error:  # whose threads would have the last word
+        _fail(str(error), code=1, at_once=True)
     except NonFiniteError as error:
         _fail(str(error) if distributed.is_main() else "", code=3)
     except Exception:
@@ -84,12 +86,12 @@ def _reason(error: BaseException) -> str:
     return text
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
+def _fail(message: str, code: int = 2, *, at_once: bool = False) -> NoReturn:
     from mae_jax import distributed
 
     if message:
         print(f"error: {message}", file=sys.stderr)
-    distributed.leave(code)
+    distributed.leave(code, at_once=at_once)
 
 
 if __name__ == "__main__":

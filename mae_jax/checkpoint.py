@@ -96,8 +96,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # orbax has no common class for what can go wrong
-            for part in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk
+            self._clear()
             steps = _steps_in(self.directory)
             kept = (
                 f"the last complete one is that of step {steps[-1]}" if steps else "there is none"
@@ -205,6 +204,13 @@ class Checkpointer:
         elif jax.process_count() == 1:  # else the others may wait for something else
             with suppress(Exception):  # what has been raised already matters more
                 self.close()
+            if kind is SaveError:
+                self._clear()  # threads of it may have gone on writing
+
+    def _clear(self) -> None:
+        """Removes what a save that failed has left; it may be what fills the disk."""
+        for part in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _steps_in(directory: Path) -> list[int]:

@@ -29,7 +29,7 @@ def setup_logging() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-    absl.logging.set_verbosity("error")  # orbax would tell of every file that it touches
+    absl.logging.set_verbosity("fatal")  # orbax tells of every file, and raises what goes wrong
 
 
 def only_troubles(process: int) -> None:

@@ -1,8 +1,10 @@
 """The processes of one run: joining them, agreeing with each other, leaving together."""
 
+import logging
 import os
 import pickle
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +15,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+log = logging.getLogger("mae_jax")
+
 OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # in the environment of srun and mpirun
+PATIENCE = 20.0  # seconds after which waiting for them is worth a word
 JOINING = 300  # seconds that processes wait for each other at the start
 SILENCE = 20  # seconds without a sign of life after which a process counts as dead
 LEAVING = 60  # seconds that processes wait for each other at the end
@@ -42,6 +47,9 @@ def join(wanted: bool) -> None:
                 f"JAX_PROCESS_ID={who['process_id']} is not below JAX_NUM_PROCESSES="
                 f"{who['num_processes']}: processes are counted from 0"
             )
+    patience = threading.Timer(PATIENCE, _tell_of_waiting)  # jax aborts in the end
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(
             **who,
@@ -55,11 +63,16 @@ def join(wanted: bool) -> None:
             f"--distributed: nothing says which processes belong together ({error}). Start them "
             "with scripts/launch_local.sh, srun or mpirun, or set " + ", ".join(OURS)
         ) from error
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"not all processes of the run have met within {JOINING} seconds: are all started, "
-            f"with the same address and number of processes? ({error})"
-        ) from error
+    finally:
+        patience.cancel()
+
+
+def _tell_of_waiting() -> None:
+    log.warning(
+        "still waiting for the other processes of this run, for %d seconds at most: are all "
+        "started, with the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES?",
+        JOINING,
+    )
 
 
 def _number(name: str, least: int) -> int:
@@ -148,15 +161,16 @@ def wait_for_all() -> None:
         multihost_utils.sync_global_devices("wait_for_all")
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, *, at_once: bool = False) -> NoReturn:
     """Ends this process after an error, without waiting for others that may wait for it.
 
     These notice its silence. Those that leave for the same reason fall with the main process, so
-    that leaves last.
+    that leaves last. A process alone waits for its threads unless it is to end `at_once`.
     """
-    if not jax.distributed.is_initialized():
+    several = jax.distributed.is_initialized()
+    if not several and not at_once:
         sys.exit(code)
-    if is_main():
+    if several and is_main():
         time.sleep(2.0)
     sys.stdout.flush()
     sys.stderr.flush()

