@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         experiment.run(CONFIG.value, Path(WORKDIR.value or ""))
     except (experiment.ConfigError, DataError, WorkdirError, CheckpointError) as error:
         _fail("" if distributed.is_told(error) else str(error))
-    except WorkerError as error:
+    except (WorkerError, OSError) as error:  # the latter of a full disk, for one
         _fail(str(error), code=1)
     except SaveError as error:  # whose threads would have the last word
         _fail(str(error), code=1, at_once=True)

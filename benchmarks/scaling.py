@@ -303,6 +303,13 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
+def _check_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Ends with the parser's error for numbers that are not above 0."""
+    for name, value in vars(arguments).items():
+        if type(value) in (int, float) and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')}={value} must be above 0")
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="vit_h14")
@@ -315,6 +322,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="all rows of the table, to --json")
     cluster.add_flags(parser)
     arguments = parser.parse_args()
+    _check_positive(parser, arguments)
     if arguments.table and not arguments.json:
         parser.error("--table needs --json")
     return arguments

@@ -119,7 +119,8 @@ class Checkpointer:
         meta of a step, and raises where the run must not continue from it.
 
         Raises:
-          CheckpointError: a step does not fit the model, or all steps are damaged.
+          CheckpointError: a step does not fit the model or cannot be read just now, or all steps
+            are damaged.
         """
         wanted = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -133,7 +134,7 @@ class Checkpointer:
                 return step, self._read_verified(step, wanted, accept)
             except DamageError as error:
                 self._set_aside(step, str(error))
-        if steps:
+        if any(self.directory.glob("*.damaged*")):  # of now, or of an earlier try
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged (renamed to *.damaged). To start "
                 "anew, use another --workdir"

@@ -91,13 +91,24 @@ def open_reader(directory: Path, arrays: Callable[..., Any]) -> Iterator[ocp.Che
 
 @contextmanager
 def as_damage() -> Iterator[None]:
-    """Makes of whatever reading raises a DamageError."""
+    """Makes of whatever reading raises a DamageError, unless it may be over the next time."""
     try:
         yield
     except (CheckpointError, DamageError):
         raise
     except Exception as error:  # orbax has no common class for what can go wrong
+        if _may_pass(error):
+            raise CheckpointError(
+                f"a checkpoint cannot be read just now ({reason_of(error)}); nothing was changed"
+            ) from error
         raise DamageError(reason_of(error)) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error is of the machine, such as too little memory, and not of what is read."""
+    if isinstance(error, OSError):
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def reason_of(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -35,7 +36,8 @@ def join(wanted: bool) -> None:
       ValueError: that is wanted, and nothing says who the others are; or what says it is wrong.
     """
     given = [name for name in OURS if name in os.environ]
-    if not given and not wanted and not any(int(os.environ.get(name, 1)) > 1 for name in TASKS):
+    announced = any(_number(name, 0) > 1 for name in TASKS if name in os.environ)
+    if not given and not wanted and not announced:
         return
     who: dict[str, Any] = {}
     if "JAX_NUM_PROCESSES" in given or "JAX_PROCESS_ID" in given:
@@ -47,6 +49,8 @@ def join(wanted: bool) -> None:
                 f"JAX_PROCESS_ID={who['process_id']} is not below JAX_NUM_PROCESSES="
                 f"{who['num_processes']}: processes are counted from 0"
             )
+    if "JAX_COORDINATOR_ADDRESS" in given:
+        _check_address(os.environ[OURS[0]], is_there=who.get("process_id") == 0)
     patience = threading.Timer(PATIENCE, _tell_of_waiting)  # jax aborts in the end
     patience.daemon = True
     patience.start()
@@ -73,6 +77,24 @@ def _tell_of_waiting() -> None:
         "started, with the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES?",
         JOINING,
     )
+
+
+def _check_address(address: str, *, is_there: bool) -> None:
+    """ValueError unless it is HOST:PORT; where it `is_there`, unless the port is free."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(
+            f"JAX_COORDINATOR_ADDRESS={address!r} is not HOST:PORT, as in 10.0.0.1:8476"
+        )
+    if not is_there:
+        return
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
+        raise ValueError(
+            f"{OURS[0]}={address}: port {port} cannot be used on this machine "
+            f"({error.strerror}): choose another, the same for all processes"
+        ) from error
 
 
 def _number(name: str, least: int) -> int:

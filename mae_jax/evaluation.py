@@ -269,9 +269,9 @@ def summary_of(workdir: Path, step: int) -> dict[str, Any] | None:
     """The summary in a workdir, if it is of that step."""
     try:
         summary = json.loads((workdir / "summary.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return summary if summary.get("steps") == step else None
+    return summary if isinstance(summary, dict) and summary.get("steps") == step else None
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

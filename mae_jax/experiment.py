@@ -16,6 +16,7 @@ from mae_jax.metrics import RunLog, write_json
 from mae_jax.parts import Run, build, say_hello, warn_of_space
 from mae_jax.recipe import Config, data, judges, tasks
 from mae_jax.start import ConfigError, origin, run_keys, starting_state
+from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import TrainState
 from mae_jax.workdir import locked_workdir
 
@@ -44,10 +45,13 @@ def run(config: Config, workdir: Path) -> None:
 
 def _check_same(run: Run) -> None:
     """ConfigError unless all processes of the run are about the same."""
+    about = {"config": run.config.to_json_best_effort(), "data set": run.train_source.fingerprint()}
+    if run.eval_source:
+        about["data.eval_split"] = run.eval_source.fingerprint()
+    if isinstance(run.task, Pretrain) and run.task.user_mask is not None:
+        about["mask.path"] = str(run.task.user_mask.tolist())
     try:
-        distributed.check_same(
-            {"config": run.config.to_json_best_effort(), "data set": run.train_source.fingerprint()}
-        )
+        distributed.check_same(about)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -32,17 +32,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drops the lines after a step, and one that was cut off in the middle; returns what stays."""
+    """Drops the lines after a step, and those that are none of ours; returns what stays."""
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+            if row["step"] <= last_step:
+                kept.append(row)
+        except (ValueError, TypeError, KeyError):  # cut off when a run was killed, for one
             continue
-        if row["step"] <= last_step:
-            kept.append(row)
     with whole(path) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return kept

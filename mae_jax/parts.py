@@ -58,6 +58,11 @@ def build(config: Config, workdir: Path) -> Run:
         classifies = isinstance(task, Classify)
         duration = schedule.make_duration(config, len(train_source))
         learning_rate = schedule.make_learning_rate(config, duration)
+        first = config.log.profile_from
+        if first is not None and first > duration.total_steps:
+            raise ValueError(
+                f"log.profile_from={first} is beyond the {duration.total_steps} steps of the run"
+            )
         blocks = task.train_last_blocks if classifies else None
         loader = None
         kind = data.value_type(config, train_source)
@@ -98,7 +103,7 @@ def _check_health(config: Config) -> None:
         ("log.profile_from", 1 if profile.profile_from is None else profile.profile_from, 1),
         ("log.profile_steps", profile.profile_steps, 1),
     ):
-        if value < least:
+        if not value >= least:  # nan is none of them
             raise ValueError(f"{name}={value} must be at least {least}")
 
 

@@ -22,7 +22,10 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices")
+        fitting = [str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise ValueError(
+            f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices: use {', '.join(fitting)}"
+        )
     # Explicit axes would refuse the reshape of patchify.
     return Mesh(
         np.array(devices).reshape(-1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
@@ -90,9 +93,9 @@ def check_split(state: Any, shardings: Any, mesh: Mesh, most_whole: float) -> No
         raise ValueError(
             f"mesh.fsdp={mesh.shape['fsdp']} leaves {100 * whole / total:.0f} % of the parameters "
             f"and optimizer whole on every device ({whole / 1e6:,.1f} of {total / 1e6:,.1f} MB): "
-            "their sizes do not divide by it, or lie below mesh.min_split_bytes. Use a smaller "
-            "mesh.fsdp, such as 8 (what is left of the devices then splits the batch only), or "
-            "raise mesh.max_whole"
+            "their sizes do not divide by it, or lie below mesh.min_split_bytes. Use mesh.fsdp=1, "
+            "which is right for small models, or a number that divides more sizes, such as 8; or "
+            "lower mesh.min_split_bytes, or raise mesh.max_whole"
         )
 
 

@@ -9,17 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mae_jax import distributed, sharding, warm_start
 from mae_jax.checkpoint import Checkpointer
 from mae_jax.checkpoint_reader import CheckpointError
 from mae_jax.convert.info import ConvertError, variables
+from mae_jax.digests import digests
 from mae_jax.metrics import write_json
 from mae_jax.recipe import Config, tasks
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import TrainState, init_state
+from mae_jax.trees import named_leaves
 
 log = logging.getLogger("mae_jax.run")
 
@@ -193,6 +196,11 @@ def _warm(
             start = tasks.make_warm_start(config, task, arrays, tuple(meta["classes"]))
         except ConvertError as error:
             raise ConfigError(f"init.path: {error}") from error
+    read = {n: x for n, x in named_leaves(start.params).items() if isinstance(x, np.ndarray)}
+    try:
+        distributed.check_same({f"checkpoint under init.path={path}": str(digests(read))})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     warm_start.report(path, start)
     names = {name: vars(start)[name] for name in ("loaded", "fresh", "unused")}
     _write_origin(workdir, {"path": path, **names})
@@ -213,5 +221,5 @@ def origin(workdir: Path) -> dict[str, Any]:
     """For the summary: which parameters a run began with."""
     try:
         return {"init": json.loads((workdir / ORIGIN).read_text())}
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {"init": {"path": "random"}}

@@ -205,7 +205,7 @@ def fit(
         late.append((step, metrics))
         stopping = should_stop(step)
         due = [hook for hook in hooks if step % hook.every == 0]
-        if due and passed:
+        if due and passed and not stopping:  # whoever asked to stop may not wait for evaluations
             passed = observe()
             with observer.paused(step):
                 for hook in due if passed else ():

@@ -43,7 +43,7 @@ def locked_workdir(workdir: Path) -> Iterator[None]:
 def _lock(workdir: Path) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(_lock_file(workdir), "a+")  # noqa: SIM115
+        file = open(_lock_file(workdir), "ab+", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise WorkdirError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
     with file:
@@ -51,13 +51,11 @@ def _lock(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise WorkdirError(
-                f"the workdir {workdir} is in use by {file.read().strip() or 'another process'}"
-            ) from None
+            owner = (file.read() or b"").decode().strip() or "another process"
+            raise WorkdirError(f"the workdir {workdir} is in use by {owner}") from None
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             os.fsync(file.fileno())
         except OSError as error:
             raise WorkdirError(

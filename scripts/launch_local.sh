@@ -3,8 +3,8 @@
 #
 #     scripts/launch_local.sh N train.py --config ... --workdir ...
 #
-# Ctrl-C and SIGTERM reach all of them. When one dies the others end by themselves, within a minute;
-# the exit code is that of the first, in order, that did not end with 0.
+# Ctrl-C and SIGTERM reach all of them. When one fails the others mostly end by themselves, and are
+# ended after 45 seconds; the exit code is that of the first that failed.
 set -u
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
   echo "usage: scripts/launch_local.sh N train.py --config ... --workdir ..." >&2
@@ -34,19 +34,25 @@ done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 
 code=0
-for id in "${!pids[@]}"; do
-  status=129
-  while [ "$status" -gt 128 ]; do  # a signal to this script ends the waiting, not the process
-    wait "${pids[$id]}"
+failed=
+declare -A left
+for id in "${!pids[@]}"; do left[$id]=${pids[$id]}; done
+while [ "${#left[@]}" -gt 0 ]; do
+  for id in "${!left[@]}"; do
+    kill -0 "${left[$id]}" 2>/dev/null && continue
+    wait "${left[$id]}"
     status=$?
-    kill -0 "${pids[$id]}" 2>/dev/null && continue
-    wait "${pids[$id]}"
-    status=$?
-    break
-  done
-  if [ "$status" -ne 0 ]; then
+    unset "left[$id]"
+    [ "$status" -eq 0 ] && continue
     echo "process $id of $count ended with code $status" >&2
-    [ "$code" -eq 0 ] && code=$status
+    if [ "$code" -eq 0 ]; then
+      code=$status
+      failed=$SECONDS
+    fi
+  done
+  if [ -n "$failed" ] && [ "$((SECONDS - failed))" -ge 45 ] && [ "${#left[@]}" -gt 0 ]; then
+    kill -KILL "${left[@]}" 2>/dev/null
   fi
+  sleep 0.2
 done
 exit "$code"

@@ -161,17 +161,6 @@ def test_a_damaged_step_is_set_aside_for_the_one_before(tmp_path, caplog, damage
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged"}
 
 
-def test_never_starts_anew_where_every_step_is_damaged(tmp_path):
-    with closing(Checkpointer(tmp_path, max_to_keep=3)) as writer:
-        saved(writer, STATE, 1)
-    empty(tmp_path / "1")
-    with (
-        closing(Checkpointer(tmp_path, max_to_keep=3)) as reader,
-        pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"),
-    ):
-        restore(reader)
-
-
 def test_flatten():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": None}) == {"a.b": 1, "a.c.d": 2, "e": None}
 
@@ -198,3 +187,33 @@ class TestCheckResume:
         self.check(seed=1, allow=["seed"])
         with pytest.raises(CheckpointError, match="model.width"):
             self.check(seed=1, model__width=64, allow=["seed"])
+
+
+def test_never_starts_anew_where_every_step_is_damaged(tmp_path):
+    """Nor when it is asked again, after they have been renamed."""
+    with closing(Checkpointer(tmp_path, max_to_keep=3)) as writer:
+        saved(writer, STATE, 1)
+    empty(tmp_path / "1")
+    for _ in range(2):
+        with (
+            closing(Checkpointer(tmp_path, max_to_keep=3)) as reader,
+            pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"),
+        ):
+            restore(reader)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("4 GB"), OSError(5, "Input/output error"), ValueError("RESOURCE_EXHAUSTED")],
+)
+def test_what_may_be_over_the_next_time_is_no_damage(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    with closing(Checkpointer(tmp_path, max_to_keep=3)) as checkpointer:
+        saved(checkpointer, STATE, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("mae_jax.checkpoint.read_meta", fail)
+            with pytest.raises(CheckpointError, match="cannot be read just now"):
+                restore(checkpointer)
+        assert restore(checkpointer)[0] == 1

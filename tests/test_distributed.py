@@ -1,6 +1,7 @@
 """Who belongs to a run. Runs of several processes are in tests/faults."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -49,6 +50,9 @@ def test_the_environment_says_who_belongs_together(monkeypatch, environment, who
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES need JAX_COORDINATOR_ADDRESS and JAX_PROC"),
         ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES='two'"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 is not below"),
+        ({"JAX_COORDINATOR_ADDRESS": "nonsense"}, "'nonsense' is not HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:99999"}, "'a:99999' is not HOST:PORT"),
+        ({"SLURM_STEP_NUM_TASKS": "abc"}, "SLURM_STEP_NUM_TASKS='abc' is not a number"),
     ],
 )
 def test_an_environment_that_cannot_be(monkeypatch, environment, message):
@@ -58,6 +62,16 @@ def test_an_environment_that_cannot_be(monkeypatch, environment, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         distributed.join(False)
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}")
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+        monkeypatch.setenv("JAX_PROCESS_ID", "0")
+        with pytest.raises(ValueError, match=f"port {port} cannot be used"):
+            distributed.join(False)
 
 
 def test_the_flag_alone_does_not_say_who():

@@ -53,7 +53,9 @@ def test_continuing_leaves_no_line_twice_and_none_out(tmp_path):
     steps(log, range(1, 9))
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "lo')  # killed in the middle of a line
+        file.write('[1]\n{"loss": 1.0}\n{"step": 8, "lo')  # killed in the middle of a line
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\n")
     log = make_log(tmp_path, start_step=4)
     assert log.column("loss") == [1.5, 3.5]
     steps(log, range(5, 11))

@@ -48,7 +48,7 @@ def test_batch_is_split_over_both_axes():
 
 
 def test_bad_meshes_and_batches():
-    with pytest.raises(ValueError, match="mesh.fsdp=3 does not divide the 4 devices"):
+    with pytest.raises(ValueError, match="mesh.fsdp=3 does not divide the 4 devices: use 1, 2, 4"):
         sharding.make_mesh(3)
     mesh = sharding.make_mesh()
     sharding.check_batch(16, 2, mesh)

@@ -158,6 +158,8 @@ def prepare(name: str, data_dir: str | None) -> Any:
                 log.info("preparing %s in %s", name, builder.data_dir)
             # The default format would fail at its very end without TensorFlow.
             builder.download_and_prepare(file_format="array_record")
+        if name in EMBEDDED:  # which another process may have prepared since the builder was made
+            return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except ImportError as error:
         raise DataError(_needs(name, error)) from error
     except AssertionError as error:  # files that have to be fetched by hand are not there
