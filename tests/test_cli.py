@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-
-from runs import (
+from tiny_runs import (
     ROOT,
     assert_same_end,
     command,

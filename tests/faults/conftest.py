@@ -1,8 +1,7 @@
 """The runs that all tests of faults compare with."""
 
 import pytest
-
-from runs import run, write_tiny
+from tiny_runs import run, write_tiny
 
 
 @pytest.fixture(scope="session")

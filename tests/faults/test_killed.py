@@ -6,8 +6,7 @@ import signal
 import time
 
 import pytest
-
-from runs import assert_same_end, children, lines, run, start, wait_for
+from tiny_runs import assert_same_end, children, lines, run, start, wait_for
 
 
 def finish_as(straight, tiny, workdir):

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from tiny_runs import losses, run
 
 from mae_jax.convert import weights
-from runs import losses, run
 
 BAD = 3  # an image with values whose squares float32 cannot hold
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import ROOT, children, environment, losses, run, start, wait_for
 
 from mae_jax.convert import weights
-from runs import ROOT, children, environment, losses, run, start, wait_for
 
 EACH = "--config.log.every_steps=1"  # else a line of metrics may be a mean of fewer steps
 SPLIT = [

@@ -10,8 +10,7 @@ import time
 
 import numpy as np
 import pytest
-
-from runs import assert_same_end, children, lines, losses, run, start, wait_for, write_tiny
+from tiny_runs import assert_same_end, children, lines, losses, run, start, wait_for, write_tiny
 
 EACH = "--config.log.every_steps=1"
 ROUNDS = 20
