@@ -178,4 +178,6 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        if jax.process_count() > 1:
+            time.sleep(15)  # for the others, which fall with this one, to say what they were at
         os._exit(1)

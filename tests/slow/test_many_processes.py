@@ -87,9 +87,9 @@ def test_a_process_that_stands_still_is_noticed(tiny, tmp_path):
 def test_a_process_that_waits_for_ever_says_so(tiny, tmp_path):
     """An image becomes a pipe that nobody writes to: its reader hangs, the other waits for it."""
     images = tiny.parent / "train" / "dark"
-    process = start(
-        tiny, tmp_path, "--config.steps=100000", "--config.health.hang_minutes=0.5", processes=2
-    )
+    flags = ["--config.steps=100000", "--config.health.hang_minutes=0.5"]
+    flags += ["--config.eval.knn_every_epochs=-1.0", "--config.eval.pictures_every_epochs=0.0"]
+    process = start(tiny, tmp_path, *flags, processes=2)
     wait_for(process, (tmp_path / "checkpoints" / "5").exists)
     (images / "3.png").rename(images / "3.kept")
     os.mkfifo(images / "3.png")
@@ -100,5 +100,6 @@ def test_a_process_that_waits_for_ever_says_so(tiny, tmp_path):
         (images / "3.kept").rename(images / "3.png")
     assert process.returncode == 1
     assert "has made no progress for 0.5 minutes" in output
-    assert "What it was at: waiting for the images of step" in output
-    assert "decode" in "".join(path.read_text() for path in tmp_path.glob("stacks_*.txt"))
+    for what in ("waiting for the images of step", "waiting for the devices, which compute"):
+        assert f"What it was at: {what}" in output
+    assert "sources.py" in "".join(path.read_text() for path in tmp_path.glob("stacks_*.txt"))
