@@ -76,13 +76,7 @@ def base() -> ConfigDict:
     config.log.profile_from = optional(int)  # step from which on a profile is written ...
     config.log.profile_steps = 5  # ... and of how many, to WORKDIR/profile
 
-    config.health = health = ConfigDict()
-    health.max_bad_steps = 10  # steps with a loss or gradients that are not finite, which are
-    # skipped, in a row before the run halts
-    health.rollbacks = 0  # how often, instead of halting, to go back to the last checkpoint and on
-    # with the data after those steps
-    health.spike_sigmas = 6.0  # a loss so many deviations above the last 128 is named; 0.0: none
-    health.hang_minutes = 30.0  # without progress before the process ends itself; 0.0: never
+    config.health = _health()
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 1000
@@ -96,6 +90,17 @@ def base() -> ConfigDict:
     config.mesh.min_split_bytes = MIN_SPLIT_BYTES  # smaller arrays stay whole on every device ...
     config.mesh.max_whole = MAX_WHOLE  # ... but no larger share of all bytes than this
     return config
+
+
+def _health() -> ConfigDict:
+    health = ConfigDict()
+    health.max_bad_steps = 10  # steps with a loss or gradients that are not finite, which are
+    # skipped, in a row before the run halts
+    health.rollbacks = 0  # how often, instead of halting, to go back to the last checkpoint and on
+    # with the data after those steps
+    health.spike_sigmas = 6.0  # a loss so many deviations above the last 128 is named; 0.0: none
+    health.hang_minutes = 30.0  # without progress before the process ends itself; 0.0: never
+    return health
 
 
 def _classify() -> ConfigDict:

@@ -1,5 +1,6 @@
 """Runs of train.py as its users start them: real processes, real files, a tiny model."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -93,6 +94,16 @@ def children(pid):
     """Processes that a process has started, from whichever of its threads."""
     lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return [int(child) for text in lists for child in text.split()]
+
+
+def processes_of(launcher):
+    """The processes of a run that a launcher has started, by number."""
+    found = {}
+    for pid in children(launcher.pid):
+        with contextlib.suppress(OSError):  # one that has ended just now
+            environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            found |= {int(x.split("=")[1]): pid for x in environ if x.startswith("JAX_PROCESS_ID=")}
+    return found
 
 
 def wait_for(process, condition, pause=0.01):

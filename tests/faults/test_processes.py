@@ -5,11 +5,10 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import ROOT, children, environment, losses, run, start, wait_for
+from tiny_runs import ROOT, environment, losses, processes_of, run, start, wait_for
 
 from mae_jax.convert import weights
 
@@ -20,17 +19,6 @@ SPLIT = [
     "--config.mesh.min_split_bytes=512",
     "--config.mesh.max_whole=0.5",
 ]
-
-
-def pids(launcher):
-    """Of the processes of a run, by number."""
-    found = {}
-    for pid in children(launcher.pid):
-        environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        number = next(pair for pair in environ if pair.startswith("JAX_PROCESS_ID="))
-        found[int(number.split("=")[1])] = pid
-    assert len(found) == 2
-    return found
 
 
 def assert_same_losses(ours, theirs):
@@ -71,7 +59,7 @@ def test_split_stopped_and_gone_on_with_by_others(tiny, straight, tmp_path):
     """SIGTERM to one of two stops both; one process of four devices goes on; then two again."""
     process = start(tiny, tmp_path, *SPLIT, processes=2)
     wait_for(process, (tmp_path / "checkpoints" / "5").exists)
-    os.kill(pids(process)[1], signal.SIGTERM)
+    os.kill(processes_of(process)[1], signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     assert "the same command continues from here" in output
@@ -91,7 +79,7 @@ def test_one_that_dies_takes_the_other_down(tiny, straight, tmp_path, victim):
     process = start(tiny, tmp_path, EACH, processes=2)
     wait_for(process, (tmp_path / "checkpoints" / "5").exists)
     killed = time.monotonic()
-    os.kill(pids(process)[victim], signal.SIGKILL)
+    os.kill(processes_of(process)[victim], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 60
     assert process.returncode not in (0, 2, 3)
@@ -105,7 +93,7 @@ def test_damage_is_found_together(tiny, straight, tmp_path):
     """The second process goes back with the first, also where only one of them fails to read."""
     process = start(tiny, tmp_path, *SPLIT, processes=2)
     wait_for(process, (tmp_path / "checkpoints" / "15").exists)
-    for pid in pids(process).values():
+    for pid in processes_of(process).values():
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)
     newest = max(

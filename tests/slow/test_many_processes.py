@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny_runs import assert_same_end, children, lines, losses, run, start, wait_for, write_tiny
+from tiny_runs import assert_same_end, lines, losses, processes_of, run, start, wait_for, write_tiny
 
 EACH = "--config.log.every_steps=1"
 ROUNDS = 20
@@ -27,10 +27,6 @@ def straight(tiny, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
     run(tiny, workdir, EACH)
     return workdir
-
-
-def processes_of(launcher):
-    return sorted(children(launcher.pid))
 
 
 @pytest.mark.parametrize("layout", [[], ["--config.mesh.fsdp=4"]], ids=["replicate", "fsdp"])
