@@ -136,6 +136,11 @@ def say_hello(run: Run, start_step: int) -> None:
         last = f" and the last {task.train_last_blocks} blocks" if task.train_last_blocks else ""
         listed += f"; trained: the head{last}"
     log.info("parameters: %s", listed)
+    if config.mesh.fsdp > 1:
+        split, whole = sharding.bytes_per_device(run.layout.shapes, run.layout.shardings)
+        text = "of parameters and optimizer each device holds %.1f MB of split and %.1f MB of "
+        text += "whole arrays"
+        log.info(text, split / 1e6, whole / 1e6)
     log.info(
         "%d images, %d steps of %d (%.1f epochs) from step %d, on %d x %s",
         len(run.train_source),

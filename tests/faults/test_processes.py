@@ -63,6 +63,7 @@ def test_split_stopped_and_gone_on_with_by_others(tiny, straight, tmp_path):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     assert "the same command continues from here" in output
+    assert "of parameters and optimizer each device holds 0.1 MB of split and" in output
     stopped = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert f"stopped at step {stopped} of 24" in output
     process = start(tiny, tmp_path, *SPLIT, devices=4)
