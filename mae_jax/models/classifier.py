@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mae_jax.models.layers import Observed, dense, layer_norm
+from mae_jax.models.layers import Dense, Observed, layer_norm
 from mae_jax.models.vit import Encoder
 
 POOLS = ("cls", "mean", "attention")
@@ -52,7 +52,9 @@ class AttentionPool(nn.Module):
         init = nn.initializers.normal(0.02)
         query = self.param("query", init, (self.heads, width // self.heads))
         keys, values = (
-            rearrange(dense(name, width, jnp.float32)(tokens), "b n (h e) -> b n h e", h=self.heads)
+            rearrange(
+                Dense(width, jnp.float32, name=name)(tokens), "b n (h e) -> b n h e", h=self.heads
+            )
             for name in ("key", "value")
         )
         scores = jnp.einsum("he,bnhe->bhn", query, keys) * query.shape[-1] ** -0.5

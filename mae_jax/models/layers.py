@@ -10,6 +10,10 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from mae_jax.attention import Attend
+from mae_jax.models.linear import narrow_linear
+from mae_jax.trees import Tree, from_named, named_leaves
+
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -25,12 +29,14 @@ class Execution:
     remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full".
     scan_unroll: blocks per iteration of the scan over depth; the depth itself means no loop.
     constrain: applied to batch-leading activations, to pin how they are sharded.
+    attend: the implementation of attention.
     """
 
     dtype: Any = jnp.float32
     remat: str = "none"
     scan_unroll: int = 1
     constrain: Callable[[Array], Array] = lambda x: x
+    attend: Attend = Attend()
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
@@ -42,16 +48,41 @@ class Execution:
 Layer = Callable[[Float[Array, "b t x"]], Float[Array, "b t y"]]
 
 
-def dense(name: str, features: int, dtype: Any, bias_init: Any = nn.initializers.zeros) -> Layer:
+class Dense(nn.Module):
     """A linear layer with the reference's xavier-uniform kernel.
 
-    Tokens are flattened to a matrix, which spares XLA a transposed copy in the backward pass.
+    Tokens are flattened to a matrix, which spares XLA a transposed copy in the backward pass. In
+    a type other than float32 it takes the kernel from `narrow_copies`, if there are any.
     """
-    kernel_init = nn.initializers.xavier_uniform()
-    layer = nn.Dense(features, True, dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
-    return lambda x: rearrange(
-        layer(rearrange(x, "b t x -> (b t) x")), "(b t) y -> b t y", b=x.shape[0]
-    )
+
+    features: int
+    dtype: Any
+    bias_init: Any = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t x"]) -> Float[Array, "b t y"]:
+        shape = x.shape[-1], self.features
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        bias = self.param("bias", self.bias_init, (self.features,))
+        rows = rearrange(x, "b t x -> (b t) x").astype(self.dtype)
+        if self.dtype == jnp.float32:
+            y = rows @ kernel + bias
+        else:
+            narrow = self.get_variable(NARROW, "kernel", kernel.astype(self.dtype))
+            y = narrow_linear(rows, kernel, bias, narrow)
+        return rearrange(y, "(b t) y -> b t y", b=x.shape[0])
+
+
+NARROW = "narrow"  # the collection of `narrow_copies`
+
+
+def narrow_copies(params: Tree, dtype: Any) -> dict[str, Any]:
+    """{"narrow": ...}: every kernel in the type of activations, to apply a network with.
+
+    So each is converted once in a step, not at every use and again where blocks are recomputed.
+    """
+    kernels = {n: x.astype(dtype) for n, x in named_leaves(params).items() if n.endswith("/kernel")}
+    return {} if dtype == jnp.float32 else {NARROW: from_named(kernels)}
 
 
 def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
@@ -76,19 +107,19 @@ class Attention(nn.Module):
     """
 
     heads: int
-    dtype: Any
+    execution: Execution
     observe: bool
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t"] | None]:
-        width = x.shape[-1]
+        width, dtype = x.shape[-1], self.execution.dtype
         # As in the reference: qkv is one xavier-initialised (d, 3d) matrix, laid out q, k, v.
-        qkv = dense("qkv", 3 * width, self.dtype)(x)
+        qkv = Dense(3 * width, dtype, name="qkv")(x)
         q, k, v = rearrange(qkv, "b t (three h e) -> three b t h e", three=3, h=self.heads)
-        x = jax.nn.dot_product_attention(q, k, v)
-        x = dense("proj", width, self.dtype)(rearrange(x, "b t h e -> b t (h e)"))
+        x = self.execution.attend(q, k, v)
+        x = Dense(width, dtype, name="proj")(rearrange(x, "b t h e -> b t (h e)"))
         if not self.observe:
             return x, None
         scores = jnp.einsum("bhe,bthe->bht", q[:, 0], k).astype(jnp.float32)
@@ -103,10 +134,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        hidden = dense("fc1", self.hidden, self.dtype)(x)
+        hidden = Dense(self.hidden, self.dtype, name="fc1")(x)
         # As in the reference: the exact (erf) GELU, not flax's default tanh form.
         hidden = nn.gelu(hidden, approximate=False)
-        return dense("fc2", x.shape[-1], self.dtype)(hidden)
+        return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
 
 
 def hidden_width(width: int, mlp_ratio: float) -> int:
@@ -147,7 +178,7 @@ class Block(nn.Module):
         hidden = hidden_width(x.shape[-1], self.mlp_ratio)
         x = constrain(x)
         y = layer_norm("norm1", self.layer_norm_eps, dtype)(x)
-        y, attention = Attention(self.heads, dtype, self.observe, name="attn")(y)
+        y, attention = Attention(self.heads, self.execution, self.observe, name="attn")(y)
         x = x + (drop_path(y, 0) if drop_path else y)
         y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
         y = Mlp(hidden, dtype, name="mlp")(y)
@@ -177,7 +208,7 @@ def make_blocks(
         )
     blocks = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, NARROW: 0},
         split_rngs={"params": True},
         length=depth,
         unroll=min(execution.scan_unroll, depth),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from mae_jax.models.layers import Execution, dense, layer_norm, make_blocks
+from mae_jax.models.layers import Dense, Execution, layer_norm, make_blocks
 from mae_jax.models.patches import take_patches
 from mae_jax.models.vit import POSITIONS, Encoder, PositionTable, check_width
 from mae_jax.sizes import Size
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
     ) -> Float[Array, "b i p"]:
         """Pixels of the patches `[*keep, *masked]` from number `first` on, float32."""
         dtype, constrain = self.execution.dtype, self.execution.constrain
-        x = constrain(dense("embed", self.width, dtype)(latent))
+        x = constrain(Dense(self.width, dtype, name="embed")(latent))
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
         mask_tokens = jnp.broadcast_to(mask_token.astype(dtype), (*masked.shape, self.width))
         x = jnp.concatenate([x, mask_tokens], axis=1)
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
         x, _ = blocks(x)
         x = constrain(x[:, 1 + first :])
         x = layer_norm("norm", self.layer_norm_eps, dtype)(x)
-        return constrain(dense("head", self.patch_values, dtype)(x)).astype(jnp.float32)
+        return constrain(Dense(self.patch_values, dtype, name="head")(x)).astype(jnp.float32)
 
 
 class MAE(nn.Module):

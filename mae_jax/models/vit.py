@@ -7,10 +7,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from mae_jax.models.layers import (
+    Dense,
     DropPath,
     Execution,
     Observed,
-    dense,
     layer_norm,
     make_blocks,
 )
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
             # Embedding only what is kept gives the same numbers as embedding all and dropping.
             patches = constrain(take_patches(patches, keep))
             positions = jnp.take(positions[0], keep, axis=0)
-        embed = dense("patch_embed", self.width, dtype, _uniform_bias(patches.shape[-1]))
+        embed = Dense(self.width, dtype, _uniform_bias(patches.shape[-1]), name="patch_embed")
         x = constrain(embed(patches) + positions.astype(dtype))
         # As in the reference: cls and mask tokens are N(0, .02), not truncated.
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))

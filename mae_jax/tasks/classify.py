@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
 from mae_jax.models.classifier import Classifier, Outputs, Probe
+from mae_jax.models.layers import narrow_copies
 from mae_jax.models.patches import patchify
 from mae_jax.optim import freeze
 from mae_jax.pixels import normalise
@@ -26,10 +27,9 @@ def soft_cross_entropy(
 
 
 def apply_with_stats(
-    module: Any, params: Params, stats: Stats, *args: Any, **named: Any
+    module: Any, variables: dict[str, Any], *args: Any, **named: Any
 ) -> tuple[Any, Stats]:
     """What a module makes of its arguments, and its running statistics afterwards."""
-    variables = {"params": params, "batch_stats": stats}
     made, changed = module.apply(variables, *args, **named, mutable=["batch_stats"])
     return made, changed.get("batch_stats", {})
 
@@ -61,7 +61,8 @@ class ProbeTask:
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
         """Mean loss of a batch from `draw`, and the statistics after it."""
-        logits, stats = apply_with_stats(self.probe, params, stats, batch["pooled"], train=True)
+        variables = {"params": params, "batch_stats": stats}
+        logits, stats = apply_with_stats(self.probe, variables, batch["pooled"], train=True)
         return soft_cross_entropy(logits, batch["target"]), stats
 
     def logits(self, params: Params, stats: Stats, features: Array) -> Float[Array, "b classes"]:
@@ -153,8 +154,10 @@ class Classify:
         if uniforms is not None:
             uniforms = jnp.moveaxis(uniforms, 0, -1)
         patches = patchify(pixels, self.patch)
+        copies = narrow_copies(params, self.model.encoder.execution.dtype)
+        variables = {"params": params, "batch_stats": stats, **copies}
         made, stats = apply_with_stats(
-            self.model, params, stats, patches, train=True, uniforms=uniforms
+            self.model, variables, patches, train=True, uniforms=uniforms
         )
         return soft_cross_entropy(made.logits, batch["target"]), stats
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from mae_jax.models.layers import narrow_copies
 from mae_jax.models.mae import MAE
 from mae_jax.models.patches import patchify, take_patches, unpatchify
 from mae_jax.pixels import normalise, unnormalise
@@ -82,7 +83,8 @@ class Pretrain:
 
     def apply(self, method: str, params: Params, *args: Array) -> Array:
         """Runs a method of the model."""
-        return cast(Array, self.model.apply({"params": params}, *args, method=method))
+        copies = narrow_copies(params, self.model.encoder.execution.dtype)
+        return cast(Array, self.model.apply({"params": params, **copies}, *args, method=method))
 
     def draw_mask(self, key: Key[Array, ""], batch: int) -> Mask:
         """One independent mask per image (the same for all under a user mask [n])."""
