@@ -35,8 +35,10 @@ def main(argv: list[str]) -> None:
     from mae_jax.data.workers import WorkerError
     from mae_jax.health import NonFiniteError
     from mae_jax.workdir import WorkdirError
+    from mae_jax.xla import keep_compiled
 
     console.setup_logging()
+    keep_compiled()
     try:
         distributed.join(DISTRIBUTED.value)
     except ValueError as error:

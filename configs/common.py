@@ -36,6 +36,8 @@ def base() -> ConfigDict:
     model.position = "sincos"  # or "learned", which starts from the same table
     model.layer_norm_eps = 1e-6
     model.dtype = "float32"  # or "bfloat16": of activations; parameters are always float32
+    model.attention = "auto"  # "xla", "cudnn", or the faster one, tried at the start (on GPUs, in
+    # bfloat16; elsewhere there is only xla)
     model.remat = "none"  # recompute in the backward pass: "none", "dots" (all but matmuls), "full"
     model.scan_unroll = 1  # blocks per iteration of the loop over depth
     set_size(config, "vit_b16")

@@ -17,6 +17,7 @@ from mae_jax.data.sources import DataError, FileSource
 from mae_jax.evals.extract import Images, extract
 from mae_jax.evals.reconstruct import check_shown
 from mae_jax.pretrained import Params, Pretrained, load
+from mae_jax.xla import keep_compiled
 
 # Errors from below name config keys; here the same values are flags.
 FLAGS = {
@@ -214,6 +215,7 @@ def as_flags(message: str) -> str:
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a command; bad input ends it with one sentence and exit code 2."""
     console.setup_logging()
+    keep_compiled()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes what is half written
     try:
         main(sys.argv[1:])

@@ -13,7 +13,7 @@ from mae_jax.evaluation import Evaluation, print_summary, summary_of
 from mae_jax.health import StopSignal, Watchdog
 from mae_jax.loop import Training
 from mae_jax.metrics import RunLog, write_json
-from mae_jax.parts import Run, build, say_hello, warn_of_space
+from mae_jax.parts import Run, build, choose_attention, say_hello, warn_of_space
 from mae_jax.recipe import Config, data, judges, tasks
 from mae_jax.start import ConfigError, origin, run_keys, starting_state
 from mae_jax.tasks.pretrain import Pretrain
@@ -37,6 +37,7 @@ def run(config: Config, workdir: Path) -> None:
         with distributed.together():
             parts = build(config, workdir)
         _check_same(parts)
+        parts = choose_attention(parts)
         minutes = config.health.hang_minutes
         with locked_workdir(workdir), Watchdog(minutes, workdir) as watchdog:
             _train(parts, stop, watchdog)

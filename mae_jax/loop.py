@@ -25,6 +25,7 @@ from mae_jax.recipe import data
 from mae_jax.start import run_keys
 from mae_jax.tasks.classify import Classify
 from mae_jax.training import Hook, TrainState, fit, make_train_step
+from mae_jax.xla import step_flags
 
 log = logging.getLogger("mae_jax.run")
 
@@ -157,7 +158,12 @@ def _make_step(run: Run):
         accumulate=run.config.accumulate,
         ema_decay=run.config.optim.ema,
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=(run.layout.shardings, None))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(run.layout.shardings, None),
+        compiler_options=step_flags(),
+    )
 
 
 def _make_feed(

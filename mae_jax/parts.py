@@ -1,5 +1,6 @@
 """The parts of a run, made from its config, and what they say of themselves."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -7,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from mae_jax import sharding
+from mae_jax import attention, sharding
 from mae_jax.data.loader import Loader
 from mae_jax.data.sources import Source
 from mae_jax.recipe import Config, data, judges, schedule, tasks
@@ -90,6 +92,23 @@ def build(config: Config, workdir: Path) -> Run:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def choose_attention(run: Run) -> Run:
+    """The run with the implementations of attention that suit its devices.
+
+    All processes have to call this together.
+
+    Raises:
+      ConfigError: model.attention does not work here.
+    """
+    config, shapes = run.config, tasks.attention_shapes(run.task)
+    try:
+        attend = attention.choose(config.model.attention, shapes, jnp.dtype(config.model.dtype))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    task = tasks.make_task(config, run.mesh, run.train_source.classes, attend)
+    return dataclasses.replace(run, task=task)
 
 
 def _check_health(config: Config) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Key, Shaped
 
+from mae_jax import attention
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
 from mae_jax.data.loader import cores, ordered_batches
@@ -62,7 +63,17 @@ def load(
     params = {
         name: jnp.asarray(np.asarray(array, np.float32)) for name, array in found.arrays.items()
     }
-    return Pretrained(found.info, Execution(dtype=jnp.dtype(dtype)), str(path)), from_named(params)
+    return Pretrained(found.info, _execution(found.info, dtype), str(path)), from_named(params)
+
+
+def _execution(info: Info, dtype: str) -> Execution:
+    """For this device."""
+    tokens = 1 + info.grid[0] * info.grid[1]
+    shapes = {(tokens, info.heads, info.width // info.heads)}
+    if info.decoder_heads:
+        shapes.add((tokens, info.decoder_heads, info.decoder_width // info.decoder_heads))
+    attend = attention.choose("auto", shapes, jnp.dtype(dtype))
+    return Execution(dtype=jnp.dtype(dtype), attend=attend)
 
 
 @partial(jax.jit, static_argnames=("info", "execution", "observe"))

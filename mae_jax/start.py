@@ -31,6 +31,7 @@ ORIGIN = "init.json"  # in the workdir: what a warm start took from where
 # computation is laid out, watched and stored, but not what it computes.
 FREE = (
     "init.",
+    "model.attention",
     "model.remat",
     "model.scan_unroll",
     "data.path",

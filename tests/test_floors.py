@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # a module may import its own folder and what stands on a lower floor
     ["sizes", "trees", "whole", "console"],
-    ["flops", "distributed", "digests"],
+    ["flops", "distributed", "digests", "attention", "xla"],
     ["checkpoint_reader"],
     ["data", "pixels", "models", "optim", "sharding", "checkpoint", "metrics", "workdir"],
     ["tasks", "convert"],
