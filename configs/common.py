@@ -47,6 +47,10 @@ def base() -> ConfigDict:
     mask.ratio = 0.75  # share of patches hidden from the encoder
     mask.path = optional(str)  # kind "user": .npy of bool [patches] or [batch, patches]: hidden?
 
+    config.decoder = ConfigDict()
+    config.decoder.predict_ratio = 1.0  # share of the masked patches, drawn anew for each image and
+    # step, that it sees and predicts in training; less is faster, and not the paper
+
     config.target = target = ConfigDict()
     target.norm_pix = True  # predict pixels normalised per patch (paper Table 1d)
     target.norm_pix_eps = 1e-6  # added to the variance of a patch

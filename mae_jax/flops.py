@@ -2,7 +2,8 @@
 
 Two per multiply-add of every matrix product, in the paper's form: all patches embedded, the full
 decoder and head on all tokens. MFU is always computed with this count, whatever shortcuts the
-implementation takes, so that it compares across implementations.
+implementation takes, so that it compares across implementations. Where only some of the masked
+patches are predicted (`predicted` of them), the decoder and the head have so many tokens fewer.
 """
 
 from mae_jax.sizes import Size
@@ -15,13 +16,20 @@ def _blocks(width: int, depth: int, tokens: int, mlp_ratio: float) -> float:
 
 
 def forward_flops(
-    size: Size, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
+    size: Size,
+    num_patches: int,
+    kept: int,
+    patch_values: int,
+    mlp_ratio: float = 4.0,
+    *,
+    predicted: int | None = None,
 ) -> float:
-    """FLOPs of the loss of one image."""
+    """FLOPs of the loss of one image; `predicted` is all masked patches unless given."""
+    tokens = num_patches + 1 if predicted is None else kept + 1 + predicted
     encoder = encoder_flops(size, num_patches, kept, patch_values, mlp_ratio)
     decoder_embed = 2 * (kept + 1) * size.width * size.decoder_width
-    decoder = _blocks(size.decoder_width, size.decoder_depth, num_patches + 1, mlp_ratio)
-    head = 2 * (num_patches + 1) * size.decoder_width * patch_values
+    decoder = _blocks(size.decoder_width, size.decoder_depth, tokens, mlp_ratio)
+    head = 2 * tokens * size.decoder_width * patch_values
     return encoder + decoder_embed + decoder + head
 
 
@@ -34,13 +42,19 @@ def encoder_flops(
 
 
 def train_flops(
-    size: Size, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
+    size: Size,
+    num_patches: int,
+    kept: int,
+    patch_values: int,
+    mlp_ratio: float = 4.0,
+    *,
+    predicted: int | None = None,
 ) -> float:
     """FLOPs of one image in training: the backward pass costs twice the forward one.
 
     Except for the patch embedding, which needs no gradient with respect to its input.
     """
-    forward = forward_flops(size, num_patches, kept, patch_values, mlp_ratio)
+    forward = forward_flops(size, num_patches, kept, patch_values, mlp_ratio, predicted=predicted)
     return 3 * forward - _embed(size, num_patches, patch_values)
 
 

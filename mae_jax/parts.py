@@ -151,6 +151,8 @@ def say_hello(run: Run, start_step: int) -> None:
     listed = ", ".join(f"{_count(size)} in {part}" for part, size in sizes.items())
     if isinstance(task, Pretrain):
         listed += f"; {task.num_kept} of {task.num_patches} patches are visible"
+        if task.num_predicted < task.num_masked:
+            listed += f"; {task.num_predicted} of {task.num_masked} masked ones are predicted"
     elif task.train_last_blocks is not None:
         last = f" and the last {task.train_last_blocks} blocks" if task.train_last_blocks else ""
         listed += f"; trained: the head{last}"

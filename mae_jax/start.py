@@ -49,6 +49,8 @@ FREE = (
     "resume.",
     "mesh.",
 )
+# Keys that runs of earlier versions did not have, and what they would have been there.
+ADDED = {"decoder.predict_ratio": 1.0}
 
 
 class ConfigError(Exception):
@@ -76,7 +78,7 @@ def check_resume(
     """
     refused = []
     for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, ADDED.get(key)), new.get(key)
         if before == after:
             continue
         change = f"{key}: {before} -> {after}"

@@ -188,6 +188,11 @@ class TestCheckResume:
         with pytest.raises(CheckpointError, match="model.width"):
             self.check(seed=1, model__width=64, allow=["seed"])
 
+    def test_keys_that_an_earlier_version_did_not_have(self):
+        self.check(decoder__predict_ratio=1.0)
+        with pytest.raises(CheckpointError, match=r"decoder.predict_ratio: 1.0 -> 0.5"):
+            self.check(decoder__predict_ratio=0.5)
+
 
 def test_never_starts_anew_where_every_step_is_damaged(tmp_path):
     """Nor when it is asked again, after they have been renamed."""

@@ -21,8 +21,10 @@ from configs import (
 )
 from mae_jax.data.sources import DataError
 from mae_jax.experiment import ConfigError, build
+from mae_jax.parts import say_hello
 from mae_jax.recipe import judges
 from mae_jax.recipe.data import make_eval_transform
+from mae_jax.recipe.tasks import flops_per_image
 from mae_jax.sizes import SIZES
 from mae_jax.start import FREE, flatten
 
@@ -139,6 +141,9 @@ def test_epochs_and_steps(folder):
         (dict(mask__kind="grid", mask__ratio=0.5), "one of each 2x2"),
         (dict(mask__kind="user"), "mask.path"),
         (dict(mask__path="/nowhere.npy", mask__kind="user"), "/nowhere.npy.* cannot be read"),
+        (dict(decoder__predict_ratio=0.0), "decoder.predict_ratio=0.0 must be above 0 and at most"),
+        (dict(decoder__predict_ratio=1.5), "decoder.predict_ratio=1.5 must be above 0 and at most"),
+        (dict(decoder__predict_ratio=float("nan")), "decoder.predict_ratio=nan must be above 0"),
         (dict(batch_size=6), "batch_size=6 .*4 devices. Use 4 or 8"),
         (dict(batch_size=8, accumulate=3), "accumulate=3"),
         (dict(model__dtype="float16"), "model.dtype='float16'"),
@@ -177,6 +182,21 @@ def test_bad_values(folder, overrides, message):
     with pytest.raises(ConfigError, match=message):
         build(config_of(folder, **overrides), folder / "run")
     assert not (folder / "run").exists()
+
+
+def test_a_run_knows_that_it_predicts_some_patches(folder, caplog):
+    caplog.set_level("INFO")
+    costs, said = [], []
+    for ratio in (1.0, 0.5, 0.001):
+        caplog.clear()
+        run = build(config_of(folder, decoder__predict_ratio=ratio), folder / "run")
+        costs.append(flops_per_image(run.config, run.task))
+        say_hello(run, 0)
+        said.append(caplog.messages[0].partition("; ")[2])
+    assert costs[0] > costs[1] > costs[2]
+    assert said[0] == "16 of 64 patches are visible"
+    assert said[1].endswith("; 24 of 48 masked ones are predicted")
+    assert said[2].endswith("; 1 of 48 masked ones are predicted")
 
 
 def test_bad_data(folder):

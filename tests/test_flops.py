@@ -22,17 +22,29 @@ def test_paper_sizes(name, patches, values, forward, train):
     assert train_flops(*args) / 1e9 == pytest.approx(train, abs=5e-3)
 
 
-def test_count_agrees_with_xla():
+@pytest.mark.parametrize("predicted", [147, 74, 1])
+def test_count_agrees_with_xla(predicted):
     """On the forward pass of ViT-B/16, unrolled: XLA counts the body of a loop only once."""
     size, n, kept = SIZES["vit_b16"], 196, 49
     model = make_mae(size, grid=(14, 14), execution=Execution(scan_unroll=12))
     order = jnp.arange(n)[None]
-    args = jnp.zeros((1, n, 768)), order[:, :kept], order[:, kept:]
+    args = jnp.zeros((1, n, 768)), order[:, :kept], order[:, kept : kept + predicted]
     params = jax.eval_shape(model.init, jax.random.key(0), *args)
-    predict = jax.jit(lambda params, *args: model.apply(params, *args, method="predict"))
+
+    def forward(model, patches, keep, masked):  # with the head on all tokens
+        return model.decoder(model.encoder(patches, keep), keep, masked, 0)
+
+    predict = jax.jit(lambda params, *args: model.apply(params, *args, method=forward))
     xla = predict.lower(params, *args).cost_analysis()["flops"]
     saved = 2 * (n - kept) * 768 * size.width  # we embed only the kept patches
-    assert xla == pytest.approx(forward_flops(size, n, kept, 768) - saved, rel=0.03)
+    counted = forward_flops(size, n, kept, 768, predicted=predicted)
+    assert xla == pytest.approx(counted - saved, rel=0.03)
+
+
+def test_predicting_all_is_the_papers_form():
+    args = SIZES["vit_b16"], 196, 49, 768
+    assert train_flops(*args, predicted=147) == train_flops(*args)
+    assert train_flops(*args, predicted=146) < train_flops(*args)
 
 
 def test_known_and_unknown_devices():

@@ -68,6 +68,21 @@ def test_grid_refuses_other_ratios_and_odd_grids(grid, kept):
         masking.grid_mask(KEY, 2, grid, kept)
 
 
+@pytest.mark.parametrize("kind", ["random", "block", "grid"])
+def test_a_choice_of_masked_patches_is_uniform(kind):
+    """Also where the masked patches come in image order; deviations are of 8192 coins: 0.005."""
+    mask = masking.SAMPLERS[kind](KEY, 8192, (4, 4), 4)
+    chosen = np.asarray(masking.choose(jax.random.key(8), mask.masked, 3))
+    masked = np.asarray(mask.as_bool())
+    assert np.take_along_axis(masked, chosen, axis=1).all()
+    picked = np.zeros_like(masked)
+    np.put_along_axis(picked, chosen, True, axis=1)
+    assert (picked.sum(axis=1) == 3).all(), "no patch twice"
+    np.testing.assert_allclose(picked.sum(axis=0) / masked.sum(axis=0), 3 / 12, atol=0.03)
+    both = (picked[:, :-1] & picked[:, 1:]).sum() / (masked[:, :-1] & masked[:, 1:]).sum()
+    np.testing.assert_allclose(both, 3 / 12 * 2 / 11, atol=0.01, err_msg="pairs of neighbours")
+
+
 def test_block_masks_are_blocky():
     """Neighbours share their fate far more often than under independent masks."""
 

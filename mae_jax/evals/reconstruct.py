@@ -137,11 +137,10 @@ class Pictures:
             for images in (self.images, made)
         )
         columns = panels(originals, made, np.asarray(self.mask.as_bool()), self.task.patch)
-        hidden = self.task.num_patches - self.task.num_kept
         text = "reconstruction"
         if self.task.norm_pix:
             text += f" ({STATISTICS[self.stats]})"
-        labels = [f"masked, {hidden} of {self.task.num_patches} patches hidden", text]
+        labels = [f"masked, {self.task.num_masked} of {self.task.num_patches} patches hidden", text]
         return figure(columns, [*labels, "with the visible patches", "original"])
 
     @cached_property  # compiled once in a run

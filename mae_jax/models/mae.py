@@ -13,7 +13,9 @@ from mae_jax.sizes import Size
 
 
 class Decoder(nn.Module):
-    """Predicts pixels from the encoded kept patches and one mask token per masked patch.
+    """Predicts pixels from the encoded kept patches and one mask token per patch to predict.
+
+    Those are all the masked patches, as in the paper, or some of them: the rest has no token.
 
     Attention does not care about the order of its tokens, so they are never put back in image
     order: kept ones come first, masked ones after, each with the position embedding of its place.
@@ -70,7 +72,7 @@ class MAE(nn.Module):
         keep: Int[Array, "b k"],
         masked: Int[Array, "b m"],
     ) -> Float[Array, "b m p"]:
-        """Predicted pixels of the masked patches, in the order of `masked`."""
+        """Predicted pixels of `masked`, all masked patches or some, in their order."""
         return self.decoder(self.encoder(patches, keep), keep, masked, keep.shape[1])
 
     def predict(
@@ -79,7 +81,10 @@ class MAE(nn.Module):
         keep: Int[Array, "b k"],
         masked: Int[Array, "b m"],
     ) -> Float[Array, "b n p"]:
-        """Predicted pixels of every patch, kept ones included, in image order."""
+        """Predicted pixels of every patch, kept ones included, in image order.
+
+        `keep` and `masked` have to be all patches together.
+        """
         pred = self.decoder(self.encoder(patches, keep), keep, masked, 0)
         return take_patches(pred, jnp.argsort(jnp.concatenate([keep, masked], axis=1), axis=1))
 

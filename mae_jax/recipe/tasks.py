@@ -109,6 +109,7 @@ def _make_pretrain(
         mask=config.mask.kind,
         mask_ratio=config.mask.ratio,
         user_mask=make_user_mask(config),
+        predict_ratio=config.decoder.predict_ratio,
         norm_pix=config.target.norm_pix,
         norm_pix_eps=config.target.norm_pix_eps,
     )
@@ -202,7 +203,8 @@ def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
     size, mlp_ratio = make_size(config), config.model.mlp_ratio
     values = size.patch**2 * config.model.channels
     if isinstance(task, Pretrain):
-        return flops.train_flops(size, task.num_patches, task.num_kept, values, mlp_ratio)
+        shape = task.num_patches, task.num_kept, values
+        return flops.train_flops(size, *shape, mlp_ratio, predicted=task.num_predicted)
     if config.data.cache_features:
         return 0.0
     rows, columns = task.model.encoder.grid

@@ -47,6 +47,12 @@ def from_noise(noise: Float[Array, "b n"], kept: int) -> Mask:
     return Mask(order[:, :kept], order[:, kept:])
 
 
+def choose(key: Key[Array, ""], patches: Int[Array, "b m"], count: int) -> Int[Array, "b q"]:
+    """Some of the patches of every image: an independent uniform choice, whatever their order."""
+    order = jnp.argsort(jax.random.uniform(key, patches.shape), axis=1)
+    return jnp.take_along_axis(patches, order[:, :count], axis=1)
+
+
 def random_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:
     """An independent uniform choice for every image (the paper's default)."""
     return from_noise(jax.random.uniform(key, (batch, grid[0] * grid[1])), kept)

@@ -17,6 +17,10 @@ from mae_jax.tasks.masking import Mask
 
 Params = dict[str, Any]
 
+# Folded into the key of a step for the choice of predicted patches: the samplers of masks derive
+# theirs from small numbers, and the masks are the same whether some or all are predicted.
+_CHOICE = 2**31 - 1
+
 
 def patch_statistics(
     patches: Float[Array, "b n p"], eps: float
@@ -33,6 +37,7 @@ class Pretrain:
 
     grid: rows and columns of patches; patch: side in pixels; mean, std: per channel.
     mask: "random", "block", "grid", or "user" with `user_mask` bool [n] or [b, n], True = masked.
+    predict_ratio: share of the masked patches that the decoder sees and predicts in training.
     """
 
     model: MAE
@@ -43,10 +48,15 @@ class Pretrain:
     mask: str = "random"
     mask_ratio: float = 0.75
     user_mask: np.ndarray | None = None
+    predict_ratio: float = 1.0
     norm_pix: bool = True
     norm_pix_eps: float = 1e-6
 
     def __post_init__(self):
+        if not 0 < self.predict_ratio <= 1:
+            raise ValueError(
+                f"decoder.predict_ratio={self.predict_ratio} must be above 0 and at most 1"
+            )
         if self.mask not in (*masking.SAMPLERS, "user"):
             known = ", ".join((*masking.SAMPLERS, "user"))
             raise ValueError(f"mask.kind={self.mask!r}; use one of {known}")
@@ -69,6 +79,16 @@ class Pretrain:
         if self.user_mask is not None:
             return self.num_patches - int(np.atleast_2d(self.user_mask)[0].sum())
         return masking.len_keep(self.num_patches, self.mask_ratio)
+
+    @property
+    def num_masked(self) -> int:
+        """Patches that the encoder does not see."""
+        return self.num_patches - self.num_kept
+
+    @property
+    def num_predicted(self) -> int:
+        """Masked patches that the decoder predicts in training: rounded, and at least one."""
+        return max(1, round(self.predict_ratio * self.num_masked))
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters {"encoder": ..., "decoder": ...}, float32."""
@@ -93,22 +113,37 @@ class Pretrain:
         return masking.SAMPLERS[self.mask](key, batch, self.grid, self.num_kept)
 
     def draw(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
-        """The batch with everything random about its loss, drawn for all its rows at once."""
-        return batch | self.draw_mask(key, len(batch["image"]))._asdict()
+        """The batch with everything random about its loss, drawn for all its rows at once.
+
+        "keep" and "masked" are those of a Mask; where not all masked patches are to be predicted,
+        "predicted" are those that are.
+        """
+        mask = self.draw_mask(key, len(batch["image"]))
+        drawn = batch | mask._asdict()
+        if self.num_predicted < self.num_masked:
+            key = jax.random.fold_in(key, _CHOICE)
+            drawn["predicted"] = masking.choose(key, mask.masked, self.num_predicted)
+        return drawn
 
     def loss(
         self, params: Params, stats: dict[str, Any], batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """Mean squared error over the masked patches of a batch from `draw` (paper section 3)."""
+        """Mean squared error over the predicted patches of a drawn batch (paper section 3)."""
         patches, mask = self.to_patches(batch["image"]), Mask(batch["keep"], batch["masked"])
-        return self.loss_of_patches(params, patches, mask), stats
+        return self.loss_of_patches(params, patches, mask, batch.get("predicted")), stats
 
     def loss_of_patches(
-        self, params: Params, patches: Float[Array, "b n p"], mask: Mask
+        self,
+        params: Params,
+        patches: Float[Array, "b n p"],
+        mask: Mask,
+        predicted: Int[Array, "b q"] | None = None,
     ) -> Float[Array, ""]:
-        """The loss of already normalised patches."""
-        pred = self.apply("__call__", params, patches, *mask)
-        target = take_patches(patches, mask.masked)
+        """The loss of already normalised patches; all masked ones are predicted, or some."""
+        if predicted is None:
+            predicted = mask.masked
+        pred = self.apply("__call__", params, patches, mask.keep, predicted)
+        target = take_patches(patches, predicted)
         if self.norm_pix:
             mean, std = patch_statistics(target, self.norm_pix_eps)
             target = (target - mean) / std

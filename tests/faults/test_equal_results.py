@@ -25,8 +25,14 @@ STEPS, ROWS, CLASSES = 5, 16, 7
 PIXELS = dict(patch=8, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
-def make_pretrain(execution):
-    return Pretrain(model=make_mae(SIZE, grid=(4, 4), execution=execution), grid=(4, 4), **PIXELS)
+def make_pretrain(execution, **kwargs):
+    model = make_mae(SIZE, grid=(4, 4), execution=execution)
+    return Pretrain(model=model, grid=(4, 4), **PIXELS, **kwargs)
+
+
+def make_pretrain_some(execution):
+    """Some masked patches are predicted, of a mask that comes in image order."""
+    return make_pretrain(execution, mask="grid", predict_ratio=0.5)
 
 
 def make_finetune(execution):
@@ -36,7 +42,11 @@ def make_finetune(execution):
     return Classify(model=model, smoothing=0.1, mixup=mixup, erase=0.25, **PIXELS)
 
 
-TASKS = {"pretrain": make_pretrain, "finetune": make_finetune}
+TASKS = {
+    "pretrain": make_pretrain,
+    "pretrain_some": make_pretrain_some,
+    "finetune": make_finetune,
+}
 
 
 def batch_of(step):
