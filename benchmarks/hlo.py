@@ -15,6 +15,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?\S+ = (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(
@@ -53,13 +54,16 @@ class Collective:
     """One collective instruction.
 
     shapes: the arrays that each device gets; groups: device numbers [groups, members], or pairs of
-    sender and receiver of a collective-permute; times: how often it runs in one run of the program.
+    sender and receiver of a collective-permute; times: how often it runs in one run of the program;
+    widened: whether what it sends has just been made from bfloat16, which the CPU's compiler does
+    and an accelerator's need not.
     """
 
     kind: str
     shapes: tuple[Shape, ...]
     groups: np.ndarray
     times: int
+    widened: bool = False
 
     @property
     def payload(self) -> int:
@@ -76,23 +80,60 @@ def collectives(text: str) -> list[Collective]:
     """
     found = _DEVICES.search(text)
     devices = int(found.group(1)) if found else 1
-    computations, entry = _computations(text)
-
-    def walk(name: str, times: int | None) -> Iterator[Collective]:
-        for line in computations[name]:
-            collective = _collective(line, times, devices)
-            if collective:
-                yield collective
-            trips = _trips(line)
-            for called in _called(line):
-                yield from walk(called, None if None in (times, trips) else times * trips)
-
-    return list(walk(entry, 1))
+    widened = _widened(text)
+    read = (_collective(line, times, devices, widened) for line, times in as_run(text))
+    return [collective for collective in read if collective]
 
 
 def total_bytes(found: Collection[Collective], kind: str) -> int:
     """Bytes of all runs of the collectives of a kind, per device."""
     return sum(each.payload * each.times for each in found if each.kind == kind)
+
+
+def types_of(text: str) -> dict[str, str]:
+    """The type of what every instruction gives, by its name; of a tuple the first one's."""
+    found = (INSTRUCTION.search(line) for line in text.splitlines())
+    shaped = {each.group(1): _SHAPE.search(each.group(2)) for each in found if each}
+    return {name: shape.group(1) for name, shape in shaped.items() if shape}
+
+
+def _widened(text: str) -> set[str]:
+    """Names of the instructions that convert from bfloat16, or are fusions that do so."""
+    types = types_of(text)
+    computations, _ = _computations(text)
+
+    def converts(line: str) -> bool:
+        found = re.search(r" convert\(%([\w.-]+)\)", line)
+        return bool(found) and types[found.group(1)] == "bf16"
+
+    names = set()
+    for line in text.splitlines():
+        instruction = INSTRUCTION.search(line)
+        called = _called(line) if instruction and instruction.group(3) == "fusion" else []
+        inside = (each for name in called for each in computations[name])
+        if instruction and (converts(line) or any(converts(each) for each in inside)):
+            names.add(instruction.group(1))
+    return names
+
+
+def as_run(text: str) -> Iterator[tuple[str, int | None]]:
+    """Every line of a program with how often it runs: None in a loop of unknown length."""
+    computations, entry = _computations(text)
+
+    def walk(name: str, times: int | None) -> Iterator[tuple[str, int | None]]:
+        for line in computations[name]:
+            yield line, times
+            trips = _trips(line)
+            for called in _called(line):
+                yield from walk(called, None if None in (times, trips) else times * trips)
+
+    return walk(entry, 1)
+
+
+def known(times: int | None, line: str) -> int:
+    if times is None:
+        raise ValueError(f"in a loop of unknown length: {line.strip()[:200]}")
+    return times
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -124,12 +165,12 @@ def _called(line: str) -> list[str]:
     return [name for names in _CALLED.findall(line) for name in re.findall(r"[\w.-]+", names)]
 
 
-def _collective(line: str, times: int | None, devices: int) -> Collective | None:
+def _collective(
+    line: str, times: int | None, devices: int, widened: Collection[str]
+) -> Collective | None:
     found = _COLLECTIVE.search(line)
     if not found:
         return None
-    if times is None:
-        raise ValueError(f"in a loop of unknown length: {line.strip()[:200]}")
     kind = found.group(2)
     shapes = tuple(
         Shape(dtype, tuple(int(size) for size in dims.split(",") if size))
@@ -140,7 +181,9 @@ def _collective(line: str, times: int | None, devices: int) -> Collective | None
         # backend's own last.
         shapes = tuple(shape for shape in shapes if str(shape) != "u32[]")
         shapes = shapes[len(shapes) // 2 :]
-    return Collective(kind, shapes, _groups(line, devices), times)
+    taken = re.match(r"%([\w.-]+)", line[found.end() :])
+    made = bool(taken) and taken.group(1) in widened
+    return Collective(kind, shapes, _groups(line, devices), known(times, line), made)
 
 
 def _groups(line: str, devices: int) -> np.ndarray:

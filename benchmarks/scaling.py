@@ -56,7 +56,8 @@ class Setup:
     """A train step to compile: fsdp as in `sharding.make_mesh`, over all devices that there are.
 
     per_device_batch: images; image_size: pixels; min_split_bytes as in `sharding.state_shardings`;
-    pinned: whether activations are held to their batch axis, as train.py does.
+    pinned: whether activations are held to their batch axis, as train.py does; scan_unroll as in
+    `Execution`.
     """
 
     size: Size
@@ -68,17 +69,25 @@ class Setup:
     image_size: int = 224
     min_split_bytes: int = sharding.MIN_SPLIT_BYTES
     pinned: bool = True
+    scan_unroll: int = 1
 
 
 @dataclass(frozen=True)
-class Program:
-    """A compiled train step, the state that it takes, and how that lies on the devices."""
+class Step:
+    """A train step that is not compiled yet, the state that it takes, and how that is laid out."""
 
     setup: Setup
     task: Pretrain
     mesh: Mesh
     shapes: TrainState
     shardings: TrainState
+    lowered: jax.stages.Lowered
+
+
+@dataclass(frozen=True)
+class Program(Step):
+    """The same, compiled, and the seconds that this took."""
+
     compiled: jax.stages.Compiled
     seconds: float
 
@@ -90,6 +99,18 @@ def fsdp_of(strategy: str, devices: int) -> int:
 
 def compile_step(setup: Setup) -> Program:
     """The train step of a setup for all devices, compiled.
+
+    Raises:
+      ValueError: the state cannot be split as asked for.
+    """
+    begin = time.perf_counter()
+    step = lower_step(setup)
+    compiled = step.lowered.compile(NEVER_RUN)
+    return Program(**vars(step), compiled=compiled, seconds=time.perf_counter() - begin)
+
+
+def lower_step(setup: Setup) -> Step:
+    """The train step of a setup for all devices, before XLA has seen it.
 
     Raises:
       ValueError: the state cannot be split as asked for.
@@ -106,10 +127,7 @@ def compile_step(setup: Setup) -> Program:
     images = jax.ShapeDtypeStruct((batch_size, setup.image_size, setup.image_size, 3), jnp.uint8)
     inputs = (shapes, {"image": images})
     placed = _placed(inputs, (shardings, {"image": NamedSharding(mesh, sharding.BATCH)}))
-    begin = time.perf_counter()
-    compiled = jitted.lower(*placed).compile(NEVER_RUN)
-    seconds = time.perf_counter() - begin
-    return Program(setup, task, mesh, shapes, shardings, compiled, seconds)
+    return Step(setup, task, mesh, shapes, shardings, jitted.lower(*placed))
 
 
 def _make_task(setup: Setup, mesh: Mesh) -> Pretrain:
@@ -119,6 +137,7 @@ def _make_task(setup: Setup, mesh: Mesh) -> Pretrain:
     execution = Execution(
         dtype=DTYPES[setup.dtype],
         remat=setup.remat,
+        scan_unroll=setup.scan_unroll,
         constrain=sharding.batch_constraint(mesh) if setup.pinned else lambda x: x,
     )
     model = make_mae(
@@ -303,7 +322,7 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
-def _check_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def check_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Ends with the parser's error for numbers that are not above 0."""
     for name, value in vars(arguments).items():
         if type(value) in (int, float) and not 0 < value < float("inf"):
@@ -322,7 +341,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="all rows of the table, to --json")
     cluster.add_flags(parser)
     arguments = parser.parse_args()
-    _check_positive(parser, arguments)
+    check_positive(parser, arguments)
     if arguments.table and not arguments.json:
         parser.error("--table needs --json")
     return arguments
