@@ -71,6 +71,11 @@ class Collective:
         given = sum(shape.bytes for shape in self.shapes)
         return given * self.groups.shape[1] if self.kind == "reduce-scatter" else given
 
+    @property
+    def sent(self) -> int:
+        """The same where nothing is widened."""
+        return self.payload // 2 if self.widened else self.payload
+
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of a program.

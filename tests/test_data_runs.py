@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from pictures import photograph
@@ -75,10 +76,28 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained_on_bands(bands, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained_on_bands")
+def run_on_bands(bands, tmp_path_factory):
+    """The workdir of a run of six steps, and the names of what was compiled for it."""
+    workdir, compiled = tmp_path_factory.mktemp("trained_on_bands"), []
+
+    def listen(event, _, fun_name="", **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     experiment.run(config_of(bands, eval__show_channels=(4, 2, 0), **BANDS), workdir)
-    return workdir
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return workdir, compiled
+
+
+@pytest.fixture(scope="module")
+def trained_on_bands(run_on_bands):
+    return run_on_bands[0]
+
+
+def test_a_run_compiles_its_step_once(run_on_bands):
+    """Six steps, with checkpoints and evaluations in between."""
+    assert [name for name in run_on_bands[1] if "train_step" in name] == ["jit(train_step)"]
 
 
 def test_many_channels_in_training_and_pictures(trained_on_bands):

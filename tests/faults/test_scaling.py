@@ -53,6 +53,27 @@ def test_collectives_count_as_often_as_their_loops_run():
     assert hlo.total_bytes(list(found.values()), "all-to-all") == 0
 
 
+WIDENED = """HloModule jit_f
+
+%fused (p: bf16[8]) -> f32[8] {
+  %p = bf16[8]{0} parameter(0)
+  ROOT %c = f32[8]{0} convert(%p)
+}
+
+ENTRY %main (x: f32[8], y: bf16[8]) -> f32[16] {
+  %x = f32[8]{0} parameter(0)
+  %y = bf16[8]{0} parameter(1)
+  %f = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused
+  %g = f32[16]{0} all-gather(%f), replica_groups={{0,1}}, dimensions={0}
+  %h = f32[16]{0} all-gather(%x), replica_groups={{0,1}}, dimensions={0}
+}
+"""
+
+
+def test_what_the_compiler_of_the_cpu_has_widened_is_sent_at_half_the_bytes():
+    assert [(each.payload, each.sent) for each in hlo.collectives(WIDENED)] == [(64, 32), (64, 64)]
+
+
 MESH = "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4]"
 
 
@@ -135,6 +156,17 @@ def test_activations_stay_on_their_devices(pinned):
     assert pinned["foreign_arrays"] == pinned["global_batch_arrays"] == []
     assert pinned["params_bytes"] < pinned["all_gather_bytes"] < 2.1 * pinned["params_bytes"]
     assert pinned["params_bytes"] <= pinned["all_reduce_bytes"] < 1.1 * pinned["params_bytes"]
+
+
+def test_bfloat16_weights_are_gathered_as_such(pinned):
+    """Half of the bytes, though the CPU's compiler widens what it sends to float32."""
+    program = scaling.compile_step(dataclasses.replace(TINY, dtype="bf16"))
+    found = hlo.collectives(program.compiled.as_text())
+    sent = sum(each.sent * each.times for each in found if each.kind == "all-gather")
+    assert sent == pinned["all_gather_bytes"] / 2
+    row = scaling.report(program, cluster.Cluster(peak_flops=1e12))
+    assert row["foreign_arrays"] == row["global_batch_arrays"] == []
+    assert row["temp_bytes_per_device"] < pinned["temp_bytes_per_device"]
 
 
 def test_a_model_that_is_not_pinned_is_found_out(pinned):
