@@ -15,12 +15,10 @@ For mae_jax (device) only the host's part is measured; resizing is the accelerat
 
 import argparse
 import functools
-import importlib.metadata
 import importlib.util
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,6 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import cpu_seconds, processor, versions
 from mae_jax import console
 from mae_jax.data.loader import Loader, in_order
 from mae_jax.data.sources import FolderSource
@@ -42,6 +41,8 @@ SIZE, SCALE, BATCH, CANVAS = (224, 224), (0.2, 1.0), 64, 512
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Batches = Iterator[int]  # numbers of images
 CORES, SHARE = 16, 0.75  # of the projection: cores, and what of them threads that share a core give
+PACKAGES = ("jax", "grain", "pillow", "pillow-simd", "simplejpeg", "torch", "torchvision")
+PACKAGES += ("tensorflow-cpu", "tensorflow")
 
 
 # The folder
@@ -218,21 +219,6 @@ def available() -> list[str]:
 # What is measured of one contender, in a process of its own
 
 
-def cpu_seconds(process: int) -> float:
-    """Of a process and of all that it has started, be they alive or not."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        children = [
-            int(child)
-            for task in Path(f"/proc/{process}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
-    except FileNotFoundError:  # it has just ended
-        return 0.0
-    own = sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
-    return own + sum(map(cpu_seconds, children))
-
-
 def measure(name: str, folder: Path, workers: int, images: int) -> dict[str, float]:
     """Speed over `images` images, after as many as are in flight."""
     begin = time.perf_counter()
@@ -379,31 +365,13 @@ def main() -> None:
         "workers": arguments.workers,
         "rounds": arguments.rounds,
         "machine": f"{os.cpu_count()} x {processor()}",
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "rows": rows,
         "images_per_s_by_workers": speeds,
     }
     show(report)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def processor() -> str:
-    found = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return found[0].split(":")[1].strip() if found else platform.processor()
-
-
-def versions() -> dict[str, str]:
-    names = ("jax", "grain", "pillow", "pillow-simd", "simplejpeg", "torch", "torchvision")
-    found = {"python": platform.python_version()}
-    for name in (*names, "tensorflow-cpu", "tensorflow"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def show(report: dict[str, Any]) -> None:

@@ -1,0 +1,92 @@
+"""Whether two implementations did the same work: numbers that tell, and how far they may differ."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+Answer = Mapping[str, float]
+# How far a peer may be from mae_jax, by dtype. TO BE MEASURED
+TOLERANCES = {
+    "f32": {
+        "loss": 1e-4,
+        "grad_norm": 1e-3,
+        "next_loss": 1e-3,
+        "flipped": 1e-2,
+        "update": 1e-3,
+        "tokens": 1e-4,
+    },
+    "bf16": {
+        "loss": 2e-2,
+        "grad_norm": 2e-2,
+        "next_loss": 2e-2,
+        "flipped": 1e-1,
+        "update": 1e-3,
+        "tokens": 2e-2,
+    },
+}
+
+
+def disagreements(dtype: str, ours: Answer, theirs: Answer, compared: Answer) -> list[str]:
+    """What differs by more than it may, a line each; none where both did the same work.
+
+    ours, theirs: what the two workers say of their check; compared: of both together.
+    """
+    lines = []
+    if theirs["parameters"] != ours["parameters"]:
+        lines.append(f"{theirs['parameters']:,} parameters instead of {ours['parameters']:,}")
+    apart = dict(compared)
+    for name in ("loss", "grad_norm", "next_loss"):
+        if name in ours:
+            apart[name] = abs(theirs[name] - ours[name]) / abs(ours[name])
+    for name, difference in apart.items():
+        most = TOLERANCES[dtype][name]
+        if not difference <= most:  # nor is what is no number
+            values = f" ({theirs[name]:.6g} against {ours[name]:.6g})" if name in ours else ""
+            lines.append(
+                f"{MEANINGS[name]} {difference:.2g} apart{values}; at most {most:g} may be"
+            )
+    return lines
+
+
+MEANINGS = {
+    "loss": "the loss is",
+    "grad_norm": "the norm of the gradient is",
+    "next_loss": "the loss after a step is",
+    "flipped": "the signs of updates, in share, are",
+    "update": "the updates are",
+    "tokens": "the tokens are",
+}
+
+
+def compare_updates(before: Arrays, ours: Arrays, theirs: Arrays) -> dict[str, float]:
+    """How much two first steps of AdamW differ, over all parameters.
+
+    Such a step is the learning rate times the sign of the gradient, plus the decay. So rounding
+    turns a few updates around, those of gradients near zero, which says nothing: "flipped" is the
+    share of them. "update" is the relative norm of the difference of all others, which shows
+    another rate, decay or choice of what is decayed. Key biases, whose true gradient is zero, are
+    left out.
+    """
+    count, flipped, difference, norm = 0, 0, 0.0, 0.0
+    for name, start in before.items():
+        updates = (after[name].astype(np.float64) - start for after in (ours, theirs))
+        mine, other = (_without_key_bias(name, update) for update in updates)
+        turned = np.sign(mine) != np.sign(other)
+        count, flipped = count + mine.size, flipped + int(turned.sum())
+        difference += float(np.square(np.where(turned, 0, mine - other)).sum())
+        norm += float(np.square(np.where(turned, 0, mine)).sum())
+    return {"flipped": flipped / count, "update": (difference / norm) ** 0.5 if norm else 1.0}
+
+
+def _without_key_bias(name: str, update: np.ndarray) -> np.ndarray:
+    if not name.endswith("attn/qkv/bias"):
+        return update
+    queries, _, values = np.split(update, 3, axis=-1)
+    return np.concatenate([queries, values], axis=-1)
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """The norm of the difference over that of what is expected."""
+    expected = expected.astype(np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

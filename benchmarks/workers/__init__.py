@@ -1,0 +1,1 @@
+"""Processes that compute what `benchmarks.step` measures: one for each implementation."""
