@@ -1,6 +1,6 @@
 """A picture of what `benchmarks.step` has measured: images per second, and ratios on the bars.
 
-    python -m benchmarks.plot benchmarks/results/step_*.json --out docs/step.png
+python -m benchmarks.plot benchmarks/results/step_*.json --out docs/step.png
 """
 
 import argparse

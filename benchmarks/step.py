@@ -69,14 +69,14 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace, stack: ExitStack):
         self._arguments = arguments
-        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.names: list[str] = arguments.impl
-        plan = self._folder / "plan.json"
-        plan.write_text(json.dumps(make_plan(arguments, self._folder)))
-        self._workers: dict[str, Worker] = {}
+        plan = self.folder / "plan.json"
+        plan.write_text(json.dumps(make_plan(arguments, self.folder)))
+        self.workers: dict[str, Worker] = {}
         for name in self.names:
-            self._workers[name] = self._start(name, plan)
-            stack.callback(self._workers[name].end)
+            self.workers[name] = self._start(name, plan)
+            stack.callback(self.workers[name].end)
         self.report: dict[str, Any] = {
             "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
             "status": "started",
@@ -98,7 +98,7 @@ class Run:
             interpreter=str(of_family(arguments.python, name) or sys.executable),
             first=of_family(arguments.path, name),
             environment=environment,
-            log=self._folder / f"{name}.log",
+            log=self.folder / f"{name}.log",
         )
 
     def stage(self, status: str) -> None:
@@ -115,7 +115,7 @@ class Run:
     def describe(self) -> None:
         """What every worker runs on; all have to be on the same kind of device."""
         self.stage("starting the workers")
-        found = {name: worker.ask("describe") for name, worker in self._workers.items()}
+        found = {name: worker.ask("describe") for name, worker in self.workers.items()}
         self.report["workers"] = found
         for name, told in found.items():
             if (told["platform"] == "cpu") != (found[OURS]["platform"] == "cpu"):
@@ -133,11 +133,11 @@ class Run:
         """Whether all did the same work; says what differs."""
         self.report["checks"] = checks = {}
         self.report["differences"] = differences = {}
-        for name, worker in self._workers.items():
+        for name, worker in self.workers.items():
             self.stage(f"{name}: compiling, and the first steps")
             checks[name] = worker.ask("check")
         for name in self.names[1:]:
-            compared = self._workers[OURS].ask("compare", name=name)
+            compared = self.workers[OURS].ask("compare", name=name)
             checks[name] |= compared
             found = agreement.disagreements(
                 self._arguments.dtype, checks[OURS], checks[name], compared
@@ -151,7 +151,7 @@ class Run:
     def measure(self) -> None:
         """The ceiling, then bursts in turns; raw values go to the report after every round."""
         self.stage("measuring what the device can do")
-        self.report["ceiling"] = self._workers[OURS].ask("ceiling")
+        self.report["ceiling"] = self.workers[OURS].ask("ceiling")
         self.report["warm_up"] = {name: self._warm_up(name) for name in self.names}
         steps = {name: bursts[-1]["steps"] for name, bursts in self.report["warm_up"].items()}
         self.report["rounds"] = rounds = []
@@ -161,7 +161,7 @@ class Run:
             shown = "" if left is None else f", {left:.0f} s left"
             self.stage(f"round {number + 1} of {count}{shown}")
             rounds.append({name: self._burst(name, int(steps[name])) for name in order})
-        for name, worker in self._workers.items():
+        for name, worker in self.workers.items():
             self.report["checks"][name]["last_loss"] = worker.ask("finish")["loss"]
 
     def _warm_up(self, name: str) -> list[dict[str, float]]:
@@ -179,12 +179,12 @@ class Run:
     def _burst(self, name: str, steps: int) -> dict[str, float]:
         """What the worker tells, and the cores that other processes kept busy meanwhile."""
         begin, busy, own = time.perf_counter(), machine.busy_seconds(), self._own_seconds()
-        found = self._workers[name].ask("burst", steps=steps)
+        found = self.workers[name].ask("burst", steps=steps)
         others = machine.busy_seconds() - busy - (self._own_seconds() - own)
         return found | {"others": max(0.0, others / (time.perf_counter() - begin))}
 
     def _own_seconds(self) -> float:
-        workers = sum(machine.cpu_seconds(worker.pid) for worker in self._workers.values())
+        workers = sum(machine.cpu_seconds(worker.pid) for worker in self.workers.values())
         return workers + time.process_time()
 
 

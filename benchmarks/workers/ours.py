@@ -11,7 +11,6 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,9 @@ def make_task(plan: Plan) -> Pretrain:
 
 def make_params(task: Pretrain) -> Params:
     """Fresh parameters, none of which are all zeros or all ones: so every mistake shows."""
-    keys = map(partial(jax.random.fold_in, jax.random.key(1)), itertools.count())
-    shift = lambda x: x + NOISE * jax.random.normal(next(keys), x.shape)
-    return jax.tree.map(shift, task.init(jax.random.key(0)))
+    rng, fresh = np.random.default_rng(1), jax.jit(task.init)(jax.random.key(0))
+    shift = lambda x: x + NOISE * rng.standard_normal(x.shape, np.float32)
+    return jax.tree.map(shift, fresh)
 
 
 def make_images(plan: Plan) -> list[Array]:
@@ -83,11 +82,6 @@ def make_images(plan: Plan) -> list[Array]:
 def make_info(plan: Plan) -> Info:
     """What has to be told of the weights beside them."""
     size = SIZES[plan["size"]]
-    decoder = dict(
-        decoder_width=size.decoder_width,
-        decoder_depth=size.decoder_depth,
-        decoder_heads=size.decoder_heads,
-    )
     return Info(
         source="mae_jax",
         width=size.width,
@@ -101,7 +95,9 @@ def make_info(plan: Plan) -> Info:
         target="normalized",
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        **(decoder if plan["task"] == "train" else {}),
+        decoder_width=size.decoder_width,
+        decoder_depth=size.decoder_depth,
+        decoder_heads=size.decoder_heads,
     )
 
 
@@ -113,9 +109,7 @@ def write_weights(folder: Path, params: Params, plan: Plan) -> None:
     info = make_info(plan)
     arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
     for part, width in (("encoder", info.width), ("decoder", info.decoder_width)):
-        if width:
-            table = sincos_position_table(width, info.grid)
-            arrays[f"{part}/pos_embed/table"] = table[None]
+        arrays[f"{part}/pos_embed/table"] = sincos_position_table(width, info.grid)[None]
     beside = {
         "hf": configs.hf_config(info),
         "timm": configs.timm_arguments(info),
@@ -253,9 +247,9 @@ class Ours:
         """Makes everything, takes the first steps, and writes what the peers need for theirs."""
         plan, folder = self._plan, self._folder
         task, train = make_task(plan), plan["task"] == "train"
-        params = jax.jit(partial(make_params, task))()
-        params = params if train else {"encoder": params["encoder"]}
+        params = make_params(task)
         write_weights(folder, params, plan)
+        params = params if train else {"encoder": params["encoder"]}
         save_params(folder / "before.safetensors", params)
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         self._job = (Training if train else Encoding)(task, params, make_images(plan), plan)

@@ -29,7 +29,7 @@ def load(name: str, plan: Plan) -> torch.nn.Module:
     folder = Path(plan["folder"]) / plan["peers"][name]["dialect"]
     try:
         if family == "hf":
-            return (hf_autoencoder if train else hf_encoder)(folder)
+            return hf_autoencoder(folder) if train else HfEncoder(folder)
         if family == "timm":
             return timm_encoder(folder)
         return official_autoencoder(folder, plan["official_repo"])
@@ -44,8 +44,11 @@ def _from_pretrained(kind: type, folder: Path, **arguments: Any) -> Any:
     model, report = kind.from_pretrained(
         folder, attn_implementation="sdpa", output_loading_info=True, **arguments
     )
-    if report["missing_keys"] or report["unexpected_keys"]:
-        raise UnusableError(f"transformers takes the weights otherwise than known here: {report}")
+    if wrong := sorted(report["missing_keys"] | report["unexpected_keys"]):
+        raise UnusableError(
+            f"this version of transformers names {len(wrong)} of its weights otherwise than is "
+            f"known here: {', '.join(wrong[:3])}, ..."
+        )
     return model
 
 
@@ -60,17 +63,19 @@ def hf_autoencoder(folder: Path) -> torch.nn.Module:
     return _from_pretrained(Autoencoder, folder)
 
 
-def hf_encoder(folder: Path) -> torch.nn.Module:
-    """ViTMAEModel, which masks nothing and is told to keep the patches in order."""
-    from transformers import ViTMAEModel
+class HfEncoder(torch.nn.Module):
+    """transformers' encoder, which masks nothing and is told to keep the patches in order."""
 
-    class Encoder(ViTMAEModel):
-        def forward(self, images: Any) -> Any:
-            count = self.embeddings.patch_embeddings.num_patches
-            order = torch.arange(count, device=images.device).expand(len(images), -1)
-            return super().forward(images, noise=order).last_hidden_state
+    def __init__(self, folder: Path):
+        from transformers import ViTMAEForPreTraining
 
-    return _from_pretrained(Encoder, folder, mask_ratio=0.0)
+        super().__init__()
+        self.vit = _from_pretrained(ViTMAEForPreTraining, folder, mask_ratio=0.0).vit
+
+    def forward(self, images: Any) -> Any:
+        count = self.vit.embeddings.patch_embeddings.num_patches
+        order = torch.arange(count, device=images.device).expand(len(images), -1)
+        return self.vit(images, noise=order).last_hidden_state
 
 
 def timm_encoder(folder: Path) -> torch.nn.Module:
