@@ -34,6 +34,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import agreement, machine, step_report
+from benchmarks.step_report import IMAGE_SIZE, OURS
 from benchmarks.workers.protocol import UnusableError, Worker, WorkerError
 from mae_jax import console
 from mae_jax.sizes import SIZES
@@ -41,16 +42,13 @@ from mae_jax.whole import whole
 
 log = logging.getLogger("mae_jax")
 
-OURS = "mae_jax"
 PEERS = ("hf", "hf_compile", "timm", "timm_compile", "official", "official_compile")
-IMAGE_SIZE = 224
 RECIPE = dict(  # the paper's AdamW; the first step is one that shows, the others change little
     first_rate=1e-3, rate=1e-6, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05
 )
 PIXELS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 STEADY = 0.02  # relative difference of bursts that end the warm-up
-WARM_UP = {"cpu": 5}  # bursts at most
-WARM_UP_ELSEWHERE = 20
+WARM_UP, WARM_UP_CPU = 20, 5  # bursts at most
 
 
 def family(name: str) -> str:
@@ -80,7 +78,7 @@ class Run:
         self.report: dict[str, Any] = {
             "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
             "status": "started",
-            "flags": {key: str(value) for key, value in vars(arguments).items()},
+            "flags": vars(arguments),
             "recipe": RECIPE,
             "environment": machine.environment(),
         }
@@ -110,7 +108,7 @@ class Run:
         self.report["status"] = status
         if self._arguments.json:
             with whole(self._arguments.json) as part:
-                part.write_text(json.dumps(self.report, indent=2) + "\n")
+                part.write_text(json.dumps(self.report, indent=2, default=str) + "\n")
 
     def describe(self) -> None:
         """What every worker runs on; all have to be on the same kind of device."""
@@ -161,13 +159,14 @@ class Run:
             shown = "" if left is None else f", {left:.0f} s left"
             self.stage(f"round {number + 1} of {count}{shown}")
             rounds.append({name: self._burst(name, int(steps[name])) for name in order})
+        self.report["gpus_after"] = machine.gpus()
         for name, worker in self.workers.items():
             self.report["checks"][name]["last_loss"] = worker.ask("finish")["loss"]
 
     def _warm_up(self, name: str) -> list[dict[str, float]]:
         """Bursts of the length that is asked for, until three in a row take the same time."""
         self.stage(f"{name}: warming up")
-        most = WARM_UP.get(self.platform, WARM_UP_ELSEWHERE)
+        most = WARM_UP_CPU if self.platform == "cpu" else WARM_UP
         bursts, steps = [self._burst(name, 1)], 1
         while len(bursts) <= most and not steady(bursts[1:]):
             wall = bursts[-1]["wall"] / bursts[-1]["steps"]

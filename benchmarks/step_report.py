@@ -14,6 +14,7 @@ from mae_jax.sizes import SIZES
 NOISY = 0.2  # cores that others keep busy
 KEPT = 0.25  # of the patches
 OURS = "mae_jax"
+IMAGE_SIZE = 224
 Report = dict[str, Any]
 
 
@@ -52,7 +53,7 @@ def _row(report: Report, arguments: argparse.Namespace, name: str) -> Report:
     seconds = spread([turn[name]["wall"] / turn[name]["steps"] for turn in rounds])
     processor = [turn[name]["cpu"] / turn[name]["steps"] for turn in rounds]
     others = sum(turn[name]["others"] for turn in rounds) / len(rounds)
-    patches = (224 // SIZES[arguments.size].patch) ** 2
+    patches = (IMAGE_SIZE // SIZES[arguments.size].patch) ** 2
     work = arguments.batch * image_flops(arguments.task, arguments.size, patches)
     speed, peak = work / seconds["median"], flops.peak_flops(device["device"])
     row = {

@@ -30,7 +30,6 @@ from mae_jax.models.layers import Execution
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_grid, sincos_position_table
 from mae_jax.optim import adamw
-from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mae_jax.sizes import SIZES
 from mae_jax.tasks.pretrain import Params, Pretrain
 from mae_jax.training import TrainState, init_state, make_train_step
@@ -58,13 +57,14 @@ def make_task(plan: Plan) -> Pretrain:
     size = SIZES[plan["size"]]
     grid = patch_grid((plan["image_size"],) * 2, size.patch)
     model = make_mae(size, grid=grid, execution=make_execution(plan))
-    return Pretrain(model=model, grid=grid, patch=size.patch, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    pixels = {name: tuple(plan[name]) for name in ("mean", "std")}
+    return Pretrain(model=model, grid=grid, patch=size.patch, **pixels)
 
 
 def make_params(task: Pretrain) -> Params:
-    """Fresh parameters, none of which are all zeros or all ones: so every mistake shows."""
+    """Fresh parameters, on the host; none are all zeros or all ones, so every mistake shows."""
     rng, fresh = np.random.default_rng(1), jax.jit(task.init)(jax.random.key(0))
-    shift = lambda x: x + NOISE * rng.standard_normal(x.shape, np.float32)
+    shift = lambda x: np.asarray(x) + NOISE * rng.standard_normal(x.shape, np.float32)
     return jax.tree.map(shift, fresh)
 
 
@@ -93,8 +93,8 @@ def make_info(plan: Plan) -> Info:
         channels=3,
         layer_norm_eps=1e-6,
         target="normalized",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=tuple(plan["mean"]),
+        std=tuple(plan["std"]),
         decoder_width=size.decoder_width,
         decoder_depth=size.decoder_depth,
         decoder_heads=size.decoder_heads,
@@ -107,7 +107,7 @@ def write_weights(folder: Path, params: Params, plan: Plan) -> None:
     Peers also keep the position tables, which we compute.
     """
     info = make_info(plan)
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    arrays = named_leaves(params)
     for part, width in (("encoder", info.width), ("decoder", info.decoder_width)):
         arrays[f"{part}/pos_embed/table"] = sincos_position_table(width, info.grid)[None]
     beside = {
@@ -191,7 +191,7 @@ class Encoding:
     def __init__(self, task: Pretrain, params: Params, images: list[Array], plan: Plan):
         encode = lambda params, x: task.apply("encode", params, task.to_patches(x))
         # As the peers' weights, and so that nobody has to cast them anew in every step.
-        self._params = jax.tree.map(lambda x: x.astype(DTYPES[plan["dtype"]]), params)
+        self._params = jax.tree.map(lambda x: jnp.asarray(x, DTYPES[plan["dtype"]]), params)
         self._encode, self._turns = jax.jit(encode), itertools.cycle(images)
         self._in_order = jax.default_backend() == "cpu"  # which would compute several at once
         self.tokens = jnp.zeros(())

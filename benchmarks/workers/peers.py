@@ -159,6 +159,7 @@ class Peer:
             raise UnusableError(f"{MISSING}; name a Python that has it by --python {name}=PATH")
         self._name, self._plan, self._folder = name, plan, Path(plan["folder"])
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.benchmark = True  # as in the official recipe
         if plan["dtype"] == "f32":
             torch.set_float32_matmul_precision("highest")
             torch.backends.cuda.matmul.allow_tf32 = False
