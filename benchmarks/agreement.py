@@ -7,22 +7,25 @@ import numpy as np
 Arrays = Mapping[str, np.ndarray]
 Answer = Mapping[str, float]
 TINY = 1e-30  # in place of an update of zero
-# How far a peer may be from mae_jax, by dtype. TO BE MEASURED
+# How far a peer may be from mae_jax, by dtype. Measured on CPUs with transformers and the official
+# code, of ViT-Ti and ViT-S, f32 and bf16: "flipped" 1e-7 and 3e-3, where other gradients have 0.5;
+# "update" 2e-5 and 8e-6, where no decay of matrices makes about 1e-3, and float32 rounds parameters
+# of one to 1e-4 of a step; "grad_norm" 1e-5 and 1e-3; "tokens" of bf16 1e-2.
 TOLERANCES = {
     "f32": {
         "loss": 1e-4,
         "grad_norm": 1e-3,
+        "flipped": 1e-3,
+        "update": 5e-4,
         "next_loss": 1e-3,
-        "flipped": 1e-2,
-        "update": 1e-3,
         "tokens": 1e-4,
     },
     "bf16": {
         "loss": 2e-2,
         "grad_norm": 2e-2,
+        "flipped": 5e-2,
+        "update": 5e-4,
         "next_loss": 2e-2,
-        "flipped": 1e-1,
-        "update": 1e-3,
         "tokens": 2e-2,
     },
 }

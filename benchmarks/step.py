@@ -208,7 +208,7 @@ def make_plan(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **PIXELS,
         "image_size": IMAGE_SIZE,
         "patches": patches,
-        "peers": {name: {"dialect": family(name)} for name in arguments.impl if name != OURS},
+        "peers": {name: family(name) for name in arguments.impl if name != OURS},
         "official_repo": str(arguments.official_repo),
         "folder": str(folder),
     }

@@ -71,8 +71,8 @@ def test_another_rate_or_decay_is_seen(case, change, dtype):
     gradients["blocks/attn/qkv/kernel"].ravel()[::100] *= -1
     other = first_step(params, gradients, **change)
     compared = agreement.compare_updates(params, after, other)
-    (line,) = agreement.disagreements(dtype, answer(), answer(), compared)
-    assert line.startswith("the updates are")
+    lines = agreement.disagreements(dtype, answer(), answer(), compared)
+    assert any(line.startswith("the updates are") for line in lines)
 
 
 def test_other_gradients_are_seen(case):
@@ -269,4 +269,4 @@ def test_the_plan_is_json(tmp_path):
     )
     plan = json.loads(json.dumps(step.make_plan(arguments, tmp_path)))
     assert plan["patches"] == 256
-    assert plan["peers"] == {"timm_compile": {"dialect": "timm"}}
+    assert plan["peers"] == {"timm_compile": "timm"}

@@ -115,7 +115,7 @@ def write_weights(folder: Path, params: Params, plan: Plan) -> None:
         "timm": configs.timm_arguments(info),
         "official": vars(SIZES[plan["size"]]),
     }
-    for dialect in {peer["dialect"] for peer in plan["peers"].values()}:
+    for dialect in set(plan["peers"].values()):
         (folder / dialect).mkdir()
         layout = mapping.layout_for(dialect, arrays)
         tensors = mapping.to_theirs(layout, dict(arrays), info.patch)

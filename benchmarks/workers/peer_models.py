@@ -25,8 +25,8 @@ def load(name: str, plan: Plan) -> torch.nn.Module:
 
     Its parameters are named as in its own code, so that its state_dict tells them apart.
     """
-    family, train = name.removesuffix("_compile"), plan["task"] == "train"
-    folder = Path(plan["folder"]) / plan["peers"][name]["dialect"]
+    family, train = plan["peers"][name], plan["task"] == "train"
+    folder = Path(plan["folder"]) / family
     try:
         if family == "hf":
             return hf_autoencoder(folder) if train else HfEncoder(folder)
