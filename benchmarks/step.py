@@ -308,7 +308,7 @@ def main() -> None:
     try:
         with ExitStack() as stack:
             sys.exit(benchmark(Run(arguments, stack), arguments))
-    except UnusableError as error:
+    except (UnusableError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except WorkerError as error:
