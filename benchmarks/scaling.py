@@ -31,7 +31,6 @@ from benchmarks import cluster, hlo
 from benchmarks.cluster import Cluster
 from mae_jax import flops, sharding, sizes
 from mae_jax.console import print_table
-from mae_jax.metrics import write_json
 from mae_jax.models.layers import REMAT_POLICIES, Execution
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_grid
@@ -40,6 +39,7 @@ from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mae_jax.sizes import Size
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import TrainState, init_state, make_train_step
+from mae_jax.whole import write_json
 
 SIZES = sizes.SIZES | {"vit_2b": Size(1664, 48, 16, 14)}  # as ViT-G/14, with MAE's decoder
 MLP_RATIOS = {"vit_2b": 8192 / 1664}  # of encoders other than 4, which decoders have too

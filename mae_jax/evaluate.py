@@ -26,8 +26,8 @@ from mae_jax.evals.probe import ProbeRecipe
 from mae_jax.evals.scores import ranked
 from mae_jax.evals.suite import SUITE, Labelled, Row, Suite
 from mae_jax.evaluation import over_devices
-from mae_jax.metrics import write_json
 from mae_jax.pretrained import Params, Pretrained
+from mae_jax.whole import write_json
 
 log = logging.getLogger("mae_jax")
 

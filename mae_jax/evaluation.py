@@ -20,10 +20,11 @@ from mae_jax.evals.knn import knn_scores
 from mae_jax.evals.probe import probe_scores
 from mae_jax.evals.reconstruct import Pictures, save_png
 from mae_jax.evals.scores import Score, ranked, score_of
-from mae_jax.metrics import RunLog, write_json
+from mae_jax.metrics import RunLog
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import Hook, TrainState
+from mae_jax.whole import write_json
 
 log = logging.getLogger("mae_jax.run")
 

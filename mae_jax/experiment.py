@@ -12,12 +12,13 @@ from mae_jax.checkpoint import Checkpointer
 from mae_jax.evaluation import Evaluation, print_summary, summary_of
 from mae_jax.health import StopSignal, Watchdog
 from mae_jax.loop import Training
-from mae_jax.metrics import RunLog, write_json
+from mae_jax.metrics import RunLog
 from mae_jax.parts import Run, build, choose_attention, say_hello, warn_of_space
 from mae_jax.recipe import Config, data, judges, tasks
 from mae_jax.start import ConfigError, origin, run_keys, starting_state
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import TrainState
+from mae_jax.whole import write_json
 from mae_jax.workdir import locked_workdir
 
 log = logging.getLogger("mae_jax.run")

@@ -25,12 +25,6 @@ log = logging.getLogger("mae_jax")
 MOST_WAITING = 0.1  # share of the time, above which, and above a second, a warning is due
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    with whole(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drops the lines after a step, and those that are none of ours; returns what stays."""
     if not path.exists():

@@ -17,12 +17,12 @@ from mae_jax.checkpoint import Checkpointer
 from mae_jax.checkpoint_reader import CheckpointError
 from mae_jax.convert.info import ConvertError, variables
 from mae_jax.digests import digests
-from mae_jax.metrics import write_json
 from mae_jax.recipe import Config, tasks
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import TrainState, init_state
 from mae_jax.trees import named_leaves
+from mae_jax.whole import write_json
 
 log = logging.getLogger("mae_jax.run")
 

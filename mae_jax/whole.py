@@ -1,11 +1,13 @@
 """Files and folders that are there whole or not at all, whatever stops their writing."""
 
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -32,6 +34,12 @@ def whole(path: Path) -> Iterator[Path]:
         raise
     finally:
         _remove(part)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    with whole(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _remove(path: Path) -> None:

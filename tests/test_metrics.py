@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mae_jax.metrics import RunLog, truncate_jsonl, write_json
+from mae_jax.metrics import RunLog, truncate_jsonl
+from mae_jax.whole import write_json
 
 
 def make_log(workdir, start_step=0, **kwargs):
