@@ -24,6 +24,7 @@ from jaxtyping import Array
 from benchmarks import timing
 from benchmarks.machine import environment, versions
 from benchmarks.timing import DTYPES
+from benchmarks.workers import ceiling
 from mae_jax.console import print_rows, progress
 from mae_jax.models.patches import patch_grid
 from mae_jax.sizes import SIZES, Size
@@ -137,16 +138,16 @@ PRODUCTS = {"forward": _forward, "to input": _to_input, "to kernel": _to_kernel}
 
 
 def measure_linear(
-    linear: Linear, batch: int, dtype: str, ceiling: float, seconds: float
+    linear: Linear, batch: int, dtype: str, best: float, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """One row for each of its products; ceiling: FLOP/s of the large product."""
+    """One row for each of its products; best: FLOP/s of the large one."""
     rows, flops = batch * linear.tokens, linear.flops(batch)
     shapes = [(rows, linear.inputs), (linear.inputs, linear.outputs), (rows, linear.outputs)]
 
     def measure(function: Callable[..., Array]) -> dict[str, float]:
         inputs = _rotating(shapes, dtype, flops)
         rate = flops / timing.seconds_each(function, inputs, seconds)
-        return {"tflops": rate / 1e12, "share_of_ceiling": rate / ceiling}
+        return {"tflops": rate / 1e12, "share_of_ceiling": rate / best}
 
     for product, function in PRODUCTS.items():
         if not (linear.first and product == "to input"):
@@ -236,13 +237,14 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     num_patches = rows * columns
     tokens = step_tokens(num_patches, len_keep(num_patches, 0.75))
     seconds = arguments.seconds
-    ceiling = timing.matmul_ceiling(dtype, arguments.square, seconds)
-    bandwidth = timing.copy_bandwidth(arguments.copy_mib * 2**20, seconds)
+    if dtype == "f32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # a GPU may round to tf32
+    best = ceiling.measure(DTYPES[dtype])
     layers = linears(size, tokens)
     products = [
         row
         for layer in progress(layers, len(layers), "layers")
-        for row in measure_linear(layer, batch, dtype, ceiling, seconds)
+        for row in measure_linear(layer, batch, dtype, best["flops_per_s"], seconds)
     ]
     kinds = [(shape, name) for shape in attentions(size, num_patches, tokens) for name in ATTENTION]
     attention = [
@@ -258,12 +260,7 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
-        "ceiling": {
-            "square": arguments.square,
-            "matmul_tflops": ceiling / 1e12,
-            "copied_mib": arguments.copy_mib,
-            "copy_gb_per_s": bandwidth / 1e9,
-        },
+        "ceiling": best,
         "linears": summary(products),
         "products": products,
         "attention": attention,
@@ -293,12 +290,11 @@ def summary(products: list[dict[str, Any]]) -> dict[str, float]:
 
 def print_report(report: dict[str, Any]) -> None:
     """Prints the tables."""
-    ceiling = report["ceiling"]
-    side = ceiling["square"]
+    best = report["ceiling"]
     print(
         f"{report['size']}, batch {report['batch']}, {report['dtype']} on {report['platform']} "
-        f"({report['device']}): {ceiling['matmul_tflops']:,.3f} TFLOP/s for {side} x {side}, "
-        f"{ceiling['copy_gb_per_s']:,.1f} GB/s copied"
+        f"({report['device']}): the ceiling is {best['flops_per_s'] / 1e12:,.3f} TFLOP/s "
+        f"({best['matmul']}), copies do {best['copy_bytes_per_s'] / 1e9:,.1f} GB/s"
     )
     cells = [
         [row["layer"], row["product"], f"{row['m']} x {row['k']} x {row['n']}", row["times"]]
@@ -340,8 +336,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seconds", type=float, default=0.1, help="of one measurement")
-    parser.add_argument("--square", type=int, default=timing.SQUARE, help="side of the ceiling's")
-    parser.add_argument("--copy-mib", type=int, default=timing.COPIED // 2**20)
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():

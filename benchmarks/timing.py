@@ -1,4 +1,4 @@
-"""Times of single computations, and what the machine can do at best: for the other benchmarks.
+"""Times of single computations, for the other benchmarks.
 
 Inputs are random, never zeros: products of zeros draw less power, and so run faster.
 """
@@ -15,8 +15,6 @@ from jaxtyping import Array, Key
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 REPEATS = 5  # measurements, of which the median counts
-SQUARE = 8192  # side of the matrices of the product that is the ceiling
-COPIED = 2**30  # bytes of the array that is copied
 LONGEST_CALL = 0.002  # seconds of work that one call has at least, where memory allows
 
 
@@ -65,20 +63,3 @@ def seconds_each(
     measure(2)  # the first calls load kernels
     calls = max(1, math.ceil(seconds / measure(1)))
     return median(measure(calls) for _ in range(REPEATS)) / calls / len(inputs)
-
-
-def matmul_ceiling(dtype: str, side: int, seconds: float) -> float:
-    """FLOP/s of the product of two large square matrices."""
-    inputs = [
-        random_arrays(jax.random.key(number), [(side, side)] * 2, DTYPES[dtype])
-        for number in range(2)
-    ]
-    return 2 * side**3 / seconds_each(jnp.matmul, inputs, seconds)
-
-
-def copy_bandwidth(size: int, seconds: float) -> float:
-    """Bytes per second, read and written, of a large array's negation."""
-    inputs = [
-        random_arrays(jax.random.key(number), [(size // 2,)], jnp.bfloat16) for number in range(2)
-    ]
-    return 2 * size / seconds_each(jnp.negative, inputs, seconds)

@@ -1,0 +1,200 @@
+"""Where the time of the train step goes, read from a profile of the very step that train.py runs.
+
+    python -m benchmarks.profile --size vit_b16 --batch 256 --dtype bf16 --json out.json
+
+Steps on random images are profiled after some that are timed without. Shares are of the time from
+the first kernel's start to the last one's end, of the first device: they sum to 1 with the idle
+time between kernels. On a CPU they are of its operations, several of which may run at once; there
+"idle" is time in which none ran, which is the host's.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import traces
+from benchmarks.machine import environment, versions
+from benchmarks.operations import operations
+from benchmarks.timing import DTYPES
+from mae_jax import flops
+from mae_jax.console import print_rows, progress
+from mae_jax.models.layers import REMAT_POLICIES, Execution
+from mae_jax.models.mae import make_mae
+from mae_jax.models.patches import patch_grid
+from mae_jax.optim import adamw, warmup_cosine
+from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mae_jax.sizes import SIZES
+from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.training import Batch, TrainState, init_state, make_train_step
+from mae_jax.whole import write_json
+
+BATCHES = 4  # different ones, which take turns
+TIMED = 5  # steps, or as many as are profiled
+
+
+def make_task(arguments: argparse.Namespace) -> Pretrain:
+    """The paper's pretraining."""
+    size = SIZES[arguments.size]
+    grid = patch_grid((arguments.image_size,) * 2, size.patch)
+    execution = Execution(
+        dtype=DTYPES[arguments.dtype], remat=arguments.remat, scan_unroll=arguments.scan_unroll
+    )
+    model = make_mae(size, grid=grid, execution=execution)
+    return Pretrain(model=model, grid=grid, patch=size.patch, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def make_images(batch: int, side: int) -> list[Batch]:
+    """Batches of random pixels."""
+    keys = jax.random.split(jax.random.key(2), BATCHES)
+    shape = (batch, side, side, 3)
+    return [{"image": jax.random.bits(key, shape, jnp.uint8)} for key in keys]
+
+
+def compile_step(
+    task: Pretrain, batch: Batch
+) -> tuple[TrainState, Callable[[TrainState, Batch], tuple[TrainState, Any]], str]:
+    """The first state, the compiled step, and the text of its program."""
+    rows = len(batch["image"])
+    rate = warmup_cosine(peak=1.5e-4 * rows / 256, warmup_steps=40, total_steps=800)
+    tx = adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
+    state = jax.jit(lambda key: init_state(task, tx, key))(jax.random.key(0))
+    step = make_train_step(task, tx, rate, jax.random.key(1))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    return state, compiled, compiled.as_text()
+
+
+def profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole report."""
+    task = make_task(arguments)
+    images = make_images(arguments.batch, arguments.image_size)
+    begin = time.perf_counter()
+    state, step, text = compile_step(task, images[0])
+    compile_seconds = time.perf_counter() - begin
+    turns = itertools.cycle(images)
+
+    def run(count: int) -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        for _ in range(count):
+            state, _ = step(state, next(turns))
+        jax.block_until_ready(state)
+        return (time.perf_counter() - begin) / count
+
+    run(2)
+    count = arguments.steps
+    step_seconds = median(run(count) for _ in progress(range(TIMED), TIMED, "bursts"))
+    program = operations(text)
+    with tempfile.TemporaryDirectory() as made:
+        folder = arguments.trace or Path(made)
+        with jax.profiler.trace(str(folder), profiler_options=_options()):
+            profiled_seconds = run(count)
+        intervals = traces.read_intervals(folder, _module(text))
+    return {
+        "command": "python -m benchmarks.profile",
+        **{name: getattr(arguments, name) for name in ("size", "batch", "dtype", "image_size")},
+        "remat": arguments.remat,
+        "scan_unroll": arguments.scan_unroll,
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "compile_s": compile_seconds,
+        "step_ms": 1e3 * step_seconds,
+        "profiled_step_ms": 1e3 * profiled_seconds,
+        "images_per_s": arguments.batch / step_seconds,
+        "model_tflops": _model_flops(task, arguments.size) * arguments.batch / step_seconds / 1e12,
+        "profiled_steps": count,
+        **traces.shares(intervals, program),
+        "environment": environment(),
+        "versions": versions(("jax", "jaxlib", "flax", "optax")),
+    }
+
+
+def _options() -> jax.profiler.ProfileOptions:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # what Python does is not asked for, and takes time
+    return options
+
+
+def _module(text: str) -> str:
+    """The name of a program, which its operations carry in a trace."""
+    found = re.match(r"HloModule ([\w.-]+)", text)
+    return found.group(1) if found else ""
+
+
+def _model_flops(task: Pretrain, size: str) -> float:
+    """Of one image, in the paper's form."""
+    return flops.train_flops(
+        SIZES[size], task.num_patches, task.num_kept, task.model.decoder.patch_values
+    )
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints the tables."""
+    print(
+        f"{report['size']}, batch {report['batch']}, {report['dtype']} on {report['platform']} "
+        f"({report['device']}): {report['step_ms']:,.2f} ms, "
+        f"{report['images_per_s']:,.1f} images/s, {report['model_tflops']:,.3f} TFLOP/s in the "
+        f"paper's count; under the profiler {report['profiled_step_ms']:,.2f} ms"
+    )
+    step = report["nanoseconds"] / report["profiled_steps"] / 1e6
+    row = lambda name, share: (name, "", f"{share:.1%}", f"{share * step:,.3f}")
+    columns = ("", "", "share", "ms a step")
+    for title, kind in (("What it does", "categories"), ("Where in the step", "parts")):
+        print_rows(title, columns, [row(*item) for item in report[kind].items()])
+    longest = [
+        (each["name"][:30], each["part"], f"{each['share']:.1%}", each["category"][:12])
+        + (each["runs"] // report["profiled_steps"],)
+        for each in report["longest"]
+    ]
+    print_rows("The longest operations", ("", "", "share", "", "runs a step"), longest)
+    if report["unknown"]:
+        print(f"{report['unknown']:.1%} are kernels whose names alone tell what they do.")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="vit_b16")
+    parser.add_argument("--batch", type=int, default=256, help="images")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels of a side")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--remat", choices=REMAT_POLICIES, default="none")
+    parser.add_argument("--scan-unroll", type=int, default=1, help="blocks per iteration")
+    parser.add_argument("--steps", type=int, default=5, help="to profile")
+    parser.add_argument("--trace", type=Path, help="empty folder to leave the trace in")
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        if type(value) in (int, float) and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')}={value} must be above 0")
+    patch = SIZES[arguments.size].patch
+    if arguments.image_size % patch:
+        parser.error(f"--image-size={arguments.image_size} must be a multiple of {patch}, a patch")
+    if arguments.trace and arguments.trace.exists() and any(arguments.trace.iterdir()):
+        parser.error(f"--trace={arguments.trace} is not empty")
+    return arguments
+
+
+def main() -> None:
+    arguments = _parse()
+    try:
+        report = profile(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print_report(report)
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+if __name__ == "__main__":
+    main()
