@@ -46,17 +46,14 @@ CANDIDATES = {
         "--xla_gpu_exhaustive_tiling_search=true",
         "more tilings of Triton's products are tried; compiling takes longer",
     ),
-    "triton-hopper": (
-        "--xla_gpu_enable_triton_hopper=true",
-        "Triton's products with the tensor cores of Hopper",
-    ),
-    "triton-tma": (
-        "--xla_gpu_experimental_enable_triton_tma=true",
-        "Triton's products read by the tensor memory accelerator",
-    ),
     "command-buffer-while": (
         "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE,CONDITIONAL",
         "the loop over blocks is launched once, and not by the host in every iteration",
+    ),
+    "command-buffer-unrolled": (
+        "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE,CONDITIONAL"
+        " --xla_gpu_command_buffer_unroll_loops=true",
+        "the same, and all iterations as one sequence",
     ),
     "command-buffer-small": (
         "--xla_gpu_graph_min_graph_size=1",
@@ -73,6 +70,22 @@ CANDIDATES = {
     "cudnn-layer-norm": (
         "--xla_gpu_enable_cudnn_layer_norm=true",
         "layer norms by cuDNN",
+    ),
+    "fusion-autotuner": (
+        "--xla_gpu_experimental_enable_fusion_autotuner=true",
+        "fused elementwise work is tuned as products are",
+    ),
+    "warp-specialization": (
+        "--xla_gpu_experimental_enable_triton_warp_specialization=true",
+        "in Triton's products some warps load while others multiply",
+    ),
+    "triton-hopper": (
+        "--xla_gpu_enable_triton_hopper=true",
+        "Triton's products with the tensor cores of Hopper",
+    ),
+    "triton-tma": (
+        "--xla_gpu_experimental_enable_triton_tma=true",
+        "Triton's products read by the tensor memory accelerator",
     ),
 }
 
