@@ -23,8 +23,8 @@ from jaxtyping import Array
 
 from benchmarks import timing
 from benchmarks.machine import environment, versions
-from benchmarks.timing import DTYPES
 from benchmarks.workers import ceiling
+from benchmarks.workers.ours import DTYPES
 from mae_jax.console import print_rows, progress
 from mae_jax.models.patches import patch_grid
 from mae_jax.sizes import SIZES, Size

@@ -96,7 +96,7 @@ def category(operation: Operation) -> str:
         return ATTENTION if _in_attention(operation) else MATMUL
     if within & _MOVING and within <= _MOVING | _FREE:
         return COPIES
-    if "jvp(" not in operation.path:
+    if operation.path and "jvp(" not in operation.path:
         drawn = "sort" in within or re.search(r"threefry|uniform|random|sort", operation.path)
         return MASKS if drawn else OPTIMIZER
     return ATTENTION if _in_attention(operation) else ELEMENTWISE
@@ -120,9 +120,13 @@ def kernel_category(name: str) -> str:
 
 
 def part(operation: Operation) -> str:
-    """Which part of the step it belongs to, as in "decoder backward"."""
+    """Which part of the step it belongs to, as in "decoder backward".
+
+    XLA adds operations that come from nowhere, most of them copies.
+    """
     path = operation.path
     if "jvp(" not in path:
-        return MASKS if category(operation) == MASKS else "optimizer and other"
+        outside = MASKS if category(operation) == MASKS else "optimizer and metrics"
+        return outside if path else "added by XLA"
     module = next((name for name in ("encoder", "decoder") if f"/{name}" in path), "loss")
     return f"{module} {'backward' if 'transpose(jvp(' in path else 'forward'}"

@@ -26,14 +26,12 @@ import jax.numpy as jnp
 from benchmarks import traces
 from benchmarks.machine import environment, versions
 from benchmarks.operations import operations
-from benchmarks.timing import DTYPES
+from benchmarks.workers.ours import DTYPES, make_task
+from benchmarks.workers.protocol import UnusableError
 from mae_jax import flops
 from mae_jax.console import print_rows, progress
-from mae_jax.models.layers import REMAT_POLICIES, Execution
-from mae_jax.models.mae import make_mae
-from mae_jax.models.patches import patch_grid
+from mae_jax.models.layers import REMAT_POLICIES
 from mae_jax.optim import adamw, warmup_cosine
-from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mae_jax.sizes import SIZES
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.training import Batch, TrainState, init_state, make_train_step
@@ -41,17 +39,6 @@ from mae_jax.whole import write_json
 
 BATCHES = 4  # different ones, which take turns
 TIMED = 5  # steps, or as many as are profiled
-
-
-def make_task(arguments: argparse.Namespace) -> Pretrain:
-    """The paper's pretraining."""
-    size = SIZES[arguments.size]
-    grid = patch_grid((arguments.image_size,) * 2, size.patch)
-    execution = Execution(
-        dtype=DTYPES[arguments.dtype], remat=arguments.remat, scan_unroll=arguments.scan_unroll
-    )
-    model = make_mae(size, grid=grid, execution=execution)
-    return Pretrain(model=model, grid=grid, patch=size.patch, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def make_images(batch: int, side: int) -> list[Batch]:
@@ -76,7 +63,7 @@ def compile_step(
 
 def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole report."""
-    task = make_task(arguments)
+    task = make_task(vars(arguments))
     images = make_images(arguments.batch, arguments.image_size)
     begin = time.perf_counter()
     state, step, text = compile_step(task, images[0])
@@ -105,6 +92,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(arguments, name) for name in ("size", "batch", "dtype", "image_size")},
         "remat": arguments.remat,
         "scan_unroll": arguments.scan_unroll,
+        "attention": arguments.attention,
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "compile_s": compile_seconds,
@@ -169,6 +157,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--remat", choices=REMAT_POLICIES, default="none")
     parser.add_argument("--scan-unroll", type=int, default=1, help="blocks per iteration")
+    parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), default="auto")
     parser.add_argument("--steps", type=int, default=5, help="to profile")
     parser.add_argument("--trace", type=Path, help="empty folder to leave the trace in")
     parser.add_argument("--json", type=Path, help="file to write")
@@ -188,7 +177,7 @@ def main() -> None:
     arguments = _parse()
     try:
         report = profile(arguments)
-    except ValueError as error:
+    except (UnusableError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print_report(report)

@@ -70,23 +70,14 @@ def show(report: Entry) -> None:
     done = [row for row in report["rows"] if row["status"] == "done"]
     of = lambda module: [row for row in done if row["command"][0] == f"benchmarks.{module}"]
     columns = ("row", "by", "step ms", "images/s", "MFU", "peak GB", "first s", "over ours")
-    print_rows(f"Steps: {where}", columns, (c for row in of("step") for c in _steps(row)))
-    columns = ("row", "ceiling", "TFLOP/s of products", "share", "attention ms: encoder", "decoder")
-    print_rows(f"Kernels: {where}", columns, map(_kernels, of("kernels")))
-    columns = (
-        "row",
-        "step ms",
-        "matmul",
-        "attention",
-        "elementwise",
-        "optimizer",
-        "copies",
-        "idle",
-    )
+    print_rows(f"Steps: {where}", columns, [cells for row in of("step") for cells in _steps(row)])
+    columns = ("row", "ceiling", "products", "share", "encoder ms", "decoder ms")
+    title = "Kernels, TFLOP/s of products and the fastest attention"
+    print_rows(f"{title}: {where}", columns, map(_kernels, of("kernels")))
+    columns = ("row", "step ms", "matmul", "attn", "elem", "optim", "copies", "idle")
     print_rows(f"Profiles: {where}", columns, map(_profile, of("profile")))
-    print_rows(
-        "Goals", ("size", "goal", "target", "measured", "", "row"), map(_goal, report["goals"])
-    )
+    columns = ("size", "goal", "target", "measured", "", "row")
+    print_rows("Goals", columns, map(_goal, report["goals"]))
     for row in report["rows"]:
         if row["status"] != "done":
             print(f"{row['name']} {row['status']}: {row['error']}")
@@ -124,7 +115,7 @@ def _kernels(row: Entry) -> list[str]:
 
     return [
         row["name"],
-        f"{result['ceiling']['flops_per_s'] / 1e12:.4g} TFLOP/s",
+        f"{result['ceiling']['flops_per_s'] / 1e12:.4g}",
         f"{linears['tflops']:.4g}" if linears else "failed",
         f"{linears['share_of_ceiling']:.1%}" if linears else "",
         fastest("encoder"),

@@ -22,7 +22,7 @@ log = logging.getLogger("mae_jax")
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "timm")
 LONGER = 3.0  # times its estimate, and LEAST seconds, is what a row may take before it is stopped
-LEAST = 120.0
+LEAST = 180.0
 GRACE = 15.0  # seconds that a row has to end when told to
 
 

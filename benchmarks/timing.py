@@ -10,10 +10,8 @@ from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 REPEATS = 5  # measurements, of which the median counts
 LONGEST_CALL = 0.002  # seconds of work that one call has at least, where memory allows
 

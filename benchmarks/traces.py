@@ -86,6 +86,7 @@ def attribute(intervals: Iterable[Interval]) -> tuple[dict[str, float], float]:
     edges = sorted(
         (time, begins, number, interval.name)
         for number, interval in enumerate(intervals)
+        if interval.end > interval.start
         for time, begins in ((interval.start, True), (interval.end, False))
     )
     taken: dict[str, float] = {}
@@ -99,7 +100,7 @@ def attribute(intervals: Iterable[Interval]) -> tuple[dict[str, float], float]:
         if begins:
             running[number] = name
         else:
-            running.pop(number, None)  # one that took no time at all may end before it begins
+            del running[number]
     return taken, idle
 
 
@@ -111,7 +112,8 @@ def shares(intervals: Iterable[Interval], program: Mapping[str, Operation]) -> d
     """
     kernels = by_kernel_name(program)
     find = lambda name: program.get(name) or kernels.get(name)
-    seen = [each for each in intervals if not ((op := find(each.name)) and op.opcode in CONTROL)]
+    controls = lambda name: (operation := find(name)) is not None and operation.opcode in CONTROL
+    seen = [each for each in intervals if not controls(each.name)]
     taken, idle = attribute(seen)
     total = sum(taken.values()) + idle
     categories = dict.fromkeys(CATEGORIES, 0.0) | {IDLE: idle / total}
