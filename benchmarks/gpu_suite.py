@@ -30,60 +30,60 @@ from mae_jax.sizes import SIZES
 # anywhere else. What is on by default already (Triton's products, autotuning at level 4, falling
 # back to cuBLAS) is tried only where switching it off might help.
 CANDIDATES = {
-    "no-triton-gemm": (
+    "gemm-no-triton": (
         "--xla_gpu_enable_triton_gemm=false",
         "products by cuBLAS only, as older recipes for NVIDIA GPUs have it",
     ),
-    "cublaslt": (
+    "gemm-cublaslt": (
         "--xla_gpu_enable_cublaslt=true",
         "biases and activations in the products' epilogues",
     ),
-    "cudnn-gemm-fusion": (
+    "gemm-cudnn": (
         "--xla_gpu_cudnn_gemm_fusion_level=2",
         "products with their neighbours as one kernel of cuDNN",
     ),
-    "exhaustive-tiling": (
+    "gemm-tilings": (
         "--xla_gpu_exhaustive_tiling_search=true",
         "more tilings of Triton's products are tried; compiling takes longer",
     ),
-    "command-buffer-while": (
+    "buffer-while": (
         "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE,CONDITIONAL",
         "the loop over blocks is launched once, and not by the host in every iteration",
     ),
-    "command-buffer-unrolled": (
+    "buffer-unrolled": (
         "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE,CONDITIONAL"
         " --xla_gpu_command_buffer_unroll_loops=true",
         "the same, and all iterations as one sequence",
     ),
-    "command-buffer-small": (
+    "buffer-small": (
         "--xla_gpu_graph_min_graph_size=1",
         "short sequences of kernels too are launched as one",
     ),
-    "no-command-buffer": (
+    "buffer-none": (
         "--xla_gpu_enable_command_buffer=",
         "every kernel launched alone: what command buffers are worth",
     ),
-    "dynamic-slice-fusion": (
+    "slice-fusion": (
         "--xla_gpu_enable_dynamic_slice_fusion=true",
         "blocks read their slices of the stacked parameters without a copy",
     ),
-    "cudnn-layer-norm": (
+    "layer-norm": (
         "--xla_gpu_enable_cudnn_layer_norm=true",
         "layer norms by cuDNN",
     ),
-    "fusion-autotuner": (
+    "fusion-tuner": (
         "--xla_gpu_experimental_enable_fusion_autotuner=true",
         "fused elementwise work is tuned as products are",
     ),
-    "warp-specialization": (
+    "gemm-warps": (
         "--xla_gpu_experimental_enable_triton_warp_specialization=true",
         "in Triton's products some warps load while others multiply",
     ),
-    "triton-hopper": (
+    "gemm-hopper": (
         "--xla_gpu_enable_triton_hopper=true",
         "Triton's products with the tensor cores of Hopper",
     ),
-    "triton-tma": (
+    "gemm-tma": (
         "--xla_gpu_experimental_enable_triton_tma=true",
         "Triton's products read by the tensor memory accelerator",
     ),
@@ -141,7 +141,7 @@ def _sweep_of_b() -> Iterator[Row]:
     yield _step("b-base", "b", 40, "what its variants are compared with")
     yield _step("b-unroll", "b", 60, "no loop over blocks", scan_unroll=depth)
     for kind in ("cudnn", "xla"):
-        yield _step(f"b-attention-{kind}", "b", 40, f"attention by {kind}", attention=kind)
+        yield _step(f"b-{kind}", "b", 40, f"attention by {kind}", attention=kind)
     for batch in (512, 1024):
         yield _step(f"b-batch-{batch}", "b", 40, f"{batch} images", batch=batch)
     yield _step("b-remat-dots", "b", 40, "all but products computed twice", remat="dots")
@@ -152,6 +152,10 @@ def _profiles() -> Iterator[Row]:
     for letter, seconds in {"b": 60, "l": 80}.items():
         flags = {"size": LETTERS[letter], "batch": BATCHES[letter], "dtype": "bf16"}
         yield Row(f"profile-{letter}", "benchmarks.profile", flags, seconds, "where time goes")
+    flags = {"size": LETTERS["b"], "batch": BATCHES["b"], "dtype": "bf16"}
+    flags["xla-flags"] = CANDIDATES["buffer-none"][0]
+    why = "the same without command buffers, in which kernels do not tell their origin"
+    yield Row("profile-b-apart", "benchmarks.profile", flags, 60, why)
 
 
 def _sweeps_of_larger() -> Iterator[Row]:
@@ -159,7 +163,7 @@ def _sweeps_of_larger() -> Iterator[Row]:
         unroll = min(SIZES[LETTERS[letter]].depth, MOST_UNROLLED)
         batch = 2 * BATCHES[letter]
         yield _step(f"{letter}-unroll", letter, 120, "fewer or no loops", scan_unroll=unroll)
-        yield _step(f"{letter}-attention-cudnn", letter, 60, "by cudnn", attention="cudnn")
+        yield _step(f"{letter}-cudnn", letter, 60, "by cudnn", attention="cudnn")
         yield _step(f"{letter}-batch-{batch}", letter, 60, f"{batch} images", batch=batch)
         yield _step(f"{letter}-remat-dots", letter, 60, "products kept only", remat="dots")
 

@@ -87,14 +87,14 @@ def category(operation: Operation) -> str:
     """One of CATEGORIES, but for IDLE.
 
     Attention is all that lies between its projections; those are matrix products like others. What
-    only moves numbers counts as copies, wherever it comes from.
+    only moves numbers, or fills arrays with one, counts as copies, wherever it comes from.
     """
     within = operation.inside or {operation.opcode}
     if _COLLECTIVE.match(operation.opcode):
         return COLLECTIVES
     if within & _DOTS or _named(operation.target) in (MATMUL, ATTENTION):
         return ATTENTION if _in_attention(operation) else MATMUL
-    if within & _MOVING and within <= _MOVING | _FREE:
+    if within <= _MOVING | _FREE and (within & _MOVING or "convert" not in within):
         return COPIES
     if operation.path and "jvp(" not in operation.path:
         drawn = "sort" in within or re.search(r"threefry|uniform|random|sort", operation.path)

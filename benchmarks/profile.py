@@ -11,6 +11,7 @@ time between kernels. On a CPU they are of its operations, several of which may 
 import argparse
 import itertools
 import math
+import os
 import re
 import sys
 import tempfile
@@ -93,6 +94,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
         "remat": arguments.remat,
         "scan_unroll": arguments.scan_unroll,
         "attention": arguments.attention,
+        "xla_flags": arguments.xla_flags,
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "compile_s": compile_seconds,
@@ -158,6 +160,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--remat", choices=REMAT_POLICIES, default="none")
     parser.add_argument("--scan-unroll", type=int, default=1, help="blocks per iteration")
     parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), default="auto")
+    parser.add_argument("--xla-flags", default="", help="XLA_FLAGS")
     parser.add_argument("--steps", type=int, default=5, help="to profile")
     parser.add_argument("--trace", type=Path, help="empty folder to leave the trace in")
     parser.add_argument("--json", type=Path, help="file to write")
@@ -175,6 +178,9 @@ def _parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _parse()
+    os.environ["XLA_FLAGS"] = arguments.xla_flags  # which XLA reads when it is first asked
+    if arguments.dtype == "f32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # a GPU may round to tf32
     try:
         report = profile(arguments)
     except (UnusableError, ValueError) as error:

@@ -69,13 +69,18 @@ def show(report: Entry) -> None:
         where = f"TINY sizes on {where}, which say nothing about a GPU"
     done = [row for row in report["rows"] if row["status"] == "done"]
     of = lambda module: [row for row in done if row["command"][0] == f"benchmarks.{module}"]
-    columns = ("row", "by", "step ms", "images/s", "MFU", "peak GB", "first s", "over ours")
-    print_rows(f"Steps: {where}", columns, [cells for row in of("step") for cells in _steps(row)])
-    columns = ("row", "ceiling", "products", "share", "encoder ms", "decoder ms")
-    title = "Kernels, TFLOP/s of products and the fastest attention"
-    print_rows(f"{title}: {where}", columns, map(_kernels, of("kernels")))
-    columns = ("row", "step ms", "matmul", "attn", "elem", "optim", "copies", "idle")
-    print_rows(f"Profiles: {where}", columns, map(_profile, of("profile")))
+    if steps := of("step"):
+        columns = ("row", "step ms", "images/s", "MFU", "GB", "ratio", "base")
+        print_rows(f"Steps: {where}", columns, _steps(steps))
+        print("MFU: of a product measured beside it. GB: most memory. ratio: time of a step over")
+        print("ours. base: images/s over those of the same size without the flags of the row.\n")
+    if measured := of("kernels"):
+        columns = ("row", "ceiling", "products", "share", "encoder ms", "decoder ms")
+        title = "Kernels, TFLOP/s of products and the fastest attention"
+        print_rows(f"{title}: {where}", columns, map(_kernels, measured))
+    if profiles := of("profile"):
+        columns = ("row", "step ms", "matmul", "attn", "elem", "optim", "copies", "idle")
+        print_rows(f"Profiles: {where}", columns, map(_profile, profiles))
     columns = ("size", "goal", "target", "measured", "", "row")
     print_rows("Goals", columns, map(_goal, report["goals"]))
     for row in report["rows"]:
@@ -86,19 +91,27 @@ def show(report: Entry) -> None:
         print(f"left out, for they did not fit the time: {names}")
 
 
-def _steps(row: Entry) -> Iterator[list[str]]:
-    for each in row["result"]["rows"]:
-        ratio = each.get("ratio")
-        yield [
-            row["name"],
-            each["implementation"],
-            f"{1e3 * each['step_s']['median']:.2f}",
-            f"{each['images_per_s']:,.1f}",
-            f"{each['mfu_measured']:.1%}",
-            f"{each['peak_bytes'] / 1e9:.2f}",
-            f"{each['first_s']:.0f}",
-            f"{ratio['median']:.2f}" if ratio else "",
-        ]
+def _base(name: str) -> str:
+    """The row that a variant is compared with: that of the same size with no flags of its own."""
+    letter = "b" if name.startswith("flag-") else name.partition("-")[0]
+    return "b-base" if letter == "b" else f"train-{letter}"
+
+
+def _steps(rows: Sequence[Entry]) -> Iterator[list[str]]:
+    speeds = {row["name"]: row["result"]["rows"][0]["images_per_s"] for row in rows}
+    for row in rows:
+        base = speeds.get(_base(row["name"]))
+        for each in row["result"]["rows"]:
+            ours, ratio = each["implementation"] == OURS, each.get("ratio")
+            yield [
+                row["name"] if ours else f"  {each['implementation']}",
+                f"{1e3 * each['step_s']['median']:.2f}",
+                f"{each['images_per_s']:,.1f}",
+                f"{each['mfu_measured']:.1%}",
+                f"{each['peak_bytes'] / 1e9:.2f}",
+                f"{ratio['median']:.2f}" if ratio else "",
+                f"{each['images_per_s'] / base:.3f}" if ours and base else "",
+            ]
 
 
 def _kernels(row: Entry) -> list[str]:

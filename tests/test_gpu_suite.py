@@ -309,3 +309,31 @@ def test_last_words():
     )
     assert suite_report.last_words("killed\n") == "killed"
     assert suite_report.last_words("\n") == "it said nothing"
+
+
+def test_the_table_compares_with_peers_and_with_the_row_without_flags(capsys):
+    each = lambda name, speed, **more: {
+        "implementation": name,
+        "step_s": {"median": 0.05},
+        "images_per_s": speed,
+        "mfu_measured": 0.4,
+        "peak_bytes": 3e10,
+        **more,
+    }
+    rows = [
+        step_row(
+            "train-b", "vit_b16", each("mae_jax", 5100), each("hf", 9, ratio={"median": 1.93})
+        ),
+        step_row("b-base", "vit_b16", each("mae_jax", 5000)),
+        step_row("flag-buffer-unrolled", "vit_b16", each("mae_jax", 5600)),
+        {"name": "flag-a", "command": [], "status": "failed", "error": "Unknown flag"},
+    ]
+    left_out = [{"name": "encode-l", "expected_s": 9}]
+    goals = suite_report.goals(rows, ABOUT)
+    suite_report.show(ABOUT | {"rows": rows, "goals": goals, "left_out": left_out})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["hf", "50.00", "9.0", "40.0%", "30.00", "1.93"] in lines
+    assert ["flag-buffer-unrolled", "50.00", "5,600.0", "40.0%", "30.00", "1.120"] in lines
+    assert ["vit_b16", "hf", "1.80", "1.93", "met", "train-b"] in lines
+    assert ["flag-a", "failed:", "Unknown", "flag"] in lines
+    assert lines[-1][-1] == "encode-l"
