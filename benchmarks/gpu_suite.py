@@ -97,6 +97,7 @@ TINY = {
     "benchmarks.profile": {"size": "vit_ti16", "batch": 2, "image-size": 32, "steps": 2},
     "benchmarks.step": {"size": "vit_ti16", "batch": 2, "rounds": 1, "burst-seconds": 0.01},
 }
+ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 PROBE = "import jax; device = jax.devices()[0]; print(device.platform, device.device_kind)"
 
 
@@ -244,7 +245,7 @@ def run(arguments: argparse.Namespace) -> int:
         cells = [(row.name, row.why, f"{row.estimate:.0f}") for row in chosen]
         console.print_rows("Rows", ("", "", "about s"), cells)
         return 0
-    environment = dict(os.environ) | ({"JAX_PLATFORMS": "cpu"} if arguments.tiny else {})
+    environment = dict(os.environ) | (ON_CPU if arguments.tiny else {})
     platform, device = probe(environment)
     if platform not in ("gpu", "cuda") and not arguments.tiny:
         raise RuntimeError(

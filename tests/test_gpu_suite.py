@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.profiler import ProfileData
 
 from benchmarks import gpu_suite, kernels, operations, suite_report, timing, traces
 from benchmarks.kernels import Tokens
@@ -136,6 +137,39 @@ def test_shares_sum_to_one_and_kernels_are_found_by_their_names():
     assert found["parts"] == pytest.approx({"decoder backward": 0.6, "unknown": 0.2, "idle": 0.2})
     assert found["unknown"] == pytest.approx(0.2)
     assert [each["name"] for each in found["longest"]] == ["gemm_2", "nvjet_tst_128"]
+
+
+GPU_TRACE = """
+planes {
+  name: "/device:GPU:0"
+  lines {
+    name: "Stream #13(Compute)"
+    timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 6000 stats { metadata_id: 1 str_value: "gemm.2" } }
+    events { metadata_id: 2 offset_ps: 8000 duration_ps: 2000 }
+  }
+  lines {
+    name: "XLA Modules"
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 90000 }
+  }
+  event_metadata { key: 1 value { id: 1 name: "nvjet_tst_128x256" } }
+  event_metadata { key: 2 value { id: 2 name: "MemcpyD2D" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+}
+planes { name: "/host:CPU" lines { name: "python" events { metadata_id: 1 duration_ps: 500 } } }
+"""  # noqa: E501
+
+
+# The event's statistics are a type of jaxlib's that names no module.
+@pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
+def test_kernels_of_a_gpu_are_those_of_its_streams(tmp_path):
+    trace = ProfileData.text_proto_to_serialized_xspace(GPU_TRACE)
+    (tmp_path / "host.xplane.pb").write_bytes(trace)
+    found = traces.read_intervals(tmp_path, "jit_step")
+    assert found == [Interval("gemm.2", 1000, 1006), Interval("MemcpyD2D", 1008, 1010)]
+    (tmp_path / "host.xplane.pb").write_bytes(b"")
+    with pytest.raises(ValueError, match="the profiler saw no operation of jit_step"):
+        traces.read_intervals(tmp_path, "jit_step")
 
 
 @pytest.mark.parametrize(
