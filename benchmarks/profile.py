@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from benchmarks import traces
 from benchmarks.machine import environment, versions
 from benchmarks.operations import operations
+from benchmarks.step import PIXELS
 from benchmarks.workers.ours import DTYPES, make_task
 from benchmarks.workers.protocol import UnusableError
 from mae_jax import flops
@@ -64,7 +65,7 @@ def compile_step(
 
 def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole report."""
-    task = make_task(vars(arguments))
+    task = make_task(vars(arguments) | PIXELS)
     images = make_images(arguments.batch, arguments.image_size)
     begin = time.perf_counter()
     state, step, text = compile_step(task, images[0])
@@ -142,11 +143,11 @@ def print_report(report: dict[str, Any]) -> None:
     for title, kind in (("What it does", "categories"), ("Where in the step", "parts")):
         print_rows(title, columns, [row(*item) for item in report[kind].items()])
     longest = [
-        (each["name"][:30], each["part"], f"{each['share']:.1%}", each["category"][:12])
-        + (each["runs"] // report["profiled_steps"],)
+        (each["name"][:28], each["part"], f"{each['share']:.1%}")
+        + (each["runs"] // report["profiled_steps"], each["category"][:14])
         for each in report["longest"]
     ]
-    print_rows("The longest operations", ("", "", "share", "", "runs a step"), longest)
+    print_rows("The longest operations", ("", "", "share", "runs", ""), longest)
     if report["unknown"]:
         print(f"{report['unknown']:.1%} are kernels whose names alone tell what they do.")
 
