@@ -56,7 +56,7 @@ class Training:
         assert loader is not None
         if self.run.config.data.cache_features:
             loader = _cached(self.run, state, self.watchdog)
-        step = _make_step(self.run)
+        step = make_step(self.run)
         while True:
             guard = self._make_guard(loader, int(state.position) - int(state.step))
             state = self._fit(state, step, loader, guard)
@@ -97,7 +97,8 @@ class Training:
             return guard.check(number, metrics)
 
         every = self.run.config.checkpoint.every_steps
-        feed = _make_feed(loader, int(state.position), self.run.mesh, self.run_log)
+        note_ready = self.run_log.batches_ready
+        feed = make_feed(loader, int(state.position), self.run.mesh, note_ready)
         with closing(feed) as batches:
             return fit(
                 state,
@@ -148,7 +149,8 @@ class Training:
         )
 
 
-def _make_step(run: Run):
+def make_step(run: Run) -> Callable[..., Any]:
+    """The jitted train step of a run, which donates its state."""
     step = make_train_step(
         run.task,
         run.tx,
@@ -166,16 +168,19 @@ def _make_step(run: Run):
     )
 
 
-def _make_feed(
-    loader: Loader | ArrayLoader, position: int, mesh: jax.sharding.Mesh, run_log: RunLog
+def make_feed(
+    loader: Loader | ArrayLoader,
+    position: int,
+    mesh: jax.sharding.Mesh,
+    note_ready: Callable[[int], None],
 ) -> Feed[dict[str, jax.Array]]:
-    """The loader's batches from a number on, split over the devices."""
+    """The loader's batches from a number on, split over the devices; `note_ready` as in Feed."""
 
     def put(batch: Batch) -> dict[str, jax.Array]:
         inputs = {name: rows for name, rows in batch.items() if name != "index"}
         return sharding.shard_batch(inputs, mesh)
 
-    return Feed(loader.batches(position), put, run_log.batches_ready)
+    return Feed(loader.batches(position), put, note_ready)
 
 
 def _cached(run: Run, state: TrainState, watchdog: Watchdog) -> ArrayLoader:

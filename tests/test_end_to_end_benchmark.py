@@ -1,0 +1,109 @@
+"""What limits a run, measured on a tiny one; the words for it."""
+
+import json
+import tempfile
+
+import pytest
+from pictures import encoded, noise_image
+
+from benchmarks import end_to_end
+from configs import common
+from mae_jax.data.opening import open_source
+
+BATCH, FILES = 8, 24
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """JPEGs, and a picture of another kind."""
+    found = tmp_path / "mine"
+    found.mkdir()
+    for number in range(FILES):
+        (found / f"{number}.JPEG").write_bytes(encoded(noise_image(number, (60, 80)), "JPEG"))
+    (found / "other.png").write_bytes(encoded(noise_image(0)))
+    return found
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where all temporary files go."""
+    found = tmp_path / "temporary"
+    found.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(found))
+    return found
+
+
+def tiny():
+    config = common.base()
+    config.batch_size = BATCH
+    config.model.update(image_size=(16, 24), patch=8, width=16, depth=2, heads=2)
+    config.model.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
+    config.data.canvas = 96
+    return config
+
+
+def test_all_cases_are_measured_and_nothing_is_left(folder, temporary, capsys):
+    arguments = end_to_end.parse(
+        ["--folder", str(folder), "--batch", str(BATCH), "--steps", "3", "--rounds", "2"]
+    )
+    report = end_to_end.make_report(tiny(), arguments)
+    assert not list(temporary.iterdir())
+    assert report["files"] == FILES
+    assert list(report["first_step"]) == ["host", "device"]
+    assert len({(row["source"], row["resize_on"]) for row in report["rows"]}) == 4
+    for row in report["rows"]:
+        speed = row["images_per_s"]
+        assert 0 < row["in_turns"] < min(speed["loader"], speed["step"])
+        assert min(row["overlaps"]) > 0
+        assert len(row["overlaps"]) == 2
+        assert min(row["overlaps"]) <= row["overlap"] <= max(row["overlaps"])
+        assert 0 <= row["data_wait"] <= 1
+        assert 0 <= row["data_ready"] <= 2
+        assert row["limit"] == min(("loader", "step"), key=lambda turn: speed[turn])
+    json.dumps(report, allow_nan=False)
+    end_to_end.show(report)
+    said = capsys.readouterr().out
+    assert "array_record, device: the" in said
+    assert "is the limit" in said
+
+
+def test_both_data_sets_hold_the_same_files(folder, tmp_path):
+    (tmp_path / "sets").mkdir()
+    folders = end_to_end.make_data_sets(tmp_path / "sets", folder, 10, BATCH)
+    sources = [
+        open_source("folder", None, str(folders["folder"]), "train"),
+        open_source("tfds", "images", str(folders["array_record"]), "train"),
+    ]
+    held = [sorted(source[number]["image"] for number in range(10)) for source in sources]
+    assert held[0] == held[1]
+    assert [len(source) for source in sources] == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ("*.png", "no JPEGs in"),
+        ("nothing", "no images in"),
+        ("1*", "--batch 64 is larger than the 11 JPEGs"),
+    ],
+)
+def test_too_few_images_end_with_a_sentence(folder, temporary, capsys, kept, message):
+    for path in set(folder.iterdir()) - set(folder.glob(kept)):
+        path.unlink()
+    with pytest.raises(SystemExit) as error:
+        end_to_end.main(["--folder", str(folder)])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(temporary.iterdir())
+
+
+def test_the_verdict_says_what_helps():
+    row = {"images_per_s": {"loader": 100.0, "step": 250.0}, "cpu_ms": {"loader": 3.0, "step": 1.0}}
+    said = end_to_end.verdict(row | {"limit": "loader", "overlap": 1.0}, "more cores")
+    assert said.startswith("the loader is the limit: the step alone is 2.5 times as fast")
+    assert "What helps: more cores" in said
+    assert "reading takes 75% of what they spend" in said
+    row["images_per_s"]["loader"] = 1000.0
+    said = end_to_end.verdict(row | {"limit": "step", "overlap": 1.0}, "more cores")
+    assert said.startswith("the step is the limit: the loader alone is 4.0 times as fast")
+    assert "more cores" not in said
