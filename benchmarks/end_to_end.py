@@ -292,9 +292,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    console.setup_logging()
-    console.log.setLevel(logging.ERROR)  # the copy of the data is no original, as is known here
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the data sets
     try:
         if arguments.json:
             check_output("--json", arguments.json, ".json")
@@ -308,4 +305,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    console.setup_logging()
+    console.log.setLevel(logging.ERROR)  # the copy of the data is no original, as is known here
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the data sets
     main(sys.argv[1:])
