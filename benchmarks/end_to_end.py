@@ -39,6 +39,7 @@ from mae_jax import console
 from mae_jax.command_line import check_output, count
 from mae_jax.convert.info import ConvertError
 from mae_jax.data.cache import Shrink, Smaller, write_cache
+from mae_jax.data.checking import check
 from mae_jax.data.loader import cores
 from mae_jax.data.sources import DataError, FileSource, FolderSource
 from mae_jax.data.workers import WorkerError
@@ -67,15 +68,15 @@ def make_data_sets(root: Path, folder: Path | None, files: int, least: int) -> d
     """By source: links to at most so many JPEGs of a folder, or new ones, and the same as TFDS has.
 
     Raises:
-      DataError: there are fewer than the least, or one is bad.
+      DataError: there are fewer than the least.
       ModuleNotFoundError: what new ones are made of is not installed.
     """
     images = root / "folder"
     images.mkdir()
     chosen = _chosen(folder, files) if folder else []
-    count = len(chosen) if folder else files
-    if count < least:
-        raise DataError(f"--batch {least} is larger than the {count} JPEGs there are to read")
+    there = len(chosen) if folder else files
+    if there < least:
+        raise DataError(f"--batch {least} is larger than the {there} good JPEGs to read")
     if folder:
         for number, path in enumerate(chosen):
             (images / f"{number:07d}_{path.name}").symlink_to(path.absolute())
@@ -103,12 +104,14 @@ def _write_copy(source: FolderSource, folder: Path) -> None:
 
 
 def _chosen(folder: Path, files: int) -> list[Path]:
-    """Evenly spaced JPEGs of a folder, at most so many."""
+    """At most so many JPEGs of a folder, evenly spaced, and of these the good ones."""
     found = [path for path in FileSource([folder]).files if path.suffix.lower() in JPEGS]
     if not found:
         raise DataError(f"no JPEGs in {folder} (files that end in {' or '.join(JPEGS)})")
     numbers = np.linspace(0, len(found) - 1, min(files, len(found))).round().astype(int)
-    return [found[number] for number in numbers]
+    source = FileSource([found[number] for number in numbers])
+    bad = check(source, 3, cores()).bad
+    return [path for number, path in enumerate(source.files) if source.key(number) not in bad]
 
 
 def make_run(config: Config, case: Case, folder: Path) -> Run:

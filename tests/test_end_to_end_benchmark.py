@@ -13,12 +13,13 @@ BATCH, FILES = 8, 24
 
 @pytest.fixture
 def folder(tmp_path):
-    """JPEGs, and a picture of another kind."""
+    """JPEGs, one that is none, and a picture of another kind."""
     found = tmp_path / "mine"
     found.mkdir()
     for number in range(FILES):
         (found / f"{number}.JPEG").write_bytes(encoded(noise_image(number, (60, 80)), "JPEG"))
     (found / "other.png").write_bytes(encoded(noise_image(0)))
+    (found / "web.jpg").write_text("<html>")
     return found
 
 
@@ -33,14 +34,14 @@ def temporary(tmp_path, monkeypatch):
 
 def test_both_data_sets_hold_the_same_files(folder, tmp_path):
     (tmp_path / "sets").mkdir()
-    folders = end_to_end.make_data_sets(tmp_path / "sets", folder, 10, BATCH)
+    folders = end_to_end.make_data_sets(tmp_path / "sets", folder, 99, BATCH)
     sources = [
         open_source("folder", None, str(folders["folder"]), "train"),
         open_source("tfds", "images", str(folders["array_record"]), "train"),
     ]
-    held = [sorted(source[number]["image"] for number in range(10)) for source in sources]
+    held = [sorted(source[number]["image"] for number in range(FILES)) for source in sources]
     assert held[0] == held[1]
-    assert [len(source) for source in sources] == [10, 10]
+    assert [len(source) for source in sources] == [FILES, FILES]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,8 @@ def test_both_data_sets_hold_the_same_files(folder, tmp_path):
     [
         ("*.png", "no JPEGs in"),
         ("nothing", "no images in"),
-        ("1*", "--batch 64 is larger than the 11 JPEGs"),
+        ("1*", "--batch 64 is larger than the 11 good JPEGs"),
+        ("web*", "--batch 64 is larger than the 0 good JPEGs"),
     ],
 )
 def test_too_few_images_end_with_a_sentence(folder, temporary, capsys, kept, message):
