@@ -43,11 +43,11 @@ from mae_jax.data.checking import check
 from mae_jax.data.loader import cores
 from mae_jax.data.sources import DataError, FileSource, FolderSource
 from mae_jax.data.workers import WorkerError
-from mae_jax.metrics import write_json
 from mae_jax.parts import Run, build
 from mae_jax.recipe import Config, data
 from mae_jax.sizes import SIZES
 from mae_jax.start import ConfigError
+from mae_jax.whole import write_json
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 SOURCES, RESIZERS = ("folder", "array_record"), ("host", "device")

@@ -26,9 +26,9 @@ from benchmarks import counts, scaling
 from benchmarks.scaling import Program, Setup
 from mae_jax import flops, sizes
 from mae_jax.console import print_rows, print_table, progress
-from mae_jax.metrics import write_json
 from mae_jax.models.layers import REMAT_POLICIES
 from mae_jax.sizes import Size
+from mae_jax.whole import write_json
 
 BUDGETS = Path(__file__).parent.parent / "tests" / "step_budgets.json"
 DEVICES = 4  # as in the tests

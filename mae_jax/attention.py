@@ -22,6 +22,11 @@ TOLERANCE = 2e-2  # relative, between results in bfloat16
 Shape = tuple[int, int, int]  # tokens, heads, width of a head
 
 
+def shape_of(tokens: int, width: int, heads: int) -> Shape:
+    """Of the attention of so many heads over tokens of this width."""
+    return tokens, heads, width // heads
+
+
 @dataclass(frozen=True)
 class Attend:
     """Scaled dot-product attention: cuDNN's fused kernel for some shapes, XLA's own for others."""

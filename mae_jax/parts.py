@@ -102,7 +102,7 @@ def choose_attention(run: Run) -> Run:
     Raises:
       ConfigError: model.attention does not work here.
     """
-    config, shapes = run.config, tasks.attention_shapes(run.task)
+    config, shapes = run.config, run.task.attention_shapes
     try:
         attend = attention.choose(config.model.attention, shapes, jnp.dtype(config.model.dtype))
     except ValueError as error:

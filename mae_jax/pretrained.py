@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Key, Shaped
 
 from mae_jax import attention
+from mae_jax.attention import shape_of
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
 from mae_jax.data.loader import cores, ordered_batches
@@ -69,9 +70,9 @@ def load(
 def _execution(info: Info, dtype: str) -> Execution:
     """For this device."""
     tokens = 1 + info.grid[0] * info.grid[1]
-    shapes = {(tokens, info.heads, info.width // info.heads)}
+    shapes = {shape_of(tokens, info.width, info.heads)}
     if info.decoder_heads:
-        shapes.add((tokens, info.decoder_heads, info.decoder_width // info.decoder_heads))
+        shapes.add(shape_of(tokens, info.decoder_width, info.decoder_heads))
     attend = attention.choose("auto", shapes, jnp.dtype(dtype))
     return Execution(dtype=jnp.dtype(dtype), attend=attend)
 

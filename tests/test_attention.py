@@ -47,7 +47,7 @@ def test_what_fails_on_a_device_is_not_chosen(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "mae_jax.run")
     assert attention.choose("auto", {SHAPE}, jnp.bfloat16) == Attend()
     [record] = caplog.records
-    assert "attention of 10 tokens, 2 heads of 8: xla (xla 0." in record.getMessage()
+    assert "attention of 10 tokens, 2 heads of 8: xla (xla " in record.getMessage()
     with pytest.raises(ValueError, match="'cudnn' does not work for 10 tokens, 2 heads of 8: ."):
         attention.choose("cudnn", {SHAPE}, jnp.bfloat16)
 

@@ -24,6 +24,8 @@ from benchmarks import agreement
 from benchmarks.machine import versions
 from benchmarks.workers import ceiling
 from benchmarks.workers.protocol import UnusableError, burst, serve
+from mae_jax import attention
+from mae_jax.attention import Attend
 from mae_jax.convert import configs, mapping
 from mae_jax.convert.info import Info
 from mae_jax.models.layers import Execution
@@ -43,20 +45,27 @@ NOISE = 0.02  # deviation of what is added to all parameters, of which many begi
 Plan = dict[str, Any]
 
 
-def make_execution(plan: Plan) -> Execution:
-    """How the network is computed, by the flags."""
-    if plan["attention"] == "cudnn":
-        raise UnusableError("--attention cudnn: attention is left to XLA here; use --attention xla")
-    return Execution(
-        dtype=DTYPES[plan["dtype"]], remat=plan["remat"], scan_unroll=plan["scan_unroll"]
-    )
-
-
 def make_task(plan: Plan) -> Pretrain:
-    """The paper's pretraining."""
+    """The paper's pretraining, computed as the flags say, with attention as a run chooses it."""
+    dtype = DTYPES[plan["dtype"]]
+    shapes = _make_task(plan, Attend()).attention_shapes
+    try:
+        attend = attention.choose(plan["attention"], shapes, dtype)
+    except ValueError as error:
+        raise UnusableError(f"--attention {plan['attention']}: {error}") from error
+    return _make_task(plan, attend)
+
+
+def _make_task(plan: Plan, attend: Attend) -> Pretrain:
+    execution = Execution(
+        dtype=DTYPES[plan["dtype"]],
+        remat=plan["remat"],
+        scan_unroll=plan["scan_unroll"],
+        attend=attend,
+    )
     size = SIZES[plan["size"]]
     grid = patch_grid((plan["image_size"],) * 2, size.patch)
-    model = make_mae(size, grid=grid, execution=make_execution(plan))
+    model = make_mae(size, grid=grid, execution=execution)
     pixels = {name: tuple(plan[name]) for name in ("mean", "std")}
     return Pretrain(model=model, grid=grid, patch=size.patch, **pixels)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax import flops, sharding, warm_start
-from mae_jax.attention import Attend, Shape
+from mae_jax.attention import Attend
 from mae_jax.convert import weights
 from mae_jax.models.classifier import POOLS, Classifier
 from mae_jax.models.layers import Execution
@@ -71,19 +71,6 @@ def make_task(
             "trains everything"
         )
     return _make_pretrain(config, execution, mean, std)
-
-
-def attention_shapes(task: Pretrain | Classify) -> set[Shape]:
-    """Of all that a run of the task computes, in training and evaluation."""
-    encoder = task.model.encoder
-    whole = 1 + encoder.grid[0] * encoder.grid[1]
-    in_encoder = encoder.heads, encoder.width // encoder.heads
-    shapes = {(whole, *in_encoder)}
-    if isinstance(task, Pretrain):
-        decoder = task.model.decoder
-        in_decoder = decoder.heads, decoder.width // decoder.heads
-        shapes |= {(1 + task.num_kept, *in_encoder), (whole, *in_decoder)}
-    return shapes
 
 
 def _make_pretrain(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from mae_jax.attention import Shape, shape_of
 from mae_jax.models.layers import narrow_copies
 from mae_jax.models.mae import MAE
 from mae_jax.models.patches import patchify, take_patches, unpatchify
@@ -89,6 +90,16 @@ class Pretrain:
     def num_predicted(self) -> int:
         """Masked patches that the decoder predicts in training: rounded, and at least one."""
         return max(1, round(self.predict_ratio * self.num_masked))
+
+    @property
+    def attention_shapes(self) -> set[Shape]:
+        """Of all that is computed, in training and in evaluation."""
+        whole, kept = 1 + self.num_patches, 1 + self.num_kept
+        encoder, decoder = self.model.encoder, self.model.decoder
+        shapes = {shape_of(tokens, encoder.width, encoder.heads) for tokens in (whole, kept)}
+        for tokens in (whole, kept + self.num_predicted):
+            shapes.add(shape_of(tokens, decoder.width, decoder.heads))
+        return shapes
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters {"encoder": ..., "decoder": ...}, float32."""
