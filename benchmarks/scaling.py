@@ -38,7 +38,7 @@ from mae_jax.optim import adamw, warmup_cosine
 from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mae_jax.sizes import Size
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.training import TrainState, init_state, make_train_step
+from mae_jax.training import TrainState, init_state, jit_step, make_train_step
 from mae_jax.whole import write_json
 
 SIZES = sizes.SIZES | {"vit_2b": Size(1664, 48, 16, 14)}  # as ViT-G/14, with MAE's decoder
@@ -123,7 +123,7 @@ def lower_step(setup: Setup) -> Step:
     shardings = sharding.state_shardings(shapes, mesh, setup.min_split_bytes)
     sharding.check_split(shapes, shardings, mesh, sharding.MAX_WHOLE)
     step = make_train_step(task, tx, learning_rate, jax.random.key(1))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    jitted = jit_step(step, shardings)
     images = jax.ShapeDtypeStruct((batch_size, setup.image_size, setup.image_size, 3), jnp.uint8)
     inputs = (shapes, {"image": images})
     placed = _placed(inputs, (shardings, {"image": NamedSharding(mesh, sharding.BATCH)}))

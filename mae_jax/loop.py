@@ -24,8 +24,7 @@ from mae_jax.parts import Run
 from mae_jax.recipe import data
 from mae_jax.start import run_keys
 from mae_jax.tasks.classify import Classify
-from mae_jax.training import Hook, TrainState, fit, make_train_step
-from mae_jax.xla import step_flags
+from mae_jax.training import Hook, TrainState, fit, jit_step, make_train_step
 
 log = logging.getLogger("mae_jax.run")
 
@@ -160,12 +159,7 @@ def make_step(run: Run) -> Callable[..., Any]:
         accumulate=run.config.accumulate,
         ema_decay=run.config.optim.ema,
     )
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(run.layout.shardings, None),
-        compiler_options=step_flags(),
-    )
+    return jit_step(step, run.layout.shardings)
 
 
 def make_feed(

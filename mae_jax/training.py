@@ -10,6 +10,8 @@ import optax
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from mae_jax.xla import step_flags
+
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 
@@ -111,6 +113,19 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def jit_step(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    shardings: TrainState | None = None,
+) -> Any:
+    """The step jitted: the new state lies as `shardings` say, in the memory of the one before."""
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=step_flags(),
+    )
 
 
 def _loss_and_grads(

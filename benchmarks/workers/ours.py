@@ -34,7 +34,7 @@ from mae_jax.models.patches import patch_grid, sincos_position_table
 from mae_jax.optim import adamw
 from mae_jax.sizes import SIZES
 from mae_jax.tasks.pretrain import Params, Pretrain
-from mae_jax.training import TrainState, init_state, make_train_step
+from mae_jax.training import TrainState, init_state, jit_step, make_train_step
 from mae_jax.trees import named_leaves
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "jax-cuda12-plugin")
@@ -159,8 +159,7 @@ class Training:
         tx = adamw(rate, **recipe)
         start = lambda params: replace(init_state(task, tx, self._key), params=params)
         self._state: TrainState = jax.jit(start)(params)
-        step = make_train_step(task, tx, rate, self._key)
-        self._step = jax.jit(step, donate_argnums=0)
+        self._step = jit_step(make_train_step(task, tx, rate, self._key))
         self._turns = itertools.cycle(images)
         self._metrics: dict[str, Array] = {}
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
-from mae_jax.attention import Shape, shape_of
 from mae_jax.models.classifier import Classifier, Outputs, Probe
 from mae_jax.models.layers import narrow_copies
 from mae_jax.models.patches import patchify
