@@ -163,6 +163,7 @@ def _sweeps_of_larger() -> Iterator[Row]:
     for letter in ("l", "h"):
         unroll = min(SIZES[LETTERS[letter]].depth, MOST_UNROLLED)
         batch = 2 * BATCHES[letter]
+        yield _step(f"{letter}-base", letter, 60, "what its variants are compared with")
         yield _step(f"{letter}-unroll", letter, 120, "fewer or no loops", scan_unroll=unroll)
         yield _step(f"{letter}-cudnn", letter, 60, "by cudnn", attention="cudnn")
         yield _step(f"{letter}-batch-{batch}", letter, 60, f"{batch} images", batch=batch)
@@ -194,7 +195,7 @@ def probe(environment: dict[str, str]) -> tuple[str, str]:
     command = [sys.executable, "-c", PROBE]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(suite_report.last_words(done.stderr))
+        raise RuntimeError(f"JAX does not start here: {suite_report.last_words(done.stderr)}")
     platform, _, kind = done.stdout.splitlines()[-1].partition(" ")
     return platform, kind
 

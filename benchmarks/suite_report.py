@@ -93,8 +93,7 @@ def show(report: Entry) -> None:
 
 def _base(name: str) -> str:
     """The row that a variant is compared with: that of the same size with no flags of its own."""
-    letter = "b" if name.startswith("flag-") else name.partition("-")[0]
-    return "b-base" if letter == "b" else f"train-{letter}"
+    return f"{'b' if name.startswith('flag-') else name.partition('-')[0]}-base"
 
 
 def _steps(rows: Sequence[Entry]) -> Iterator[list[str]]:
