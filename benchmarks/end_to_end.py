@@ -157,7 +157,7 @@ def compare(
         row = {"source": case[0], "resize_on": case[1]} | summary(taken[case])
         advice = data.advice(runs[case].config, runs[case].on_device)
         rows.append(row | {"verdict": verdict(row, advice)})
-    return rows, {name: trainer.first_step_s for name, trainer in trainers.items()}
+    return rows, {name: round(trainer.first_step_s, 1) for name, trainer in trainers.items()}
 
 
 def summary(taken: Rounds) -> dict[str, Any]:
@@ -167,16 +167,17 @@ def summary(taken: Rounds) -> dict[str, Any]:
     never worked at the same time. overlap: the speed of both over that of the slower one alone;
     overlaps: of each round. limit: the slower one.
     """
-    middle = lambda turn, key: median(each[key] for each in taken[turn])
+    middle = lambda turn, key: round(median(each[key] for each in taken[turn]), 4)
     speeds = [[each["images_per_s"] for each in taken[turn]] for turn in TURNS]
+    in_turns = [1 / (1 / loader + 1 / step) for loader, step, _ in zip(*speeds)]
     overlaps = [both / min(loader, step) for loader, step, both in zip(*speeds)]
     loader, step = middle("loader", "images_per_s"), middle("step", "images_per_s")
     by_turn = ("images_per_s", "cpu_ms", "others")
     return {
         **{key: {turn: middle(turn, key) for turn in TURNS} for key in by_turn},
-        "in_turns": median(1 / (1 / loader + 1 / step) for loader, step, _ in zip(*speeds)),
-        "overlap": median(overlaps),
-        "overlaps": overlaps,
+        "in_turns": round(median(in_turns), 4),
+        "overlap": round(median(overlaps), 4),
+        "overlaps": [round(overlap, 4) for overlap in overlaps],
         "data_wait": middle("both", "data_wait"),
         "data_ready": middle("both", "data_ready"),
         "limit": "loader" if loader < step else "step",
@@ -207,35 +208,32 @@ def show(report: dict[str, Any]) -> None:
     rows = report["rows"]
     speeds, costs = [], []
     for row in rows:
-        case, speed, runs = _name(row), row["images_per_s"], row["overlaps"]
-        numbers = [speed["loader"], speed["step"], speed["both"], row["in_turns"]]
+        case, speed, runs = (row["source"], row["resize_on"]), row["images_per_s"], row["overlaps"]
+        numbers = [*(speed[turn] for turn in TURNS), row["in_turns"]]
         overlap = f"{row['overlap']:.2f} ({min(runs):.2f}-{max(runs):.2f})"
-        speeds.append([case, row["limit"], *(f"{number:.1f}" for number in numbers), overlap])
+        speeds.append([*case, *(f"{number:.1f}" for number in numbers), overlap])
         waits = f"{row['data_wait']:.1%}", f"{row['data_ready']:.2f}"
-        costs.append(
-            [case, row["limit"], *(f"{row['cpu_ms'][turn]:.1f}" for turn in TURNS), *waits]
-        )
+        costs.append([*case, *(f"{row['cpu_ms'][turn]:.1f}" for turn in TURNS), *waits])
     title = f"{report['size']}, batch {report['batch']} in {report['dtype']}, {report['device']}"
-    columns = ("images", "limit", *TURNS, "in turns", "overlap")
+    columns = ("images", "on", *TURNS, "in turns", "overlap")
     console.print_rows(f"images/s: {title}", columns, speeds)
-    print("overlap: both over the slower one (rounds); in turns: if only one worked at a time.")
+    print(
+        "on: where crops are resized; in turns: if loader and step never worked at the same time;"
+    )
+    print("overlap: both over the slower one alone (least and most of the rounds).")
     if report["shared_cores"]:
         print(
             f"Loader and step compute on the same {report['cores']} cores: where each alone keeps "
             "them busy,\n'in turns' is the most that both can do, and overlap stays below 1."
         )
-    columns = ("images", "limit", *TURNS, "data_wait", "data_ready")
+    columns = ("images", "on", *TURNS, "data_wait", "data_ready")
     console.print_rows("CPU ms per image, and the waiting of both", columns, costs)
     others = max(value for row in rows for value in row["others"].values())
     print(f"Other programs kept up to {others:.1f} of {report['cores']} cores busy meanwhile.")
     compiled = ", ".join(f"{value:.1f} s ({name})" for name, value in report["first_step"].items())
     print(f"Not counted above: the first step, with compiling, took {compiled}.\n")
     for row in rows:
-        print(f"{_name(row)}: {row['verdict']}.")
-
-
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['source']}, {row['resize_on']}"
+        print(f"{row['source']}, {row['resize_on']}: {row['verdict']}.")
 
 
 def make_config(arguments: argparse.Namespace) -> Config:
