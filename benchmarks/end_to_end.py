@@ -51,7 +51,7 @@ from mae_jax.whole import write_json
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 SOURCES, RESIZERS = ("folder", "array_record"), ("host", "device")
-HELD_BACK = 0.9  # of the slower one's speed alone, below which the two do not just run side by side
+HELD_BACK = 0.9  # of the slower one's speed alone, below which the two hold each other up
 NAME = "images"  # of the array_record data set
 JPEGS = (".jpg", ".jpeg")
 WHOLE = 2**16  # pixels, as many as a JPEG's side can have: the copy keeps every file as it is
@@ -198,8 +198,8 @@ def verdict(row: dict[str, Any], advice: str) -> str:
         share = spent["loader"] / (spent["loader"] + spent["step"])
         said += f". Both share {cores()} cores, and reading takes {share:.0%} of what they spend"
     elif row["overlap"] < HELD_BACK:
-        said += f". Together they reach only {row['overlap']:.0%} of it: processes of their own, "
-        said += "data.workers=2 or more, keep reading from holding the loop up"
+        said += f". Together they reach only {row['overlap']:.0%} of the slower one's speed: "
+        said += "data.workers=2 or more, which read in processes of their own, may help"
     return said
 
 
