@@ -36,7 +36,7 @@ from mae_jax.models.layers import REMAT_POLICIES
 from mae_jax.optim import adamw, warmup_cosine
 from mae_jax.sizes import SIZES
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.training import Batch, TrainState, init_state, make_train_step
+from mae_jax.training import Batch, TrainState, init_state, jit_step, make_train_step
 from mae_jax.whole import write_json
 
 BATCHES = 4  # different ones, which take turns
@@ -59,7 +59,7 @@ def compile_step(
     tx = adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
     state = jax.jit(lambda key: init_state(task, tx, key))(jax.random.key(0))
     step = make_train_step(task, tx, rate, jax.random.key(1))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compiled = jit_step(step).lower(state, batch).compile()
     return state, compiled, compiled.as_text()
 
 
