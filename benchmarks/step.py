@@ -51,6 +51,7 @@ RECIPE = dict(  # the paper's AdamW; the first step is one that shows, the other
 # training ViT-S in bfloat16 took 4 times the processor time without.
 PATIENT = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
 PIXELS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CEILINGS = ("flops_per_s", "copy_bytes_per_s")
 STEADY = 0.02  # relative difference of bursts that end the warm-up
 WARM_UP, WARM_UP_CPU = 20, 5  # bursts at most
 
@@ -152,9 +153,12 @@ class Run:
         return not differences
 
     def measure(self) -> None:
-        """The ceiling, then bursts in turns; raw values go to the report after every round."""
+        """The ceiling, bursts in turns, and the ceiling again, of which the better one counts.
+
+        Raw values go to the report after every round.
+        """
         self.stage("measuring what the device can do")
-        self.report["ceiling"] = self.workers[OURS].ask("ceiling")
+        self.report["ceiling"] = ceiling = self.workers[OURS].ask("ceiling")
         self.report["warm_up"] = {name: self._warm_up(name) for name in self.names}
         steps = {name: bursts[-1]["steps"] for name, bursts in self.report["warm_up"].items()}
         self.report["rounds"] = rounds = []
@@ -165,6 +169,8 @@ class Run:
             self.stage(f"round {number + 1} of {count}{shown}")
             rounds.append({name: self._burst(name, int(steps[name])) for name in order})
         self.report["gpus_after"] = machine.gpus()
+        again = self.workers[OURS].ask("ceiling")
+        ceiling |= {name: max(ceiling[name], again[name]) for name in CEILINGS}
         for name, worker in self.workers.items():
             self.report["checks"][name]["last_loss"] = worker.ask("finish")["loss"]
 
