@@ -1,23 +1,10 @@
-"""Which implementation of attention a device is given: chosen by trying them when a run starts."""
+"""Scaled dot-product attention (Vaswani et al. 2017), in the implementation that suits a device."""
 
-import logging
-import math
-import time
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
-
-log = logging.getLogger("mae_jax.run")
-
-CHOICES = ("auto", "xla", "cudnn")
-BATCH = 64  # images of a trial
-REPEATS, CALLS = 5, 10  # of a trial; the best of the repeats counts
-TOLERANCE = 2e-2  # relative, between results in bfloat16
+from jax import Array
 
 Shape = tuple[int, int, int]  # tokens, heads, width of a head
 
@@ -29,117 +16,52 @@ def shape_of(tokens: int, width: int, heads: int) -> Shape:
 
 @dataclass(frozen=True)
 class Attend:
-    """Scaled dot-product attention: cuDNN's fused kernel for some shapes, XLA's own for others."""
+    """Attention: cuDNN's fused kernel for the shapes in `fused`, and our own for all others."""
 
     fused: frozenset[Shape] = frozenset()
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def __call__(self, query: Array, key: Array, value: Array) -> Array:
         """Values [b, t, h, e] weighted by the softmax, in float32, of queries times keys."""
-        implementation = "cudnn" if query.shape[1:] in self.fused else "xla"
-        return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+        if query.shape[1:] in self.fused:
+            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        attend = _attend if query.dtype == jnp.float32 else _narrow_attend
+        return attend(query, key, value)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Seconds of one forward and backward pass; infinite, with the reason, where it failed."""
-
-    seconds: float
-    failure: str = ""
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def choose(wanted: str, shapes: Collection[Shape], dtype: Any) -> Attend:
-    """For each shape the faster implementation that works on this device; "auto" tries both.
-
-    cuDNN takes bfloat16 on GPUs only; elsewhere there is nothing to choose and nothing is tried.
-    All processes of a run have to call this together, and choose the same.
-
-    Raises:
-      ValueError: `wanted` is "cudnn", which does not work here, or it is not known.
-    """
-    if wanted not in CHOICES:
-        raise ValueError(f"model.attention={wanted!r}; use one of {', '.join(CHOICES)}")
-    possible = jax.default_backend() == "gpu" and dtype == jnp.bfloat16
-    if wanted == "xla" or not (possible or wanted == "cudnn"):
-        return Attend()
-    if not possible:
-        raise ValueError(
-            "model.attention='cudnn' needs a GPU and model.dtype='bfloat16', not "
-            f"{jax.default_backend()} and {jnp.dtype(dtype).name}; 'auto' takes what works"
-        )
-    trials = {shape: (try_xla(shape, dtype), try_cudnn(shape, dtype)) for shape in sorted(shapes)}
-    seconds = _of_all_processes([[trial.seconds for trial in pair] for pair in trials.values()])
-    fused = []
-    for (shape, (_, cudnn)), (xla_seconds, cudnn_seconds) in zip(trials.items(), seconds):
-        if wanted == "cudnn" and not math.isfinite(cudnn_seconds):
-            why = cudnn.failure or "another process of this run says so"
-            raise ValueError(f"model.attention='cudnn' does not work for {_said(shape)}: {why}")
-        if wanted == "cudnn" or cudnn_seconds < xla_seconds:
-            fused.append(shape)
-        log.info(
-            "attention of %s: %s (xla %.3f ms, cudnn %s)",
-            _said(shape),
-            "cudnn" if shape in fused else "xla",
-            1e3 * xla_seconds,
-            cudnn.failure or f"{1e3 * cudnn_seconds:.3f} ms",
-        )
-    return Attend(frozenset(fused))
+def _attend(query: Array, key: Array, value: Array) -> Array:
+    return _forward(query, key, value)[0]
 
 
-def _of_all_processes(seconds: list[list[float]]) -> np.ndarray:
-    """The sum over processes, so that all of them choose the same."""
-    gathered = multihost_utils.process_allgather(np.array(seconds, np.float32))
-    return np.asarray(gathered).reshape(-1, *np.shape(seconds)).sum(axis=0)
+def _forward(query: Array, key: Array, value: Array):
+    """Divides by the sum of the weights last, when there are [t, e] numbers of them, not [t, t]."""
+    scores = _product("bthe,bshe->bhts", query, key)
+    scale = query.shape[-1] ** -0.5
+    most = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scale * (scores - most))
+    total = jnp.moveaxis(weights.sum(axis=-1), 1, 2)[..., None]
+    weights = weights.astype(query.dtype)
+    result = (_product("bhts,bshe->bthe", weights, value) / total).astype(query.dtype)
+    return result, (query, key, value, weights, total, result)
 
 
-def try_xla(shape: Shape, dtype: Any) -> Trial:
-    return _timed(Attend(), _inputs(shape, dtype))
+def _backward(saved, gradient: Array) -> tuple[Array, Array, Array]:
+    """As autodiff does it, but multiplying in the type of the queries, which is the narrow one."""
+    query, key, value, weights, total, result = saved
+    dtype, scale = query.dtype, query.shape[-1] ** -0.5
+    gradient = gradient / total
+    share = (gradient * result.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    gradient = gradient.astype(dtype)
+    dweights = _product("bthe,bshe->bhts", gradient, value) - jnp.moveaxis(share, 1, 2)
+    dscores = (scale * weights * dweights).astype(dtype)
+    dquery = _product("bhts,bshe->bthe", dscores, key)
+    dkey = _product("bhts,bthe->bshe", dscores, query)
+    dvalue = _product("bhts,bthe->bshe", weights, gradient)
+    return dquery.astype(dtype), dkey.astype(dtype), dvalue.astype(dtype)
 
 
-def try_cudnn(shape: Shape, dtype: Any) -> Trial:
-    """A trial that fails also where the results differ from XLA's."""
-    inputs, fused = _inputs(shape, dtype), Attend(frozenset([shape]))
-    try:
-        found = _pass(fused)(*inputs)
-        expected = _pass(Attend())(*inputs)
-        error = max(map(_distance, found, expected))
-    except Exception as problem:  # of a missing library, an old driver, a shape it does not take
-        return Trial(math.inf, str(problem).strip().splitlines()[0][:200])
-    if not error <= TOLERANCE:
-        return Trial(math.inf, f"its results are off by {error:.1g}")
-    return _timed(fused, inputs)
-
-
-def _inputs(shape: Shape, dtype: Any) -> list[jax.Array]:
-    """Queries, keys, values and a gradient."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    return [jax.random.normal(key, (BATCH, *shape), dtype) for key in keys]
-
-
-def _pass(attend: Attend) -> Callable[..., tuple[jax.Array, ...]]:
-    def both_ways(query, key, value, gradient):
-        result, pull_back = jax.vjp(attend, query, key, value)
-        return result, *pull_back(gradient)
-
-    return jax.jit(both_ways)
-
-
-def _distance(found: jax.Array, expected: jax.Array) -> float:
-    """Relative to the expected array's norm."""
-    result, wanted = (np.asarray(x, np.float32) for x in (found, expected))
-    return float(np.linalg.norm(result - wanted) / np.linalg.norm(wanted))
-
-
-def _timed(attend: Attend, inputs: list[jax.Array]) -> Trial:
-    run = _pass(attend)
-    jax.block_until_ready(run(*inputs))
-    best = math.inf
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        jax.block_until_ready([run(*inputs) for _ in range(CALLS)])
-        best = min(best, (time.perf_counter() - begin) / CALLS)
-    return Trial(best)
-
-
-def _said(shape: Shape) -> str:
-    tokens, heads, width = shape
-    return f"{tokens} tokens, {heads} heads of {width}"
+_narrow_attend = jax.custom_vjp(_attend)
+_narrow_attend.defvjp(_forward, _backward)

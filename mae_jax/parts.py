@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mae_jax import attention, sharding
+from mae_jax import attention_choice, sharding
 from mae_jax.data.loader import Loader
 from mae_jax.data.sources import Source
 from mae_jax.recipe import Config, data, judges, schedule, tasks
@@ -104,7 +104,9 @@ def choose_attention(run: Run) -> Run:
     """
     config, shapes = run.config, run.task.attention_shapes
     try:
-        attend = attention.choose(config.model.attention, shapes, jnp.dtype(config.model.dtype))
+        attend = attention_choice.choose(
+            config.model.attention, shapes, jnp.dtype(config.model.dtype)
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     task = tasks.make_task(config, run.mesh, run.train_source.classes, attend)

@@ -12,7 +12,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Key, Shaped
 
-from mae_jax import attention
+from mae_jax import attention_choice
 from mae_jax.attention import shape_of
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
@@ -73,7 +73,7 @@ def _execution(info: Info, dtype: str) -> Execution:
     shapes = {shape_of(tokens, info.width, info.heads)}
     if info.decoder_heads:
         shapes.add(shape_of(tokens, info.decoder_width, info.decoder_heads))
-    attend = attention.choose("auto", shapes, jnp.dtype(dtype))
+    attend = attention_choice.choose("auto", shapes, jnp.dtype(dtype))
     return Execution(dtype=jnp.dtype(dtype), attend=attend)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax import attention
+from mae_jax import attention_choice
 from mae_jax.attention import Attend
 
 SHAPE = (10, 2, 8)
@@ -26,30 +26,30 @@ def test_attention_is_the_softmax_of_scaled_products():
 def test_without_a_gpu_or_bfloat16_there_is_nothing_to_try(caplog):
     caplog.set_level(logging.INFO, "mae_jax.run")
     for dtype in (jnp.float32, jnp.bfloat16):
-        assert attention.choose("auto", {SHAPE}, dtype) == Attend()
+        assert attention_choice.choose("auto", {SHAPE}, dtype) == Attend()
     assert not caplog.records
     with pytest.raises(ValueError, match="model.attention='cudnn' needs a GPU and .*bfloat16"):
-        attention.choose("cudnn", {SHAPE}, jnp.bfloat16)
+        attention_choice.choose("cudnn", {SHAPE}, jnp.bfloat16)
     with pytest.raises(ValueError, match="model.attention='flash'; use one of auto, xla, cudnn"):
-        attention.choose("flash", {SHAPE}, jnp.bfloat16)
+        attention_choice.choose("flash", {SHAPE}, jnp.bfloat16)
 
 
 def test_an_implementation_that_fails_says_why():
-    trial = attention.try_cudnn(SHAPE, jnp.bfloat16)
+    trial = attention_choice.try_cudnn(SHAPE, jnp.bfloat16)
     assert trial.seconds == math.inf
     assert trial.failure
-    assert attention.try_xla(SHAPE, jnp.bfloat16).seconds < 60
+    assert attention_choice.try_xla(SHAPE, jnp.bfloat16).seconds < 60
 
 
 def test_what_fails_on_a_device_is_not_chosen(monkeypatch, caplog):
     """As on a GPU where cuDNN does not work: here there is none, and the trial is real."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     caplog.set_level(logging.INFO, "mae_jax.run")
-    assert attention.choose("auto", {SHAPE}, jnp.bfloat16) == Attend()
+    assert attention_choice.choose("auto", {SHAPE}, jnp.bfloat16) == Attend()
     [record] = caplog.records
     assert "attention of 10 tokens, 2 heads of 8: xla (xla " in record.getMessage()
     with pytest.raises(ValueError, match="'cudnn' does not work for 10 tokens, 2 heads of 8: ."):
-        attention.choose("cudnn", {SHAPE}, jnp.bfloat16)
+        attention_choice.choose("cudnn", {SHAPE}, jnp.bfloat16)
 
 
 def test_a_shape_of_its_own_gets_cudnn():

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # a module may import its own folder and what stands on a lower floor
     ["sizes", "trees", "whole", "console"],
     ["flops", "distributed", "digests", "attention", "xla"],
-    ["checkpoint_reader"],
+    ["checkpoint_reader", "attention_choice"],
     ["data", "pixels", "models", "optim", "sharding", "checkpoint", "metrics", "workdir"],
     ["tasks", "convert"],
     ["training", "health", "feed", "pretrained", "warm_start"],

@@ -24,7 +24,7 @@ from benchmarks import agreement
 from benchmarks.machine import versions
 from benchmarks.workers import ceiling
 from benchmarks.workers.protocol import UnusableError, burst, serve
-from mae_jax import attention
+from mae_jax import attention_choice
 from mae_jax.attention import Attend
 from mae_jax.convert import configs, mapping
 from mae_jax.convert.info import Info
@@ -50,7 +50,7 @@ def make_task(plan: Plan) -> Pretrain:
     dtype = DTYPES[plan["dtype"]]
     shapes = _make_task(plan, Attend()).attention_shapes
     try:
-        attend = attention.choose(plan["attention"], shapes, dtype)
+        attend = attention_choice.choose(plan["attention"], shapes, dtype)
     except ValueError as error:
         raise UnusableError(f"--attention {plan['attention']}: {error}") from error
     return _make_task(plan, attend)

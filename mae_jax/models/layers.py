@@ -117,7 +117,10 @@ class Attention(nn.Module):
         width, dtype = x.shape[-1], self.execution.dtype
         # As in the reference: qkv is one xavier-initialised (d, 3d) matrix, laid out q, k, v.
         qkv = Dense(3 * width, dtype, name="qkv")(x)
-        q, k, v = rearrange(qkv, "b t (three h e) -> three b t h e", three=3, h=self.heads)
+        q, k, v = (
+            rearrange(part, "b t (h e) -> b t h e", h=self.heads)
+            for part in jnp.split(qkv, 3, axis=-1)
+        )
         x = self.execution.attend(q, k, v)
         x = Dense(width, dtype, name="proj")(rearrange(x, "b t h e -> b t (h e)"))
         if not self.observe:
