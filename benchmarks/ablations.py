@@ -35,6 +35,8 @@ ROWS = {
     "pixels": "pixels, not normalised",
     "decoder_depth_2": "decoder of 2 blocks",
     "decoder_depth_4": "decoder of 4 blocks",
+    "predict_50": "half of the masked predicted",
+    "predict_25": "a quarter of them predicted",
 }
 SEEDS = (0, 1)
 CURVE = {450: (0, 1), 2250: (0,), 9000: (0,)}  # steps of pretraining -> seeds
