@@ -9,9 +9,7 @@ round: their median, and the least and the largest. Images are random, parameter
 
 import argparse
 import dataclasses
-import datetime
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.data import processor
+from benchmarks import machine
 from configs import ablations, pretrain
 from mae_jax import sharding
 from mae_jax.console import print_rows, progress
-from mae_jax.metrics import write_json
 from mae_jax.optim import adamw, warmup_cosine
 from mae_jax.recipe import Config, tasks
-from mae_jax.training import init_state, make_train_step
+from mae_jax.training import init_state, jit_step, make_train_step
+from mae_jax.whole import write_json
 
 RATIOS = (1.0, 0.5, 0.25)
 ROUNDS = {"demo": 20, "vit_s16": 5, "vit_b16": 3}  # of each model
@@ -40,9 +38,8 @@ def main() -> None:
     rows = []
     report = {
         "command": "python -m benchmarks.predict_ratio",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} x {processor()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "environment": machine.environment(),
+        "versions": machine.versions(("jax",)),
         "rows": rows,
     }
     for model in ROUNDS:
@@ -73,8 +70,7 @@ def measure(model: str) -> list[dict[str, Any]]:
     key = jax.random.key(0)
     state = jax.jit(lambda key: init_state(whole, tx, key))(key)
     steps: dict[float, Callable[..., Any]] = {
-        ratio: jax.jit(make_train_step(part, tx, rate, key), donate_argnums=0)
-        for ratio, part in parts.items()
+        ratio: jit_step(make_train_step(part, tx, rate, key)) for ratio, part in parts.items()
     }
     shape = (config.batch_size, *config.model.image_size, 3)
     batch = {"image": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)}
@@ -117,7 +113,7 @@ def show(report: dict[str, Any]) -> None:
         for row in report["rows"]
     ]
     columns = ("model", "batch", "predicted", "CPU s", "ratio", "least to largest", "FLOPs")
-    print_rows(f"A train step, {report['machine']}", columns, lines)
+    print_rows(f"A train step on {report['environment']['processor']}", columns, lines)
 
 
 if __name__ == "__main__":
