@@ -14,8 +14,6 @@ import numpy as np
 
 from benchmarks.hlo import Collective
 
-# What a device sends of the bytes that the CPU's compiler shows, which widens bfloat16 to float32.
-SENT = {"f32": 1.0, "bf16": 0.5}
 PEAKS = {"f32": 494e12, "bf16": 989e12}  # FLOP/s of an H100: TF32 and bf16
 
 
@@ -38,18 +36,16 @@ class Cluster:
     network_latency: float = 5e-6
 
 
-def predict(
-    useful_flops: float, found: Collection[Collective], cluster: Cluster, sent: float
-) -> dict[str, Any]:
+def predict(useful_flops: float, found: Collection[Collective], cluster: Cluster) -> dict[str, Any]:
     """Seconds of a step, and the share of them that is computing, if nothing is sent meanwhile.
 
     The same "overlapped" is if as much as possible is sent meanwhile: a real step lies between.
 
     Args:
-      useful_flops: of one device in a step; sent: share of the collectives' bytes that is sent.
+      useful_flops: of one device in a step.
     """
     computing = useful_flops / (cluster.peak_flops * cluster.mfu)
-    sending = sum(each.times * collective_seconds(each, cluster, sent) for each in found)
+    sending = sum(each.times * collective_seconds(each, cluster) for each in found)
     apart, together = computing + sending, max(computing, sending)
     return {
         "computing_seconds": computing,
@@ -58,12 +54,12 @@ def predict(
         "efficiency": computing / apart,
         "step_seconds_overlapped": together,
         "efficiency_overlapped": computing / together,
-        "assumptions": asdict(cluster) | {"sent_of_compiled_bytes": sent},
+        "assumptions": asdict(cluster),
     }
 
 
-def collective_seconds(each: Collective, cluster: Cluster, sent: float = 1.0) -> float:
-    """Seconds of one run of a collective, of which a share of the bytes is sent."""
+def collective_seconds(each: Collective, cluster: Cluster) -> float:
+    """Seconds of one run of a collective, on devices that widen nothing."""
     size = each.groups.shape[1]
     nodes = max(len(np.unique(group // cluster.node_devices)) for group in each.groups)
     members = size / nodes  # devices of the group in a node
@@ -79,7 +75,7 @@ def collective_seconds(each: Collective, cluster: Cluster, sent: float = 1.0) ->
         waiting = nodes * ((members - 1) * near + far)
     else:
         turns, waiting = 1.0, far or near
-    return turns * sent * each.payload / bandwidth + waiting
+    return turns * each.sent / bandwidth + waiting
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

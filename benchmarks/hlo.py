@@ -92,7 +92,7 @@ def collectives(text: str) -> list[Collective]:
 
 def total_bytes(found: Collection[Collective], kind: str) -> int:
     """Bytes of all runs of the collectives of a kind, per device."""
-    return sum(each.payload * each.times for each in found if each.kind == kind)
+    return sum(each.sent * each.times for each in found if each.kind == kind)
 
 
 def types_of(text: str) -> dict[str, str]:

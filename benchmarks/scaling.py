@@ -158,7 +158,6 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 def report(program: Program, assumed: Cluster) -> dict[str, Any]:
     """What the program needs and sends, in bytes per device, and the predicted times."""
     found = hlo.collectives(program.compiled.as_text())
-    sent = cluster.SENT[program.setup.dtype]
     return {
         **_describe(program),
         **_memory(program),
@@ -166,7 +165,7 @@ def report(program: Program, assumed: Cluster) -> dict[str, Any]:
         "foreign_arrays": foreign_arrays(program, found),
         "global_batch_arrays": global_batch_arrays(program, found),
         "compile_seconds": round(program.seconds, 1),
-        "prediction": cluster.predict(_useful_flops(program), found, assumed, sent),
+        "prediction": cluster.predict(_useful_flops(program), found, assumed),
     }
 
 

@@ -131,7 +131,7 @@ def test_predicted_seconds_of_collectives():
     whole_nodes = seconds("all-gather", [list(range(8))])
     assert whole_nodes == pytest.approx(7 / 8 * 800 / 400 + 2 * (3 + 10))
     found = [Collective("all-reduce", (Shape("f32", (200,)),), np.arange(4)[None], 2)]
-    prediction = cluster.predict(4e11, found, links, sent=1.0)
+    prediction = cluster.predict(4e11, found, links)
     assert prediction["step_seconds"] == pytest.approx(1 + 2 * 5.2)
     assert prediction["step_seconds_overlapped"] == pytest.approx(2 * 5.2)
     assert prediction["efficiency"] == pytest.approx(1 / 11.4)
