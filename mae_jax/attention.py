@@ -24,14 +24,14 @@ class Attend:
         """Values [b, t, h, e] weighted by the softmax, in float32, of queries times keys."""
         if query.shape[1:] in self.fused:
             return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-        attend = _attend if query.dtype == jnp.float32 else _narrow_attend
-        return attend(query, key, value)
+        return _attend(query, key, value)
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
+@jax.custom_vjp
 def _attend(query: Array, key: Array, value: Array) -> Array:
     return _forward(query, key, value)[0]
 
@@ -40,8 +40,7 @@ def _forward(query: Array, key: Array, value: Array):
     """Divides by the sum of the weights last, when there are [t, e] numbers of them, not [t, t]."""
     scores = _product("bthe,bshe->bhts", query, key)
     scale = query.shape[-1] ** -0.5
-    most = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scale * (scores - most))
+    weights = jnp.exp(scale * (scores - scores.max(axis=-1, keepdims=True)))
     total = jnp.moveaxis(weights.sum(axis=-1), 1, 2)[..., None]
     weights = weights.astype(query.dtype)
     result = (_product("bhts,bshe->bthe", weights, value) / total).astype(query.dtype)
@@ -49,7 +48,7 @@ def _forward(query: Array, key: Array, value: Array):
 
 
 def _backward(saved, gradient: Array) -> tuple[Array, Array, Array]:
-    """As autodiff does it, but multiplying in the type of the queries, which is the narrow one."""
+    """As autodiff does it, but from fewer arrays, and multiplying in the type of the queries."""
     query, key, value, weights, total, result = saved
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     gradient = gradient / total
@@ -63,5 +62,4 @@ def _backward(saved, gradient: Array) -> tuple[Array, Array, Array]:
     return dquery.astype(dtype), dkey.astype(dtype), dvalue.astype(dtype)
 
 
-_narrow_attend = jax.custom_vjp(_attend)
-_narrow_attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

@@ -91,16 +91,19 @@ def make_train_step(
         loss, stats, grads = _loss_and_grads(task.loss, state, batch, accumulate)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None and ema_decay is not None:
-            # In this form an average of what does not change does not change either, to the bit.
-            rate = 1 - ema_decay
-            ema = jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
-        changed = (params, opt_state, ema, stats)
+
+        def changed() -> tuple[PyTree, ...]:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None and ema_decay is not None:
+                # In this form an average of what does not change does not either, to the bit.
+                rate = 1 - ema_decay
+                ema = jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+            return params, opt_state, ema, stats
+
         before = (state.params, state.opt_state, state.ema, state.batch_stats)
-        changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, before)
+        after = _if_finite(finite, changed, before)
         skipped = 1 - finite.astype(jnp.int32)
         metrics = {
             "loss": loss,
@@ -109,10 +112,19 @@ def make_train_step(
             "learning_rate": jnp.asarray(learning_rate(state.step - state.skipped)),
             "skipped": skipped,
         }
-        new = TrainState(state.step + 1, state.position + 1, state.skipped + skipped, *changed)
+        new = TrainState(state.step + 1, state.position + 1, state.skipped + skipped, *after)
         return new, metrics
 
     return train_step
+
+
+def _if_finite(finite: Array, changed: Callable[[], PyTree], before: PyTree) -> PyTree:
+    """What `changed` gives, or where something is not finite what was before."""
+    if jax.default_backend() == "cpu":
+        # Selecting costs a CPU a copy of the optimizer's state. To branch, a GPU would have to wait
+        # for the host, which reads the condition.
+        return jax.lax.cond(finite, changed, lambda: before)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed(), before)
 
 
 def jit_step(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -81,13 +82,15 @@ def narrow_copies(params: Tree, dtype: Any) -> dict[str, Any]:
 
     So each is converted once in a step, not at every use and again where blocks are recomputed.
     """
-    kernels = {n: x.astype(dtype) for n, x in named_leaves(params).items() if n.endswith("/kernel")}
+    leaves = named_leaves(jax.lax.stop_gradient(params))
+    kernels = {n: x.astype(dtype) for n, x in leaves.items() if n.endswith("/kernel")}
     return {} if dtype == jnp.float32 else {NARROW: from_named(kernels)}
 
 
 def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
     """Layer normalisation, computed in float32 whatever the dtype it takes and gives."""
-    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
+    layer = nn.remat(nn.LayerNorm, prevent_cse=False)
+    return layer(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Observed(NamedTuple):
@@ -129,6 +132,16 @@ class Attention(nn.Module):
         return x, jax.nn.softmax(scores * q.shape[-1] ** -0.5).mean(axis=1)
 
 
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The exact GELU, computed in float32; of it the backward pass keeps nothing but x.
+
+    As in the reference: by erf, not by flax's default tanh (nor by erfc, which takes a CPU longer).
+    """
+    exact = x.astype(jnp.float32)
+    return (0.5 * exact * (1.0 + jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
+
+
 class Mlp(nn.Module):
     """Two layers around a GELU."""
 
@@ -138,8 +151,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         hidden = Dense(self.hidden, self.dtype, name="fc1")(x)
-        # As in the reference: the exact (erf) GELU, not flax's default tanh form.
-        hidden = nn.gelu(hidden, approximate=False)
+        hidden = gelu(hidden)
         return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
 
 

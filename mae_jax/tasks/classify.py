@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
+from mae_jax.attention import Shape, shape_of
 from mae_jax.models.classifier import Classifier, Outputs, Probe
 from mae_jax.models.layers import narrow_copies
 from mae_jax.models.patches import patchify
@@ -103,6 +104,13 @@ class Classify:
                 f"optim.train_last_blocks={blocks} is not from 0 to the {depth} blocks of the "
                 "encoder"
             )
+
+    @property
+    def attention_shapes(self) -> set[Shape]:
+        """Of all that is computed."""
+        encoder = self.model.encoder
+        rows, columns = encoder.grid
+        return {shape_of(1 + rows * columns, encoder.width, encoder.heads)}
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters."""
