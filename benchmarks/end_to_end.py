@@ -16,6 +16,7 @@ Exits with 2 for a folder without JPEGs, and for one that does not fill a batch.
 """
 
 import argparse
+import dataclasses
 import itertools
 import logging
 import shlex
@@ -43,7 +44,7 @@ from mae_jax.data.checking import check
 from mae_jax.data.loader import cores
 from mae_jax.data.sources import DataError, FileSource, FolderSource
 from mae_jax.data.workers import WorkerError
-from mae_jax.parts import Run, build
+from mae_jax.parts import Run, build, choose_attention
 from mae_jax.recipe import Config, data
 from mae_jax.sizes import SIZES
 from mae_jax.start import ConfigError
@@ -138,6 +139,8 @@ def compare(
     """
     cases = list(itertools.product(SOURCES, RESIZERS))
     runs = {case: make_run(config, case, folders[case[0]]) for case in cases}
+    tuned = choose_attention(runs[cases[0]]).task
+    runs = {case: dataclasses.replace(run, task=tuned) for case, run in runs.items()}
     trainers = {
         resizer: Trainer(runs[SOURCES[0], resizer])
         for resizer in console.progress(RESIZERS, len(RESIZERS), "programs")

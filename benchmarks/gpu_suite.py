@@ -7,6 +7,9 @@ and JSON lie in DIR. DIR/suite.json is written anew after every row, so a run th
 it has; the same command goes on with the rows that are missing or failed. Rows that do not fit the
 time left, by estimates that learn from the rows that are done, are left out and listed.
 
+Variants of our step are rows of their own, minutes apart: "b-base-again" tells what differences
+mean. Ratios to peers come from rounds in which both take turns.
+
 Without a GPU it refuses, unless --tiny asks for the same rows on a CPU, at sizes that say nothing.
 Exits with 1 where a row failed, with 2 where nothing can be run.
 """
@@ -102,9 +105,16 @@ PROBE = "import jax; device = jax.devices()[0]; print(device.platform, device.de
 
 
 def rows(*, tiny: bool) -> list[Row]:
-    """All of them, in the order of their worth."""
-    found = [*_kernels(), *_against_peers(), *_sweep_of_b(), *_profiles()]
-    found += [*_sweeps_of_larger(), *_encoding(), *_flags(), *_float32()]
+    """All of them, in the order of their worth: 20 minutes reach to some of the flags."""
+    found = [_against_peers("b", 140), _profile("b", 60), *_sweep_of_b()]
+    found += [
+        _against_peers("l", 180),
+        _against_peers("h", 230),
+        _encoding("b", 110),
+        _kernels("b"),
+    ]
+    found += [*_flags(), _profile("l", 80), _encoding("l", 140), _float32(), *_sweeps_of_larger()]
+    found += [_kernels("l"), _kernels("h"), _profile_apart(), _tuned_peer()]
     return [_tiny(row) for row in found] if tiny else found
 
 
@@ -115,11 +125,10 @@ def _tiny(row: Row) -> Row:
     return Row(row.name, row.module, flags, row.estimate, row.why)
 
 
-def _kernels() -> Iterator[Row]:
-    for letter, size in LETTERS.items():
-        flags = {"size": size, "batch": BATCHES[letter], "dtype": "bf16"}
-        why = "what the products and the attention of a step reach alone"
-        yield Row(f"kernels-{letter}", "benchmarks.kernels", flags, 80, why)
+def _kernels(letter: str) -> Row:
+    flags = {"size": LETTERS[letter], "batch": BATCHES[letter], "dtype": "bf16"}
+    why = "what the products and the attention of a step reach alone"
+    return Row(f"kernels-{letter}", "benchmarks.kernels", flags, 80, why)
 
 
 def _step(name: str, letter: str, seconds: float, why: str, **flags: Any) -> Row:
@@ -130,11 +139,16 @@ def _step(name: str, letter: str, seconds: float, why: str, **flags: Any) -> Row
     return Row(name, "benchmarks.step", base | flags, seconds, why)
 
 
-def _against_peers() -> Iterator[Row]:
-    for letter, seconds in {"b": 170, "l": 220, "h": 280}.items():
-        why = "training, side by side with transformers, eager and compiled"
-        peers = "mae_jax,hf,hf_compile"
-        yield _step(f"train-{letter}", letter, seconds, why, impl=peers, rounds=10)
+def _against_peers(letter: str, seconds: float) -> Row:
+    why = "training, side by side with transformers, eager and compiled"
+    peers = "mae_jax,hf,hf_compile"
+    return _step(f"train-{letter}", letter, seconds, why, impl=peers, rounds=6)
+
+
+def _tuned_peer() -> Row:
+    flags = {"impl": "mae_jax,hf_compile", "rounds": 6}
+    flags["compile_mode"] = "max-autotune-no-cudagraphs"
+    return _step("train-b-tuned", "b", 300, "beside a peer that tunes its kernels", **flags)
 
 
 def _sweep_of_b() -> Iterator[Row]:
@@ -143,20 +157,20 @@ def _sweep_of_b() -> Iterator[Row]:
     yield _step("b-unroll", "b", 60, "no loop over blocks", scan_unroll=depth)
     for kind in ("cudnn", "xla"):
         yield _step(f"b-{kind}", "b", 40, f"attention by {kind}", attention=kind)
-    for batch in (512, 1024):
-        yield _step(f"b-batch-{batch}", "b", 40, f"{batch} images", batch=batch)
+    yield _step("b-batch-512", "b", 40, "512 images", batch=512)
     yield _step("b-remat-dots", "b", 40, "all but products computed twice", remat="dots")
     yield _step("b-base-again", "b", 40, "how much the same differs after some minutes")
 
 
-def _profiles() -> Iterator[Row]:
-    for letter, seconds in {"b": 60, "l": 80}.items():
-        flags = {"size": LETTERS[letter], "batch": BATCHES[letter], "dtype": "bf16"}
-        yield Row(f"profile-{letter}", "benchmarks.profile", flags, seconds, "where time goes")
-    flags = {"size": LETTERS["b"], "batch": BATCHES["b"], "dtype": "bf16"}
-    flags["xla-flags"] = CANDIDATES["buffer-none"][0]
+def _profile(letter: str, seconds: float) -> Row:
+    flags = {"size": LETTERS[letter], "batch": BATCHES[letter], "dtype": "bf16"}
+    return Row(f"profile-{letter}", "benchmarks.profile", flags, seconds, "where time goes")
+
+
+def _profile_apart() -> Row:
+    flags = _profile("b", 60).flags | {"xla-flags": CANDIDATES["buffer-none"][0]}
     why = "the same without command buffers, in which kernels do not tell their origin"
-    yield Row("profile-b-apart", "benchmarks.profile", flags, 60, why)
+    return Row("profile-b-apart", "benchmarks.profile", flags, 60, why)
 
 
 def _sweeps_of_larger() -> Iterator[Row]:
@@ -170,10 +184,10 @@ def _sweeps_of_larger() -> Iterator[Row]:
         yield _step(f"{letter}-remat-dots", letter, 60, "products kept only", remat="dots")
 
 
-def _encoding() -> Iterator[Row]:
-    for letter, seconds in {"b": 90, "l": 120}.items():
-        flags = {"task": "encode", "impl": "mae_jax,timm,hf", "rounds": 10, "burst_seconds": 0.5}
-        yield _step(f"encode-{letter}", letter, seconds, "features of whole images", **flags)
+def _encoding(letter: str, seconds: float) -> Row:
+    flags = {"task": "encode", "impl": "mae_jax,timm,timm_compile,hf,hf_compile"}
+    flags |= {"rounds": 6, "burst_seconds": 0.5}
+    return _step(f"encode-{letter}", letter, seconds, "features of whole images", **flags)
 
 
 def _flags() -> Iterator[Row]:
@@ -181,9 +195,9 @@ def _flags() -> Iterator[Row]:
         yield _step(f"flag-{name}", "b", 45, why, xla_flags=flags)
 
 
-def _float32() -> Iterator[Row]:
+def _float32() -> Row:
     flags = {"dtype": "f32", "batch": 64, "impl": "mae_jax,hf"}
-    yield _step("train-b-f32", "b", 90, "training in float32 throughout", **flags)
+    return _step("train-b-f32", "b", 90, "training in float32 throughout", **flags)
 
 
 def probe(environment: dict[str, str]) -> tuple[str, str]:
@@ -246,7 +260,7 @@ def run(arguments: argparse.Namespace) -> int:
         cells = [(row.name, row.why, f"{row.estimate:.0f}") for row in chosen]
         console.print_rows("Rows", ("", "", "about s"), cells)
         return 0
-    environment = dict(os.environ) | (ON_CPU if arguments.tiny else {})
+    environment = _caches(arguments.out) | os.environ | (ON_CPU if arguments.tiny else {})
     platform, device = probe(environment)
     if platform not in ("gpu", "cuda") and not arguments.tiny:
         raise RuntimeError(
@@ -261,6 +275,12 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         suite_report.show(suite.report)
     return 1 if any(row["status"] != "done" for row in suite.report["rows"]) else 0
+
+
+def _caches(folder: Path) -> dict[str, str]:
+    """Rows share what is compiled and tuned: the first of a program tells how long that takes."""
+    names = ("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    return {name: str(folder.absolute() / "compiled" / name[:3].lower()) for name in names}
 
 
 def main() -> None:

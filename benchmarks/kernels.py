@@ -25,6 +25,7 @@ from benchmarks import timing
 from benchmarks.machine import environment, versions
 from benchmarks.workers import ceiling
 from benchmarks.workers.ours import DTYPES
+from mae_jax.attention import Attend
 from mae_jax.console import print_rows, progress
 from mae_jax.models.patches import patch_grid
 from mae_jax.sizes import SIZES, Size
@@ -33,7 +34,7 @@ from mae_jax.whole import write_json
 
 MLP_RATIO = 4
 CHANNELS = 3
-ATTENTION = ("xla", "cudnn")
+ATTENTION = ("ours", "xla", "cudnn")  # the latter two of jax.nn.dot_product_attention
 CHECKED = 16  # images of a batch on which attention is compared with float32
 ASSUMED = {"gpu": 5e14, "cpu": 5e10}  # FLOP/s, only to choose how much work one call has
 
@@ -131,7 +132,8 @@ def _to_input(x: Array, kernel: Array, gradient: Array) -> Array:
 
 
 def _to_kernel(x: Array, kernel: Array, gradient: Array) -> Array:
-    return jax.lax.dot_general(x, gradient, (((0,), (0,)), ((), ())))
+    dimensions = (((0,), (0,)), ((), ()))  # and in float32, as the step has it
+    return jax.lax.dot_general(x, gradient, dimensions, preferred_element_type=jnp.float32)
 
 
 PRODUCTS = {"forward": _forward, "to input": _to_input, "to kernel": _to_kernel}
@@ -186,9 +188,9 @@ def _forward_backward(implementation: str) -> Callable[..., list[Array]]:
     """Result and the three gradients, from q, k, v and the result's gradient [b, t, h, e]."""
 
     def run(q: Array, k: Array, v: Array, gradient: Array) -> list[Array]:
-        attend = lambda q, k, v: jax.nn.dot_product_attention(
-            q, k, v, implementation=implementation
-        )
+        attend = Attend()
+        if implementation != "ours":
+            attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
         result, backward = jax.vjp(attend, q, k, v)
         return [result, *backward(gradient)]
 

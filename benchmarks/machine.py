@@ -70,7 +70,7 @@ def cpu_seconds(process: int) -> float:
             for task in Path(f"/proc/{process}/task").iterdir()
             for child in (task / "children").read_text().split()
         ]
-    except FileNotFoundError:  # it has just ended
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return 0.0
     own = sum(int(ticks) for ticks in fields[11:15]) / TICKS
     return own + sum(map(cpu_seconds, children))

@@ -11,10 +11,12 @@ of steps. A ratio is the peer's time over that of mae_jax in the same round, so 
 faster; its median and quartiles are over the rounds.
 
 Time is that of the model: images lie on the device, those of mae_jax as bytes, those of peers
-normalised already. FLOPs are counted in the paper's form whatever an implementation computes. "MFU"
-is against a matrix product that mae_jax measures on the same device in the same run (benchmarks/
-workers/ceiling.py), "of peak" against the vendor's figure for bfloat16. Memory is the device's, on
-a CPU the process's. "first s" is the first step with all compiling.
+normalised already. Our step also computes the gradient norm and keeps the state where that or the
+loss is not finite, as train.py does; peers do neither. FLOPs are counted in the paper's form
+whatever an implementation computes. "MFU" is against a matrix product that mae_jax measures on the
+same device in the same run (benchmarks/workers/ceiling.py), "of peak" against the vendor's figure
+for bfloat16. Memory is the device's, on a CPU the process's. "first s" is the first step with all
+compiling.
 
 Exits with 1 where implementations disagree, a worker dies, or --min-ratio is missed, and with 2
 where something cannot be run.

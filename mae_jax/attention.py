@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 Shape = tuple[int, int, int]  # tokens, heads, width of a head
@@ -12,6 +13,14 @@ Shape = tuple[int, int, int]  # tokens, heads, width of a head
 def shape_of(tokens: int, width: int, heads: int) -> Shape:
     """Of the attention of so many heads over tokens of this width."""
     return tokens, heads, width // heads
+
+
+def split_heads(packed: Array, heads: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values [b, t, h, e] of one projection [b, t, 3d] to all of them."""
+    query, key, value = (
+        rearrange(part, "b t (h e) -> b t h e", h=heads) for part in jnp.split(packed, 3, axis=-1)
+    )
+    return query, key, value
 
 
 @dataclass(frozen=True)

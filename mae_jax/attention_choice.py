@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mae_jax.attention import Attend, Shape
+from mae_jax.attention import Attend, Shape, split_heads
 
 log = logging.getLogger("mae_jax.run")
 
 CHOICES = ("auto", "xla", "cudnn")
-BATCH = 64  # images of a trial
-REPEATS, CALLS = 5, 10  # of a trial; the best of the repeats counts
+CALLS, IMAGES = 8, 32  # of a trial: passes in one program, over so many images each
+REPEATS = 5  # of a trial; the fastest counts
+MARGIN = 0.95  # share of XLA's time below which cuDNN is taken
 TOLERANCE = 2e-2  # relative, between results in bfloat16
 
 
@@ -30,11 +31,11 @@ class Trial:
     failure: str = ""
 
 
-def choose(wanted: str, shapes: Collection[Shape], dtype: Any) -> Attend:
+def choose(wanted: str, shapes: Collection[Shape], dtype: Any, *, alone: bool = False) -> Attend:
     """For each shape the faster implementation that works on this device; "auto" tries both.
 
     cuDNN takes bfloat16 on GPUs only; elsewhere there is nothing to choose and nothing is tried.
-    All processes of a run have to call this together, and choose the same.
+    Unless a process does so `alone`, all of a run have to call this together, and choose the same.
 
     Raises:
       ValueError: `wanted` is "cudnn", which does not work here, or it is not known.
@@ -50,60 +51,71 @@ def choose(wanted: str, shapes: Collection[Shape], dtype: Any) -> Attend:
             f"{jax.default_backend()} and {jnp.dtype(dtype).name}; 'auto' takes what works"
         )
     trials = {shape: (try_xla(shape, dtype), try_cudnn(shape, dtype)) for shape in sorted(shapes)}
-    seconds = _of_all_processes([[trial.seconds for trial in pair] for pair in trials.values()])
+    seconds = np.array([[trial.seconds for trial in pair] for pair in trials.values()], np.float32)
+    if not alone:  # the sum over processes, so that all of them choose the same
+        gathered = multihost_utils.process_allgather(seconds)
+        seconds = np.asarray(gathered).reshape(-1, *seconds.shape).sum(axis=0)
     fused = []
-    for (shape, (_, cudnn)), (xla_seconds, cudnn_seconds) in zip(trials.items(), seconds):
-        if wanted == "cudnn" and not math.isfinite(cudnn_seconds):
+    for (shape, (_, cudnn)), (of_xla, of_cudnn) in zip(trials.items(), seconds):
+        if wanted == "cudnn" and not math.isfinite(of_cudnn):
             why = cudnn.failure or "another process of this run says so"
             raise ValueError(f"model.attention='cudnn' does not work for {_said(shape)}: {why}")
-        if wanted == "cudnn" or cudnn_seconds < xla_seconds:
+        if wanted == "cudnn" or of_cudnn < MARGIN * of_xla:
             fused.append(shape)
         log.info(
             "attention of %s: %s (xla %.3f ms, cudnn %s)",
             _said(shape),
             "cudnn" if shape in fused else "xla",
-            1e3 * xla_seconds,
-            cudnn.failure or f"{1e3 * cudnn_seconds:.3f} ms",
+            1e3 * of_xla,
+            cudnn.failure or f"{1e3 * of_cudnn:.3f} ms",
         )
     return Attend(frozenset(fused))
 
 
-def _of_all_processes(seconds: list[list[float]]) -> np.ndarray:
-    """The sum over processes, so that all of them choose the same."""
-    gathered = multihost_utils.process_allgather(np.array(seconds, np.float32))
-    return np.asarray(gathered).reshape(-1, *np.shape(seconds)).sum(axis=0)
-
-
 def try_xla(shape: Shape, dtype: Any) -> Trial:
-    return _timed(Attend(), _inputs(shape, dtype))
+    return _tried(lambda: _seconds(Attend(), shape, dtype))
 
 
 def try_cudnn(shape: Shape, dtype: Any) -> Trial:
     """A trial that fails also where the results differ from XLA's."""
-    inputs, fused = _inputs(shape, dtype), Attend(frozenset([shape]))
-    try:
-        found = _pass(fused)(*inputs)
-        expected = _pass(Attend())(*inputs)
+    fused = Attend(frozenset([shape]))
+
+    def trial() -> float:
+        inputs = [x[0] for x in _inputs(shape, dtype)]
+        found, expected = (
+            jax.jit(_both_ways(attend, shape))(*inputs) for attend in (fused, Attend())
+        )
         error = max(map(_distance, found, expected))
-    except Exception as problem:  # of a missing library, an old driver, a shape it does not take
-        return Trial(math.inf, str(problem).strip().splitlines()[0][:200])
-    if not error <= TOLERANCE:
-        return Trial(math.inf, f"its results are off by {error:.1g}")
-    return _timed(fused, inputs)
+        if not error <= TOLERANCE:
+            raise ArithmeticError(f"its results are off by {error:.1g}")
+        return _seconds(fused, shape, dtype)
+
+    return _tried(trial)
 
 
-def _inputs(shape: Shape, dtype: Any) -> list[jax.Array]:
-    """Queries, keys, values and a gradient."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    return [jax.random.normal(key, (BATCH, *shape), dtype) for key in keys]
+def _tried(trial: Callable[[], float]) -> Trial:
+    try:
+        return Trial(trial())
+    except Exception as problem:  # of memory, a missing library, an old driver, a shape
+        lines = str(problem).strip().splitlines() or [type(problem).__name__]
+        return Trial(math.inf, lines[0][:200])
 
 
-def _pass(attend: Attend) -> Callable[..., tuple[jax.Array, ...]]:
-    def both_ways(query, key, value, gradient):
-        result, pull_back = jax.vjp(attend, query, key, value)
+def _inputs(shape: Shape, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Queries, keys and values packed as in the model, and gradients."""
+    tokens, heads, width = shape
+    rows, key = (CALLS, IMAGES, tokens), jax.random.key(0)
+    packed = jax.random.normal(key, (*rows, 3 * heads * width), dtype)
+    return packed, jax.random.normal(jax.random.fold_in(key, 1), (*rows, heads, width), dtype)
+
+
+def _both_ways(attend: Attend, shape: Shape) -> Callable[..., tuple[jax.Array, ...]]:
+    def both_ways(packed, gradient):
+        forward = lambda packed: attend(*split_heads(packed, shape[1]))
+        result, pull_back = jax.vjp(forward, packed)
         return result, *pull_back(gradient)
 
-    return jax.jit(both_ways)
+    return both_ways
 
 
 def _distance(found: jax.Array, expected: jax.Array) -> float:
@@ -112,15 +124,17 @@ def _distance(found: jax.Array, expected: jax.Array) -> float:
     return float(np.linalg.norm(result - wanted) / np.linalg.norm(wanted))
 
 
-def _timed(attend: Attend, inputs: list[jax.Array]) -> Trial:
-    run = _pass(attend)
+def _seconds(attend: Attend, shape: Shape, dtype: Any) -> float:
+    """Of one pass: many in one program, so that it is not the host that is timed."""
+    inputs, one_pass = _inputs(shape, dtype), _both_ways(attend, shape)
+    run = jax.jit(lambda *inputs: jax.lax.map(lambda each: one_pass(*each), inputs))
     jax.block_until_ready(run(*inputs))
     best = math.inf
     for _ in range(REPEATS):
         begin = time.perf_counter()
-        jax.block_until_ready([run(*inputs) for _ in range(CALLS)])
+        jax.block_until_ready(run(*inputs))
         best = min(best, (time.perf_counter() - begin) / CALLS)
-    return Trial(best)
+    return best
 
 
 def _said(shape: Shape) -> str:

@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Key, Shaped
 
 from mae_jax import attention_choice
-from mae_jax.attention import shape_of
+from mae_jax.attention import Attend, shape_of
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError, Info, make_autoencoder, make_classifier, variables
 from mae_jax.data.loader import cores, ordered_batches
@@ -35,6 +35,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     dtype: str = "float32",
+    attention: str = "xla",
     **reading: Any,
 ) -> tuple["Pretrained", Params]:
     """A model and its parameters (float32) from a checkpoint of any dialect.
@@ -45,6 +46,8 @@ def load(
         tables are resampled as in the reference.
       channels: of the images; the checkpoint's own unless given.
       dtype: "float32" or "bfloat16", of activations.
+      attention: "xla", "cudnn" (GPUs, bfloat16), or "auto", the faster one, which takes seconds to
+        find out.
       reading: what the file does not tell, as in `mae_jax.convert.weights.read`.
 
     Raises:
@@ -64,17 +67,19 @@ def load(
     params = {
         name: jnp.asarray(np.asarray(array, np.float32)) for name, array in found.arrays.items()
     }
-    return Pretrained(found.info, _execution(found.info, dtype), str(path)), from_named(params)
+    execution = Execution(dtype=jnp.dtype(dtype), attend=_attend(found.info, attention, dtype))
+    return Pretrained(found.info, execution, str(path)), from_named(params)
 
 
-def _execution(info: Info, dtype: str) -> Execution:
-    """For this device."""
+def _attend(info: Info, wanted: str, dtype: str) -> Attend:
     tokens = 1 + info.grid[0] * info.grid[1]
     shapes = {shape_of(tokens, info.width, info.heads)}
     if info.decoder_heads:
         shapes.add(shape_of(tokens, info.decoder_width, info.decoder_heads))
-    attend = attention_choice.choose("auto", shapes, jnp.dtype(dtype))
-    return Execution(dtype=jnp.dtype(dtype), attend=attend)
+    try:
+        return attention_choice.choose(wanted, shapes, jnp.dtype(dtype), alone=True)
+    except ValueError as error:
+        raise ConvertError(str(error)) from error
 
 
 @partial(jax.jit, static_argnames=("info", "execution", "observe"))

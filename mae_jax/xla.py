@@ -13,7 +13,7 @@ log = logging.getLogger("mae_jax.run")
 # measurement of its own: `python -m benchmarks.gpu_suite` tries the candidates on a GPU, which has
 # not been done. On a CPU none is worth setting: without IEEE rules, or with wider vectors, the step
 # takes as long within 2 %. What XLA_FLAGS in the environment says holds besides.
-STEP_FLAGS: dict[str, dict[str, Any]] = {"cpu": {}, "gpu": {}, "tpu": {}}
+STEP_FLAGS: dict[str, dict[str, Any]] = {}
 
 
 def step_flags() -> dict[str, Any]:
@@ -28,8 +28,9 @@ def keep_compiled() -> None:
     """Keeps programs that took more than a second to compile, so that the next run starts faster.
 
     In ~/.cache/mae_jax (or below XDG_CACHE_HOME) unless JAX_COMPILATION_CACHE_DIR names another
-    folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none. Programs of another version of jax or for
-    another device are never taken. Nothing is lost by deleting the folder.
+    folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none. jax takes a program only for what it was
+    compiled for: the same code, shapes, flags, version and kind of devices. Nothing is lost by
+    deleting the folder.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return

@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mae_jax.attention import Attend
+from mae_jax.attention import Attend, split_heads
 from mae_jax.models.linear import narrow_linear
 from mae_jax.trees import Tree, from_named, named_leaves
 
@@ -120,10 +120,7 @@ class Attention(nn.Module):
         width, dtype = x.shape[-1], self.execution.dtype
         # As in the reference: qkv is one xavier-initialised (d, 3d) matrix, laid out q, k, v.
         qkv = Dense(3 * width, dtype, name="qkv")(x)
-        q, k, v = (
-            rearrange(part, "b t (h e) -> b t h e", h=self.heads)
-            for part in jnp.split(qkv, 3, axis=-1)
-        )
+        q, k, v = split_heads(qkv, self.heads)
         x = self.execution.attend(q, k, v)
         x = Dense(width, dtype, name="proj")(rearrange(x, "b t h e -> b t (h e)"))
         if not self.observe:
