@@ -44,7 +44,7 @@ def _from_pretrained(kind: type, folder: Path, **arguments: Any) -> Any:
     model, report = kind.from_pretrained(
         folder, attn_implementation="sdpa", output_loading_info=True, **arguments
     )
-    if wrong := sorted(report["missing_keys"] | report["unexpected_keys"]):
+    if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise UnusableError(
             f"this version of transformers names {len(wrong)} of its weights otherwise than is "
             f"known here: {', '.join(wrong[:3])}, ..."
