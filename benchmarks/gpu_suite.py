@@ -231,7 +231,7 @@ def choose(found: list[Row], patterns: str | None) -> list[Row]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder of suite.json, logs and JSON of the rows")
+    add("--out", type=Path, help="folder of suite.json, logs and JSON of the rows")
     add("--minutes", type=float, default=20.0, help="after which no row runs any more (20)")
     add("--only", metavar="NAME,...", help='rows to run; "flag-*" are all that begin so')
     add("--fresh", action="store_true", help="forget the rows that --out holds")
@@ -243,6 +243,10 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 0 < arguments.minutes < float("inf"):
         parser.error(f"--minutes={arguments.minutes} must be above 0")
+    if arguments.list:
+        return arguments
+    if arguments.out is None:
+        parser.error("--out is missing: a folder of suite.json, logs and JSON of the rows")
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"--out={arguments.out} is a file")
     return arguments
@@ -257,8 +261,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     chosen = choose(rows(tiny=arguments.tiny), arguments.only)
     if arguments.list:
-        cells = [(row.name, row.why, f"{row.estimate:.0f}") for row in chosen]
-        console.print_rows("Rows", ("", "", "about s"), cells)
+        for row in chosen:
+            print(f"{row.name:<20} about {row.estimate:3.0f} s  {row.why}")
         return 0
     environment = _caches(arguments.out) | os.environ | (ON_CPU if arguments.tiny else {})
     platform, device = probe(environment)
@@ -289,7 +293,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(run(arguments))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from benchmarks import timing
+from benchmarks import flags, timing
 from benchmarks.machine import environment, versions
 from benchmarks.workers import ceiling
 from benchmarks.workers.ours import DTYPES
@@ -340,12 +340,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.1, help="of one measurement")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    for name, value in vars(arguments).items():
-        if type(value) in (int, float) and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')}={value} must be above 0")
-    patch = SIZES[arguments.size].patch
-    if arguments.image_size % patch:
-        parser.error(f"--image-size={arguments.image_size} must be a multiple of {patch}, a patch")
+    flags.check_positive(parser, arguments)
+    flags.check_image_size(parser, arguments, SIZES[arguments.size].patch)
+    flags.check_json(parser, arguments)
     return arguments
 
 

@@ -68,8 +68,12 @@ def read(path: Path) -> Report:
     try:
         report = json.loads(path.read_text())
         complete = report["status"] == "complete"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of benchmarks.step: {error}") from error
+        if complete:
+            _ = setting(report), [row["images_per_s"] for row in report["rows"]]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of benchmarks.step --json") from error
     if not complete:
         raise ValueError(f"{path} is not complete: it ends at {report['status']!r}")
     return report

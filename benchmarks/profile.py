@@ -10,7 +10,6 @@ time between kernels. On a CPU they are of its operations, several of which may 
 
 import argparse
 import itertools
-import math
 import os
 import re
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import traces
+from benchmarks import flags, traces
 from benchmarks.machine import environment, versions
 from benchmarks.operations import operations
 from benchmarks.step import PIXELS
@@ -166,12 +165,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, help="empty folder to leave the trace in")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    for name, value in vars(arguments).items():
-        if type(value) in (int, float) and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')}={value} must be above 0")
-    patch = SIZES[arguments.size].patch
-    if arguments.image_size % patch:
-        parser.error(f"--image-size={arguments.image_size} must be a multiple of {patch}, a patch")
+    flags.check_positive(parser, arguments)
+    flags.check_image_size(parser, arguments, SIZES[arguments.size].patch)
+    flags.check_json(parser, arguments)
     if arguments.trace and arguments.trace.exists() and any(arguments.trace.iterdir()):
         parser.error(f"--trace={arguments.trace} is not empty")
     return arguments

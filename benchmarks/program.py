@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import counts, scaling
+from benchmarks import counts, flags, scaling
 from benchmarks.scaling import Program, Setup
 from mae_jax import flops, sizes
 from mae_jax.console import print_rows, print_table, progress
@@ -151,7 +151,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--record", action="store_true", help="write tests/step_budgets.json")
     arguments = parser.parse_args()
-    scaling.check_positive(parser, arguments)
+    flags.check_positive(parser, arguments)
+    flags.check_json(parser, arguments)
     return arguments
 
 

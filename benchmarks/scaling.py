@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from benchmarks import cluster, hlo
+from benchmarks import cluster, flags, hlo
 from benchmarks.cluster import Cluster
 from mae_jax import flops, sharding, sizes
 from mae_jax.console import print_table
@@ -273,9 +273,9 @@ def make_table(path: Path) -> None:
 
 
 def _run_row(size: str, devices: int, strategy: str, dtype: str, remat: str) -> dict[str, Any]:
-    flags = dict(size=size, devices=devices, strategy=strategy, dtype=dtype, remat=remat)
+    chosen = dict(size=size, devices=devices, strategy=strategy, dtype=dtype, remat=remat)
     command = [sys.executable, "-m", "benchmarks.scaling"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
+    command += [f"--{name}={value}" for name, value in chosen.items()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
         try:
@@ -283,9 +283,9 @@ def _run_row(size: str, devices: int, strategy: str, dtype: str, remat: str) -> 
                 [*command, f"--json={path}"], capture_output=True, text=True, timeout=TIMEOUT
             )
         except subprocess.TimeoutExpired:
-            return flags | {"error": f"not compiled within {TIMEOUT} s"}
+            return chosen | {"error": f"not compiled within {TIMEOUT} s"}
         if done.returncode:
-            return flags | {"error": done.stderr.strip().splitlines()[-1]}
+            return chosen | {"error": done.stderr.strip().splitlines()[-1]}
         warnings = done.stderr.count("Involuntary full rematerialization")
         return json.loads(path.read_text()) | {"involuntary_rematerialisations": warnings}
 
@@ -321,13 +321,6 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
-def check_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Ends with the parser's error for numbers that are not above 0."""
-    for name, value in vars(arguments).items():
-        if type(value) in (int, float) and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')}={value} must be above 0")
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="vit_h14")
@@ -340,7 +333,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="all rows of the table, to --json")
     cluster.add_flags(parser)
     arguments = parser.parse_args()
-    check_positive(parser, arguments)
+    flags.check_positive(parser, arguments)
+    flags.check_json(parser, arguments)
     if arguments.table and not arguments.json:
         parser.error("--table needs --json")
     return arguments

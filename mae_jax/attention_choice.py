@@ -47,8 +47,8 @@ def choose(wanted: str, shapes: Collection[Shape], dtype: Any, *, alone: bool = 
         return Attend()
     if not possible:
         raise ValueError(
-            "model.attention='cudnn' needs a GPU and model.dtype='bfloat16', not "
-            f"{jax.default_backend()} and {jnp.dtype(dtype).name}; 'auto' takes what works"
+            "model.attention='cudnn' needs a GPU and model.dtype='bfloat16'; this is "
+            f"{jnp.dtype(dtype).name} on a {jax.default_backend()}. 'auto' takes what works"
         )
     trials = {shape: (try_xla(shape, dtype), try_cudnn(shape, dtype)) for shape in sorted(shapes)}
     seconds = np.array([[trial.seconds for trial in pair] for pair in trials.values()], np.float32)
