@@ -120,9 +120,9 @@ def make_train_step(
 
 def _if_finite(finite: Array, changed: Callable[[], PyTree], before: PyTree) -> PyTree:
     """What `changed` gives, or where something is not finite what was before."""
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
         # Selecting costs a CPU a copy of the optimizer's state. To branch, a GPU would have to wait
-        # for the host, which reads the condition.
+        # for the host, which reads the condition; and processes might send in different orders.
         return jax.lax.cond(finite, changed, lambda: before)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed(), before)
 

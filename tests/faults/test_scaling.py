@@ -159,11 +159,11 @@ def test_activations_stay_on_their_devices(pinned):
 
 
 def test_bfloat16_weights_are_gathered_as_such(pinned):
-    """Half of the bytes, though the CPU's compiler widens what it sends to float32."""
+    """Half of the bytes but for biases, though the CPU's compiler widens what it sends."""
     program = scaling.compile_step(dataclasses.replace(TINY, dtype="bf16"))
     found = hlo.collectives(program.compiled.as_text())
     sent = sum(each.sent * each.times for each in found if each.kind == "all-gather")
-    assert sent == pinned["all_gather_bytes"] / 2
+    assert 0.5 <= sent / pinned["all_gather_bytes"] < 0.51
     row = scaling.report(program, cluster.Cluster(peak_flops=1e12))
     assert row["foreign_arrays"] == row["global_batch_arrays"] == []
     assert row["temp_bytes_per_device"] < pinned["temp_bytes_per_device"]
