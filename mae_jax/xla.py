@@ -11,7 +11,8 @@ log = logging.getLogger("mae_jax.run")
 
 # Flags of the train step by platform, and the only place that sets any. A flag comes in here with a
 # measurement of its own: `python -m benchmarks.gpu_suite` tries the candidates on a GPU, which has
-# not been done. On a CPU none was worth setting for a prototype of the step. What XLA_FLAGS in the environment says holds besides.
+# not been done. On a CPU none was worth setting for a prototype of the step. What XLA_FLAGS in the
+# environment says holds besides.
 STEP_FLAGS: dict[str, dict[str, Any]] = {}
 
 
