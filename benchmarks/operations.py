@@ -32,6 +32,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)
 _PATH = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _FUSED = re.compile(r"\bcalls=%?([\w.-]+)")
+_OPERAND = re.compile(r"%([\w.-]+)")
 # Kernels of libraries and of the driver, which have names of their own.
 _KERNELS = (
     (ATTENTION, r"fmha|flash|sdpa|attention"),
@@ -47,7 +48,7 @@ class Operation:
     """One instruction of a program.
 
     opcode: "fusion", "dot", ...; path: of the function and modules that it comes from; target: of a
-    custom call; inside: opcodes of what is fused in it.
+    custom call; inside: opcodes of what is fused in it; operands: names of what it reads.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Operation:
     path: str = ""
     target: str = ""
     inside: frozenset[str] = frozenset()
+    operands: tuple[str, ...] = ()
 
 
 def operations(text: str) -> dict[str, Operation]:
@@ -75,7 +77,9 @@ def operations(text: str) -> dict[str, Operation]:
 def _operation(name: str, opcode: str, line: str, opcodes: Mapping[str, set[str]]) -> Operation:
     first = lambda pattern: found.group(1) if (found := pattern.search(line)) else ""
     inside = frozenset(opcodes.get(first(_FUSED), ())) if opcode == "fusion" else frozenset()
-    return Operation(name, opcode, first(_PATH), first(_TARGET), inside)
+    reads = line.partition(f" {opcode}(")[2].partition(")")[0]
+    operands = tuple(_OPERAND.findall(reads))
+    return Operation(name, opcode, first(_PATH), first(_TARGET), inside, operands)
 
 
 def by_kernel_name(found: Mapping[str, Operation]) -> dict[str, Operation]:

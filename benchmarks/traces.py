@@ -1,7 +1,10 @@
 """Where the time of a profiled program went, read from the trace that `jax.profiler` writes."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import functools
+import itertools
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ def _of_gpu(plane: Any) -> Iterator[Interval]:
 def _of_cpu(plane: Any, module: str) -> Iterator[Interval]:
     """The operations of a program on all threads.
 
-    An operation that others threads help with has a second event where it ends.
+    An operation that other threads help with has a second event where it ends, or later.
     """
     begun: list[tuple[str, float, float, Any]] = []
     ends: dict[Any, float] = {}
@@ -75,6 +78,34 @@ def _of_cpu(plane: Any, module: str) -> Iterator[Interval]:
                 begun.append((str(stats["hlo_op"]), event.start_ns, end, stats.get("_p")))
     for name, start, end, number in begun:
         yield Interval(name, start, max(end, ends.get(number, end)))
+
+
+def ended(intervals: Sequence[Interval], program: Mapping[str, Operation]) -> list[Interval]:
+    """The intervals, none of which lasts longer than until another begins that reads its result.
+
+    A CPU's thread that ends an operation tells of it only after it has gone on with the next ones.
+    """
+    starts: dict[str, list[float]] = {}
+    for each in sorted(intervals, key=lambda each: each.start):
+        starts.setdefault(each.name, []).append(each.start)
+    users: dict[str, list[str]] = {}
+    for operation in program.values():
+        for operand in operation.operands:
+            users.setdefault(operand, []).append(operation.name)
+
+    @functools.cache
+    def readers(name: str) -> frozenset[str]:
+        """The operations seen that read a result, be it through others that take no time."""
+        found = users.get(name, [])
+        through = (readers(user) for user in found if user not in starts)
+        return frozenset(user for user in found if user in starts).union(*through)
+
+    def end(each: Interval) -> float:
+        times = (starts[name] for name in readers(each.name))
+        next_times = (found[bisect_left(found, each.start) :][:1] for found in times)
+        return min([each.end, *itertools.chain.from_iterable(next_times)])
+
+    return [replace(each, end=end(each)) for each in intervals]
 
 
 def attribute(intervals: Iterable[Interval]) -> tuple[dict[str, float], float]:
@@ -113,7 +144,7 @@ def shares(intervals: Iterable[Interval], program: Mapping[str, Operation]) -> d
     kernels = by_kernel_name(program)
     find = lambda name: program.get(name) or kernels.get(name)
     controls = lambda name: (operation := find(name)) is not None and operation.opcode in CONTROL
-    seen = [each for each in intervals if not controls(each.name)]
+    seen = ended([each for each in intervals if not controls(each.name)], program)
     taken, idle = attribute(seen)
     total = sum(taken.values()) + idle
     categories = dict.fromkeys(CATEGORIES, 0.0) | {IDLE: idle / total}

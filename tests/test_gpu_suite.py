@@ -85,6 +85,20 @@ def test_moments_are_shared_and_gaps_are_idle():
     assert traces.attribute([*found, Interval("c", 22, 22)]) == ({"a": 13, "b": 2}, 10)
 
 
+def test_what_reads_a_result_begins_after_its_end():
+    program = operations.operations("""
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %gelu = f32[4]{0} exponential(%x)
+  %seen = f32[2,2]{1,0} bitcast(%gelu)
+  %product = f32[2,2]{1,0} dot(%seen, %seen), lhs_contracting_dims={1}
+  ROOT %other = f32[4]{0} negate(%x)
+}
+""")
+    intervals = [Interval("product", 0, 1), Interval("gelu", 2, 9), Interval("other", 3, 4)]
+    found = traces.ended([*intervals, Interval("product", 5, 8)], program)
+    assert [each.end for each in found] == [1, 5, 4, 8]
+
+
 PROGRAM = """HloModule jit_step
 
 %fused (p: f32[4]) -> f32[4] {
