@@ -88,6 +88,8 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
         with jax.profiler.trace(str(folder), profiler_options=_options()):
             profiled_seconds = run(count)
         intervals = traces.read_intervals(folder, _module(text))
+    if jax.default_backend() == "cpu":
+        intervals = traces.ended(intervals, program)
     return {
         "command": "python -m benchmarks.profile",
         **{name: getattr(arguments, name) for name in ("size", "batch", "dtype", "image_size")},

@@ -3,10 +3,11 @@
     python -m benchmarks.scaling --size vit_h14 --devices 64 --strategy fsdp [--json FILE.json]
     python -m benchmarks.scaling --table --json benchmarks/results/scaling.json
 
-Lowers and compiles the very step that train.py runs, for so many virtual CPU devices, without
-running it, and reads bytes of memory and of collectives from the program. Step times are predicted
-from these by a simple model, whose assumptions are flags (docs/scaling.md). Bytes are per device;
-those of collectives are of the arrays that a device gets, or that a reduce-scatter takes.
+Lowers and compiles the very step that train.py runs on accelerators, for so many virtual CPU
+devices, without running it, and reads bytes of memory and of collectives from the program. Step
+times are predicted from these by a simple model, whose assumptions are flags (docs/scaling.md).
+Bytes are per device; those of collectives are of the arrays that a device gets, or that a
+reduce-scatter takes.
 
 Exits with 2 where a strategy would leave too much of the state whole on every device.
 """
@@ -129,9 +130,7 @@ def lower_step(setup: Setup) -> Step:
     images = jax.ShapeDtypeStruct((batch_size, setup.image_size, setup.image_size, 3), jnp.uint8)
     inputs = (shapes, {"image": images})
     placed = _placed(inputs, (shardings, {"image": NamedSharding(mesh, sharding.BATCH)}))
-    with mock.patch.object(linear, "_on_cpu", return_value=False):  # as accelerators multiply
-        lowered = jitted.lower(*placed)
-    return Step(setup, task, mesh, shapes, shardings, lowered)
+    return Step(setup, task, mesh, shapes, shardings, jitted.lower(*placed))
 
 
 def _make_task(setup: Setup, mesh: Mesh) -> Pretrain:
@@ -360,7 +359,8 @@ def main() -> None:
         mlp_ratio=MLP_RATIOS.get(arguments.size, 4.0),
     )
     try:
-        program = compile_step(setup)
+        with mock.patch.object(linear, "_on_cpu", return_value=False):  # as accelerators multiply
+            program = compile_step(setup)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

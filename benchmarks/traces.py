@@ -95,7 +95,7 @@ def ended(intervals: Sequence[Interval], program: Mapping[str, Operation]) -> li
 
     @functools.cache
     def readers(name: str) -> frozenset[str]:
-        """The operations seen that read a result, be it through others that take no time."""
+        """The operations seen that read a result, be it through others that were not seen."""
         found = users.get(name, [])
         through = (readers(user) for user in found if user not in starts)
         return frozenset(user for user in found if user in starts).union(*through)
@@ -144,7 +144,7 @@ def shares(intervals: Iterable[Interval], program: Mapping[str, Operation]) -> d
     kernels = by_kernel_name(program)
     find = lambda name: program.get(name) or kernels.get(name)
     controls = lambda name: (operation := find(name)) is not None and operation.opcode in CONTROL
-    seen = ended([each for each in intervals if not controls(each.name)], program)
+    seen = [each for each in intervals if not controls(each.name)]
     taken, idle = attribute(seen)
     total = sum(taken.values()) + idle
     categories = dict.fromkeys(CATEGORIES, 0.0) | {IDLE: idle / total}
