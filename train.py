@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         _fail("" if distributed.is_told(error) else str(error))
     except (WorkerError, OSError) as error:  # the latter of a full disk, for one
         _fail(str(error), code=1)
-    except SaveError as error:  # whose threads would have the last word
+    except SaveError as error:  # whose threads may still write
         _fail(str(error), code=1, at_once=True)
     except NonFiniteError as error:
         _fail(str(error) if distributed.is_main() else "", code=3)

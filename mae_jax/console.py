@@ -1,6 +1,7 @@
 """What a person sees: the log, tables, and the progress of long work."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -30,6 +31,17 @@ def setup_logging() -> None:
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
     absl.logging.set_verbosity("fatal")  # orbax tells of every file, and raises what goes wrong
+    sys.unraisablehook = _tell_of_unraisable
+
+
+def _tell_of_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Tells of errors in threads and finalizers, but not of those that only follow from another.
+
+    When a save fails, every write that tensorstore's threads still had to do finds that orbax has
+    closed its event loop: dozens of tracebacks around, and after, the one message that counts.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def only_troubles(process: int) -> None:

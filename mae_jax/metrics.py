@@ -125,10 +125,12 @@ class RunLog:
         self._timed, self._waited, self._paused = 0, 0.0, 0.0  # steps and seconds since then
         self._ready: list[int] = []  # how many batches lay ready, each time one was taken
         columns = (TextColumn("{task.description}"), BarColumn(None))
-        self._bar = Progress(*columns, console=console, auto_refresh=False, expand=True)
-        self._shown = main and console.is_terminal
+        hidden = not (main and console.is_terminal)
+        self._bar = Progress(
+            *columns, console=console, auto_refresh=False, expand=True, disable=hidden
+        )
         self._task = self._bar.add_task("compiling", total=total_steps, completed=start_step)
-        if self._shown and total_steps:
+        if total_steps:
             self._bar.start()
 
     def rewind(self, step: int) -> None:
@@ -251,7 +253,7 @@ class RunLog:
         if self._timed and self._peak:
             values["mfu"] = rate * self._flops / self._peak
         self.scalars(step, values | _memory())
-        if not self._shown:
+        if self._bar.disable:
             log.info("%s", self._bar.tasks[self._task].description)
         self._warn_of_waiting(values.get("data_wait", 0.0))
 
@@ -270,8 +272,7 @@ class RunLog:
                 f"  {rate:,.0f} images/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
             )
         self._bar.update(self._task, completed=step, description=text)
-        if self._shown:
-            self._bar.refresh()
+        self._bar.refresh()
 
     def close(self) -> None:
         """Flushes and closes everything."""
