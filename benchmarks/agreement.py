@@ -9,8 +9,9 @@ Answer = Mapping[str, float]
 TINY = 1e-30  # in place of an update of zero
 # How far a peer may be from mae_jax, by dtype. Measured on CPUs with transformers and the official
 # code, of ViT-Ti and ViT-S, f32 and bf16: "flipped" 1e-7 and 3e-3, where other gradients have 0.5;
-# "update" 2e-5 and 8e-6, where no decay of matrices makes about 1e-3, and float32 rounds parameters
-# of one to 1e-4 of a step; "grad_norm" 1e-5 and 1e-3; "tokens" of bf16 1e-2.
+# and a step in bf16 that predicts 9 of 10 masked patches 2e-2; "update" 2e-5 and 8e-6, where no
+# decay of matrices makes about 1e-3, and float32 rounds parameters of one to 1e-4 of a step;
+# "grad_norm" 1e-5 and 1e-3; "tokens" of bf16 1e-2.
 TOLERANCES = {
     "f32": {
         "loss": 1e-4,
@@ -21,11 +22,11 @@ TOLERANCES = {
         "tokens": 1e-4,
     },
     "bf16": {
-        "loss": 2e-2,
-        "grad_norm": 2e-2,
-        "flipped": 5e-2,
+        "loss": 5e-3,
+        "grad_norm": 5e-3,
+        "flipped": 1e-2,
         "update": 5e-4,
-        "next_loss": 2e-2,
+        "next_loss": 5e-3,
         "tokens": 2e-2,
     },
 }
@@ -72,7 +73,7 @@ def compare_updates(before: Arrays, ours: Arrays, theirs: Arrays) -> dict[str, f
     difference over the median update, of the parameter where that is largest. Key biases, whose
     true gradient is zero, are left out.
     """
-    count, flipped, largest = 0, 0, 0.0
+    count, flipped, differences = 0, 0, []
     for name, start in before.items():
         mine, other = (
             _without_key_bias(name, after[name].astype(np.float32) - start)
@@ -82,8 +83,8 @@ def compare_updates(before: Arrays, ours: Arrays, theirs: Arrays) -> dict[str, f
         flipped += int((np.sign(mine) != np.sign(other)).sum())
         mine, other = _some(mine), _some(other)
         difference = float(np.median(np.abs(mine - other)))
-        largest = max(largest, difference / max(float(np.median(np.abs(mine))), TINY))
-    return {"flipped": flipped / count, "update": largest}
+        differences.append(difference / max(float(np.median(np.abs(mine))), TINY))
+    return {"flipped": flipped / count, "update": float(np.max(differences))}  # nan if one is
 
 
 def _without_key_bias(name: str, update: np.ndarray) -> np.ndarray:

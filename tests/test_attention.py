@@ -41,6 +41,19 @@ def test_an_implementation_that_fails_says_why():
     assert attention_choice.try_xla(SHAPE, jnp.bfloat16).seconds < 60
 
 
+def test_gradients_that_are_no_numbers_are_not_taken(monkeypatch):
+    def broken(packed, gradient):
+        result, backward = right(packed, gradient)
+        return result, backward * jnp.nan
+
+    right = attention_choice._both_ways(Attend(), SHAPE)
+    ways = {Attend(): right, Attend(frozenset([SHAPE])): broken}
+    monkeypatch.setattr(attention_choice, "_both_ways", lambda attend, shape: ways[attend])
+    trial = attention_choice.try_cudnn(SHAPE, jnp.bfloat16)
+    assert trial.seconds == math.inf
+    assert trial.failure == "its results or gradients are off by nan"
+
+
 def test_what_fails_on_a_device_is_not_chosen(monkeypatch, caplog):
     """As on a GPU where cuDNN does not work: here there is none, and the trial is real."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

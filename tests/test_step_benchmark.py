@@ -75,6 +75,14 @@ def test_another_rate_or_decay_is_seen(case, change, dtype):
     assert any(line.startswith("the updates are") for line in lines)
 
 
+def test_parameters_that_are_no_numbers_are_seen(case):
+    params, _, after = case
+    broken = after | {"blocks/attn/qkv/bias": np.full_like(after["blocks/attn/qkv/bias"], np.nan)}
+    compared = agreement.compare_updates(params, after, broken)
+    lines = agreement.disagreements("bf16", answer(), answer(), compared)
+    assert any(line.startswith("the updates are nan") for line in lines)
+
+
 def test_other_gradients_are_seen(case):
     params, gradients, after = case
     rng = np.random.default_rng(1)
