@@ -64,6 +64,20 @@ class TestTransforms:
         ours = EvalTransform((224, 224), 3)(encoded(image))["image"]
         np.testing.assert_array_equal(ours, np.asarray(expected))
 
+    @pytest.mark.parametrize(
+        ("size", "resized", "left"),  # torchvision's, where something has to be rounded
+        [((332, 500), (385, 256), 80), ((334, 500), (383, 256), 80), ((281, 500), (455, 256), 116)],
+    )
+    def test_eval_transform_rounds_as_torchvision(self, size, resized, left):
+        image, transform = noise_image(2, size), EvalTransform((224, 224), 3)
+        across = image.resize(resized, Image.Resampling.BICUBIC)
+        expected = across.crop((left, 16, left + 224, 240))
+        np.testing.assert_array_equal(transform(encoded(image))["image"], np.asarray(expected))
+        image = noise_image(2, size[::-1])
+        upright = image.resize(resized[::-1], Image.Resampling.BICUBIC)
+        expected = upright.crop((16, left, 240, left + 224))
+        np.testing.assert_array_equal(transform(encoded(image))["image"], np.asarray(expected))
+
     @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (64, 64)])
     @pytest.mark.parametrize("channels", [1, 3])
     def test_any_shape_of_image(self, size, channels):

@@ -185,13 +185,14 @@ class EvalTransform:
         if self.squash:
             return {"image": resize(image, self.image_size, self.interpolation)}
         image = _without_ends(image, max(MAX_ASPECT, height / width, width / height))
-        scale = max(height / image.shape[0], width / image.shape[1]) / self.crop
-        shape = (
-            max(height, round(image.shape[0] * scale)),
-            max(width, round(image.shape[1] * scale)),
-        )
+        # Rounded as torchvision's Resize and CenterCrop do it: a pixel moves accuracies.
+        rows, columns = image.shape[:2]
+        if height * columns >= width * rows:  # else the height is what the image has more of
+            shape = int(height / self.crop), int(int(height / self.crop) * columns / rows)
+        else:
+            shape = int(int(width / self.crop) * rows / columns), int(width / self.crop)
         array = resize(image, shape, self.interpolation)
-        top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+        top, left = round((shape[0] - height) / 2), round((shape[1] - width) / 2)
         return {"image": array[top : top + height, left : left + width]}
 
 
