@@ -1,9 +1,9 @@
 """Digests of arrays that do not depend on how these are split over devices.
 
-The bits of each element and its place are hashed to 32 bits, and these summed modulo 2^32, twice
-with other numbers. A change of one element (of up to 4 bytes) always shows, since the hash of one
-place is one to one; any other change but once in 2^64. Sums of integers are the same in any order,
-so each device adds up what it holds.
+The bits of each element (of 8 bytes: of each half) and its place are hashed to 32 bits, and these
+summed modulo 2^32, twice with other numbers. A change of one element always shows, since the hash
+of one place is one to one; any other change but once in 2^64. Sums of integers are the same in any
+order, so each device adds up what it holds.
 """
 
 from collections.abc import Mapping
@@ -36,21 +36,21 @@ def _sums_on_devices(arrays: dict[str, Array]) -> dict[str, list[Array]]:
 
 
 def _sums_on_device(array: Array) -> list[Array]:
-    kind = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    kind = _word(array)
     if array.dtype == jnp.bool_:
         array = array.astype(kind)
     words = jax.lax.bitcast_convert_type(array, kind).astype(jnp.uint32)
     # The place in the flattened array, made per axis: flattening would gather a split array.
-    place, stride = jnp.zeros(array.shape, jnp.uint32), 1
-    for axis in reversed(range(array.ndim)):
-        offset = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        offset = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         place += offset * np.uint32(stride % 2**32)
-        stride *= array.shape[axis]
+        stride *= words.shape[axis]
     return [jnp.sum(_hash(words, place, factor), dtype=jnp.uint32) for factor in FACTORS]
 
 
 def _sums_of_numpy(array: np.ndarray) -> np.ndarray:
-    words = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
+    words = np.ascontiguousarray(array).reshape(-1).view(_word(array))
     total = np.zeros(len(FACTORS), np.uint32)
     for start in range(0, len(words), AT_ONCE):
         part = words[start : start + AT_ONCE].astype(np.uint32)
@@ -58,6 +58,10 @@ def _sums_of_numpy(array: np.ndarray) -> np.ndarray:
         hashes = [_hash(part, place, factor) for factor in FACTORS]
         total += np.array([np.sum(x, dtype=np.uint32) for x in hashes])
     return total
+
+
+def _word(array: Array | np.ndarray) -> np.dtype:
+    return np.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
 
 
 def _hash(words: Any, place: Any, factor: int) -> Any:

@@ -40,6 +40,15 @@ def test_every_flipped_bit_shows(bit):
     assert changed(STATE["stacked"], flip) != digests({"stacked": STATE["stacked"]})
 
 
+@pytest.mark.parametrize("bit", [0, 31, 32, 63])
+def test_every_flipped_bit_of_eight_bytes_shows(bit):
+    """Which have no jax array here, but a file of another framework may hold them."""
+    numbers = RNG.normal(size=100)
+    flipped = numbers.copy()
+    flipped.view(np.uint64)[42] ^= np.uint64(1 << bit)
+    assert digests({"x": flipped}) != digests({"x": numbers})
+
+
 def test_what_keeps_the_sum_of_the_bits_shows_too():
     before = digests({"stacked": STATE["stacked"]})
 
