@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import machine
+from benchmarks import flags, machine
 from configs import ablations, pretrain
 from mae_jax import sharding
 from mae_jax.console import print_rows, progress
@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     arguments = parser.parse_args()
+    flags.check_json(parser, arguments)
     rows = []
     report = {
         "command": "python -m benchmarks.predict_ratio",

@@ -162,7 +162,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--remat", choices=REMAT_POLICIES, default="none")
     parser.add_argument("--scan-unroll", type=int, default=1, help="blocks per iteration")
     parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), default="auto")
-    parser.add_argument("--xla-flags", default="", help="XLA_FLAGS")
+    parser.add_argument("--xla-flags", default=os.environ.get("XLA_FLAGS", ""), help="XLA_FLAGS")
     parser.add_argument("--steps", type=int, default=5, help="to profile")
     parser.add_argument("--trace", type=Path, help="empty folder to leave the trace in")
     parser.add_argument("--json", type=Path, help="file to write")

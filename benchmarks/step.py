@@ -288,7 +288,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--remat", choices=("none", "dots", "full"), default="none", help="of mae_jax (none)")
     add("--scan-unroll", type=count, default=1, help="blocks per iteration, of mae_jax (1)")
     add("--attention", choices=("auto", "xla", "cudnn"), default="auto", help="of mae_jax (auto)")
-    add("--xla-flags", default="", help="XLA_FLAGS of mae_jax")
+    add("--xla-flags", default=os.environ.get("XLA_FLAGS", ""), help="XLA_FLAGS of mae_jax")
     add("--compile-mode", default="default", help="of torch.compile (default)")
     add("--min-ratio", type=positive, help="of the median ratio of time to every peer")
     add("--json", type=Path, help="file to write")
