@@ -83,6 +83,16 @@ def test_every_room_has_a_floor():
     assert rooms - {"__init__"} == {name for rooms in FLOORS for name in rooms}
 
 
+def test_the_map_in_the_readme_has_every_module():
+    page = (ROOT / "README.md").read_text()
+    listed = page.partition("## Where things are")[2].partition("```\n")[2].partition("```")[0]
+    names = {word for word in listed.split() if word.endswith(".py")}
+    modules = {str(path.relative_to(ROOT / "mae_jax")) for path in FILES if path.stem != "__init__"}
+    assert modules - names == set()
+    folders = [ROOT / name for name in ("mae_jax", ".", "configs", "benchmarks")]
+    assert [name for name in names if not any((f / name).exists() for f in folders)] == []
+
+
 def test_importing_the_package_is_light():
     import subprocess
 
