@@ -47,7 +47,9 @@ def run(config: Config, workdir: Path) -> None:
 
 def _check_same(run: Run) -> None:
     """ConfigError unless all processes of the run are about the same."""
-    about = {"config": run.config.to_json_best_effort(), "data set": run.train_source.fingerprint()}
+    if jax.process_count() == 1:
+        return
+    about = {"config": run.config.to_json_best_effort(), "data set": run.fingerprint}
     if run.eval_source:
         about["data.eval_split"] = run.eval_source.fingerprint()
     if isinstance(run.task, Pretrain) and run.task.user_mask is not None:
@@ -63,7 +65,7 @@ def _train(run: Run, stop: StopSignal, watchdog: Watchdog) -> None:
     plain = json.loads(json.dumps(config.to_dict()))  # as it will be read back: without tuples
     meta = {
         "config": plain,
-        "data_fingerprint": run.train_source.fingerprint(),
+        "data_fingerprint": run.fingerprint,
         "classes": list(run.train_source.classes),
         "jax": jax.__version__,
     }
@@ -74,6 +76,12 @@ def _train(run: Run, stop: StopSignal, watchdog: Watchdog) -> None:
 
         state = start()
         start_step = int(state.step)
+        with distributed.together():
+            if start_step > total > 0:
+                raise ConfigError(
+                    f"the run is of {total} steps, and {run.workdir} holds its step {start_step} "
+                    "already: ask for more steps or epochs, or use another --workdir"
+                )
         summary = summary_of(run.workdir, total)
         distributed.check_same({"summary.json": str(summary)})
         if start_step == total > 0 and summary:

@@ -21,7 +21,7 @@ def warmup_cosine(
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"the warm-up ({warmup_steps:g} steps) must be shorter than the whole run "
-            f"({total_steps:g} steps): lower optim.warmup_epochs or optim.warmup_steps"
+            f"({total_steps:g} steps)"
         )
 
     def learning_rate(step):

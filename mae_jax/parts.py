@@ -32,6 +32,7 @@ class Run:
     mesh: jax.sharding.Mesh
     task: Pretrain | Classify
     train_source: Source
+    fingerprint: str  # of the training data; of millions of files it takes a while
     eval_source: Source | None
     loader: Loader | None  # None where nothing is trained
     on_device: bool  # whether crops are resized there
@@ -82,6 +83,7 @@ def build(config: Config, workdir: Path) -> Run:
             mesh=mesh,
             task=task,
             train_source=train_source,
+            fingerprint=train_source.fingerprint(),
             eval_source=eval_source,
             loader=loader,
             on_device=data.resizes_on_device(config, kind),
@@ -185,7 +187,12 @@ def say_hello(run: Run, start_step: int) -> None:
     if config.eval.knn_every_epochs >= 0 and not judges.can_measure_features(
         config, run.train_source, run.eval_source
     ):
-        log.info("k-NN is off: it needs labels and an evaluation split (data.eval_split)")
+        log.info(
+            "k-NN is off: it needs labels and an evaluation split, and %s",
+            "there are no labels"
+            if run.eval_source
+            else f"data.eval_split={config.data.eval_split!r} is not there",
+        )
 
 
 def _count(size: int) -> str:

@@ -34,10 +34,11 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """ValueError unless the batch splits over accumulation steps and devices."""
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be at least 1")
+    for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     parts = accumulate * mesh.size
-    if batch_size < 1 or batch_size % parts:
+    if batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
         use = f"{below} or {above}" if below > 0 else f"{above}"
         raise ValueError(

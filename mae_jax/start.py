@@ -49,6 +49,16 @@ FREE = (
     "resume.",
     "mesh.",
 )
+# Keys whose change makes arrays of other shapes, which no checkpoint can fill.
+SHAPES = (
+    "model.width",
+    "model.depth",
+    "model.patch",
+    "model.channels",
+    "model.mlp_ratio",
+    "model.decoder_width",
+    "model.decoder_depth",
+)
 # Keys that runs of earlier versions did not have, and what they would have been there.
 ADDED = {"decoder.predict_ratio": 1.0}
 
@@ -76,10 +86,12 @@ def check_resume(
       free: keys, or beginnings of keys that end in ".", whose change is only logged.
       allow: keys that the user has allowed to change.
     """
+    if unknown := [key for key in allow if key and key not in {*old, *new}]:
+        raise CheckpointError(f"resume.allow={unknown[0]}: there is no such key")
     refused = []
     for key in sorted({*old, *new}):
         before, after = old.get(key, ADDED.get(key)), new.get(key)
-        if before == after:
+        if before == after or key == "resume.allow":
             continue
         change = f"{key}: {before} -> {after}"
         if key in allow or any(key == f or (f.endswith(".") and key.startswith(f)) for f in free):
@@ -87,11 +99,15 @@ def check_resume(
         else:
             refused.append((key, change))
     if refused:
-        keys = ",".join(key for key, _ in refused)
+        keys = [key for key, _ in refused]
+        shaped = [key for key in keys if key in SHAPES]
+        way = f", or continue it with --config.resume.allow={','.join(keys)}"
+        if shaped:
+            way = f": its arrays are of another shape, by {', '.join(shaped)}"
         raise CheckpointError(
             "the workdir holds a run with another config:\n  "
             + "\n  ".join(change for _, change in refused)
-            + f"\nUse another --workdir, or continue it with --config.resume.allow={keys}"
+            + f"\nUse another --workdir{way}"
         )
 
 

@@ -166,7 +166,7 @@ def test_flatten():
 
 
 class TestCheckResume:
-    OLD = {"seed": 0, "model.width": 32, "mesh.fsdp": 1, "data.path": None}
+    OLD = {"seed": 0, "steps": 9, "model.width": 32, "mesh.fsdp": 1, "data.path": None}
 
     def check(self, allow=(), **changes):
         new = self.OLD | {key.replace("__", "."): value for key, value in changes.items()}
@@ -179,9 +179,20 @@ class TestCheckResume:
 
     def test_others_are_refused_by_name(self):
         with pytest.raises(CheckpointError) as error:
-            self.check(seed=1, model__width=64, mesh__fsdp=2)
+            self.check(seed=1, steps=8, mesh__fsdp=2)
         assert "seed: 0 -> 1" in str(error.value)
-        assert "resume.allow=model.width,seed" in str(error.value)
+        assert str(error.value).endswith("continue it with --config.resume.allow=seed,steps")
+
+    def test_other_shapes_are_no_use_to_allow(self):
+        with pytest.raises(CheckpointError) as error:
+            self.check(seed=1, model__width=64)
+        assert str(error.value).endswith(
+            "Use another --workdir: its arrays are of another shape, by model.width"
+        )
+
+    def test_a_key_that_is_not_there_cannot_be_allowed(self):
+        with pytest.raises(CheckpointError, match="resume.allow=sede: there is no such key"):
+            self.check(seed=1, allow=["sede"])
 
     def test_unless_allowed_by_name(self):
         self.check(seed=1, allow=["seed"])

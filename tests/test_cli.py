@@ -115,6 +115,12 @@ def test_another_model_is_refused_by_key_and_by_parameter(tiny, finished):
     assert "! encoder/cls_token has shape (1, 1, 16), the model needs (1, 1, 32)" in output
 
 
+def test_a_run_that_is_already_longer_is_refused(tiny, finished):
+    workdir, _ = finished
+    output = run(tiny, workdir, "--config.steps=20", "--config.resume.allow=steps", code=2)
+    assert f"error: the run is of 20 steps, and {workdir} holds its step 24 already" in output
+
+
 def test_a_corrupt_image_ends_the_run_with_its_name(tiny, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(8):

@@ -118,6 +118,7 @@ class Encoder(nn.Module):
 def check_width(name: str, width: int, heads: int) -> None:
     """ValueError unless a width suits its number of heads and a 2-D sine-cosine table."""
     if heads < 1 or width % heads:
-        raise ValueError(f"{name}={width} does not divide by its number of heads, {heads}")
+        key = name.replace("width", "heads")
+        raise ValueError(f"{name}={width} does not divide by {key}={heads}")
     if width % 4:
         raise ValueError(f"{name}={width} must be a multiple of 4")

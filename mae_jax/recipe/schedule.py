@@ -1,5 +1,6 @@
 """How long a run is, its learning rate and its optimizer."""
 
+import math
 from dataclasses import dataclass
 
 import optax
@@ -24,13 +25,19 @@ class Duration:
 
 
 def make_duration(config: Config, num_images: int) -> Duration:
+    """The length of a run; ValueError where nothing is left of it, or only its warm-up."""
     per_epoch = max(num_images // config.batch_size, 1)
     total = round(config.epochs * per_epoch) if config.steps is None else config.steps
-    warmup = config.optim.warmup_steps
-    warmup = config.optim.warmup_epochs * per_epoch if warmup is None else warmup
+    key = "warmup_epochs" if config.optim.warmup_steps is None else "warmup_steps"
+    warmup = config.optim[key] * (per_epoch if key == "warmup_epochs" else 1)
     evaluates = config.steps == 0 and config.task == "classify"
     if total < 1 and not evaluates:
         raise ValueError(f"the run has {total} steps: set epochs or steps")
+    if total > 0 and not 0 <= warmup < total:
+        raise ValueError(
+            f"optim.{key}={config.optim[key]:g} is a warm-up of {warmup:g} steps, which must be "
+            f"shorter than the whole run of {total} steps"
+        )
     return Duration(per_epoch, total, warmup)
 
 
@@ -50,23 +57,36 @@ def make_learning_rate(config: Config, duration: Duration) -> optax.Schedule:
     )
 
 
+def _check_optimizer(optim: Config) -> None:
+    """ValueError for numbers that would train nothing, or backwards; nan is among them."""
+    bounds = {
+        "base_lr": (0 <= optim.base_lr < math.inf, "a number from 0 up"),
+        "min_lr": (0 <= optim.min_lr < math.inf, "a number from 0 up"),
+        "weight_decay": (0 <= optim.weight_decay < math.inf, "a number from 0 up"),
+        "b1": (0 <= optim.b1 < 1, "a decay from 0 up to, but not, 1"),
+        "b2": (0 <= optim.b2 < 1, "a decay from 0 up to, but not, 1"),
+        "momentum": (0 <= optim.momentum < 1, "a decay from 0 up to, but not, 1"),
+        "ema": (optim.ema is None or 0 <= optim.ema < 1, "a decay from 0 up to, but not, 1"),
+        "eps": (0 < optim.eps < math.inf, "a number above 0"),
+        "clip_norm": (optim.clip_norm is None or optim.clip_norm > 0, "a number above 0, or None"),
+        "layer_decay": (0 < optim.layer_decay <= 1, "a number above 0, up to 1"),
+    }
+    for key, (holds, wanted) in bounds.items():
+        if not holds:
+            raise ValueError(f"optim.{key}={optim[key]} must be {wanted}")
+    if optim.name == "lars" and (optim.layer_decay != 1 or optim.clip_norm is not None):
+        raise ValueError("optim.layer_decay and optim.clip_norm are adamw's: lars has neither")
+
+
 def make_optimizer(
     config: Config, learning_rate: optax.Schedule, train_last_blocks: int | None
 ) -> optax.GradientTransformation:
-    """The optimizer; `train_last_blocks` as in Classify."""
+    """The optimizer; `train_last_blocks` as in Classify. ValueError for what it cannot be."""
     optim = config.optim
     if optim.name not in OPTIMIZERS:
         raise ValueError(f"optim.name={optim.name!r}; use one of {', '.join(OPTIMIZERS)}")
-    for key in ("base_lr", "min_lr", "weight_decay"):
-        if optim[key] < 0:
-            raise ValueError(f"optim.{key}={optim[key]} must be at least 0")
-    if optim.ema is not None and not 0 <= optim.ema < 1:
-        raise ValueError(f"optim.ema={optim.ema} is a decay from 0 up to, but not, 1")
-    if not 0 < optim.layer_decay <= 1:
-        raise ValueError(f"optim.layer_decay={optim.layer_decay} must lie above 0, up to 1")
+    _check_optimizer(optim)
     if optim.name == "lars":
-        if optim.layer_decay != 1 or optim.clip_norm is not None:
-            raise ValueError("optim.layer_decay and optim.clip_norm are adamw's: lars has neither")
         return lars(
             learning_rate,
             momentum=optim.momentum,

@@ -1,5 +1,6 @@
 """What is trained, and which parameters it starts from."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -26,8 +27,14 @@ TASKS = ("pretrain", "classify")
 
 
 def make_size(config: Config) -> Size:
-    fields = ("width", "depth", "heads", "patch", "decoder_width", "decoder_depth", "decoder_heads")
-    return Size(**{name: config.model[name] for name in fields})
+    """Widths, depths and heads; ValueError for those that cannot be."""
+    size = Size(**{field.name: config.model[field.name] for field in dataclasses.fields(Size)})
+    for name, value in (*vars(size).items(), ("channels", config.model.channels)):
+        if value < 1:
+            raise ValueError(f"model.{name}={value} must be at least 1")
+    if not 1 <= config.model.mlp_ratio * min(size.width, size.decoder_width) < math.inf:
+        raise ValueError(f"model.mlp_ratio={config.model.mlp_ratio} leaves nothing of an MLP")
+    return size
 
 
 def make_task(
@@ -44,8 +51,6 @@ def make_task(
         raise ValueError(f"model.dtype={model.dtype!r}; use 'float32' or 'bfloat16'")
     if len(model.image_size) != 2:
         raise ValueError(f"model.image_size={tuple(model.image_size)} is not a height and a width")
-    if model.channels < 1:
-        raise ValueError(f"model.channels={model.channels} must be at least 1")
     mean, std = (tuple(config.data[key])[: model.channels] for key in ("mean", "std"))
     if len(mean) != model.channels or len(std) != model.channels:
         raise ValueError(
