@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-demo: $(VENV)/.demo  ## pretrain on real photographs in five minutes, with pictures and a table
+demo: $(VENV)/.demo  ## pretrain on real photographs in a few minutes, with pictures and a table
 	$(BIN)/python train.py --config configs/demo.py --workdir runs/demo
 
 test: $(VENV)/.dev  ## run the tests

@@ -1,4 +1,6 @@
-"""Fine-tuning on ImageNet-1k, the paper's recipe (Table 9): layer decay, RandAugment, mixup.
+"""Fine-tuning on ImageNet-1k as the official code does it: layer decay, RandAugment, mixup.
+
+Its learning rates, layer decays and drop paths are of each size; the paper's Table 9 has others.
 
     python train.py --config configs/finetune.py:vit_b16 --workdir runs/finetune_b \\
         --config.init.path=runs/pretrain_b

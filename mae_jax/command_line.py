@@ -1,10 +1,11 @@
 """What the commands that take a checkpoint and images have in common."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from mae_jax.evals.extract import Images, extract
 from mae_jax.evals.reconstruct import check_shown
 from mae_jax.pretrained import Params, Pretrained, load
 from mae_jax.xla import keep_compiled
+
+log = logging.getLogger("mae_jax")
 
 # Errors from below name config keys; here the same values are flags.
 FLAGS = {
@@ -167,6 +170,13 @@ def load_model(arguments: argparse.Namespace) -> tuple[Pretrained, Params]:
         dtype=arguments.dtype,
         **reading(arguments),
     )
+
+
+def warn_of_damage(features: Mapping[str, np.ndarray]) -> None:
+    """Says which features hold numbers that are not finite."""
+    for name, array in features.items():
+        if not np.isfinite(array).all():
+            log.warning("%s holds numbers that are not finite: the weights may be damaged", name)
 
 
 def over_images(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
 import mae_jax
@@ -201,11 +200,7 @@ def _extract(
             return console.progress(batches, len(source), count=console.valid_images)
 
         found = Labelled(*extract(function, Images(len(source), read)))
-        for name, array in found.features.items():
-            if not np.isfinite(array).all():
-                log.warning(
-                    "%s holds numbers that are not finite: the weights may be damaged", name
-                )
+        command_line.warn_of_damage(found.features)
         return found
 
     return all_of(train) if train else None, all_of(test)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -283,10 +284,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "_pixels": "raw pixels",
     }
     names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, averaged parameters"}
-    for measure, label in (("knn_top1", "k-NN top-1"), ("linear_top1", "linear probe top-1")):
+    measures = {"knn_top1": "k-NN top-1", "linear_top1": "linear probe top-1"}
+    of_k = [name for name in summary if re.fullmatch(r"knn_top1_k\d+", name)]
+    measures |= {name: f"k-NN top-1, k = {name.removeprefix('knn_top1_k')}" for name in of_k}
+    for measure, label in measures.items():
         names |= {f"{measure}{kind}": f"{label}, {text}" for kind, text in kinds.items()}
-    of_k = [name for name in summary if name.startswith("knn_top1_k")]
-    names |= {name: f"k-NN top-1, k = {name.removeprefix('knn_top1_k')}" for name in of_k}
     names |= {"final_loss": "final loss", "images_per_second": "images per second"}
     rows = {label: summary[name] for name, label in names.items() if summary.get(name) is not None}
     if interval := summary.get("top1_interval"):
@@ -294,4 +296,5 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         rows["images evaluated"] = summary["eval_images"]
     if "pictures" in summary:
         rows["pictures"] = summary["pictures"]
-    print_table(f"After {summary['steps']} steps", rows)
+    steps = summary["steps"]
+    print_table(f"After {steps} steps" if steps else "Without training", rows)

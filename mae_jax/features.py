@@ -3,7 +3,6 @@
 python -m mae_jax.features IMAGE_OR_DIR... --checkpoint ANY --out features.npz
 """
 
-import logging
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from mae_jax import command_line
 from mae_jax.data.sources import FileSource
 from mae_jax.evals.reconstruct import displayed, figure, save_png
 from mae_jax.whole import whole
-
-log = logging.getLogger("mae_jax")
 
 SHOWN = 16  # images at most in the picture of attention
 
@@ -62,9 +59,7 @@ def main(argv: list[str]) -> None:
     found = command_line.over_images(
         model, source, arguments.batch_size, lambda images: extract(params, images)
     )
-    for name, array in found.items():
-        if not np.isfinite(array).all():
-            log.warning("%s holds numbers that are not finite: the weights may be damaged", name)
+    command_line.warn_of_damage(found)
     found = {"files": np.array([source.key(i) for i in range(len(source))]), **found}
 
     with whole(arguments.out) as part, part.open("wb") as file:

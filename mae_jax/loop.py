@@ -63,7 +63,7 @@ class Training:
                 return state
             self.checkpointer.wait()
             if not left:
-                self._halt(state)
+                self._halt(state, guard.bad_in_a_row)
             left -= 1
             position = int(state.position)
             del state  # there may not be room for two
@@ -127,7 +127,7 @@ class Training:
             note_spike=self.run_log.scalars,
         )
 
-    def _halt(self, state: TrainState) -> NoReturn:
+    def _halt(self, state: TrainState, bad_in_a_row: int) -> NoReturn:
         folder, images = self.run.workdir / "halted", self.run.workdir / "skipped.jsonl"
         with distributed.together():
             if distributed.is_main():
@@ -140,11 +140,11 @@ class Training:
             dumped = f"the state could not be dumped ({error})"
         raise NonFiniteError(
             "the loss or the gradients are no finite numbers, "
-            f"{self.run.config.health.max_bad_steps} time(s) in a row, up to step "
+            f"{bad_in_a_row} time(s) in a row, up to step "
             f"{int(state.step)}. These steps changed nothing; {dumped}, {images} names the images. "
-            "The same command goes back to the last checkpoint; if it comes to this again, lower "
-            "optim.base_lr, set optim.clip_norm=1.0, or let health.rollbacks=1 go round these "
-            "images"
+            "The same command goes back to the last checkpoint, or begins anew where there is "
+            "none; if it comes to this again, lower optim.base_lr, set optim.clip_norm=1.0, or let "
+            "health.rollbacks=1 go round these images"
         )
 
 

@@ -98,6 +98,10 @@ def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
     wrong = differences(needed, {name: found.arrays[name] for name in loaded})
     if wrong:
         advice = ""
+        if any(" encoder/" in line for line in wrong):
+            model = {name: vars(found.info)[name] for name in ("width", "depth", "heads", "patch")}
+            flags = " ".join(f"--config.model.{name}={value}" for name, value in model.items())
+            advice = f"\nThe encoder of the checkpoint is that of {flags}"
         if any(" decoder/" in line for line in wrong):
             advice = (
                 "\nIf only the decoder is another, --config.init.encoder_only=True leaves it out"

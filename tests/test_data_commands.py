@@ -124,7 +124,7 @@ def test_prepare(tmp_path, capsys):
 
 
 def test_what_is_no_data_set(tmp_path):
-    with pytest.raises(DataError, match="/nowhere is not a directory"):
+    with pytest.raises(DataError, match="/nowhere does not exist"):
         data.main(["check", "/nowhere"])
     with pytest.raises(DataError, match="no data set called 'imagenot'"):
         data.main(["check", "imagenot", "--data-dir", str(tmp_path)])

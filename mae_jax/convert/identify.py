@@ -202,7 +202,11 @@ def _heads(facts: dict[str, Any], tower: str, asked: int | None, path: Path) -> 
     """Heads of a tower ("" or "decoder_"): told, asked for, or of a known size; else 0."""
     told = facts.get(f"{tower}heads")
     if asked and told and asked != told:
-        raise ConvertError(f"{path} says that it has {tower}heads={told}, not {asked}")
+        width, depth = (facts[f"{tower}{key}"] for key in ("width", "depth"))
+        raise ConvertError(
+            f"{path} says that it has {tower}heads={told}, not {asked} ({tower}width={width}, "
+            f"{tower}depth={depth}, patch={facts['patch']})"
+        )
     for size in map(vars, SIZES.values()):
         if all(size[f"{tower}{key}"] == facts.get(f"{tower}{key}") for key in ("width", "depth")):
             return told or asked or size[f"{tower}heads"]

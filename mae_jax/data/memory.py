@@ -136,7 +136,7 @@ class InMemory:
         return self._records[index] or self._source[index]
 
     def label(self, index: int) -> int:
-        return self[index]["label"]
+        return self._source.label(index)
 
     def key(self, index: int) -> str:
         return self._source.key(index)

@@ -91,4 +91,4 @@ def _check_name(data: str) -> None:
     """DataError for what can only have been meant as a folder."""
     path = Path(data)
     if path.exists() or path.is_absolute() or data.startswith("."):
-        raise DataError(f"{data} is not a directory")
+        raise DataError(f"{data} {'is not a directory' if path.exists() else 'does not exist'}")

@@ -75,7 +75,8 @@ class FolderSource:
         if (root / split).is_dir():
             root = root / split
         if not root.is_dir():
-            raise DataError(f"data.path={path!r} is not a directory: {root.absolute()}")
+            what = "is not a directory" if root.exists() else "does not exist"
+            raise DataError(f"data.path={path!r} {what}: {root.absolute()}")
         self.root = root
         self.scan = _walk(root)
         self.files = self.scan.files

@@ -80,10 +80,10 @@ def check_grid(grid: tuple[int, int], kept: int) -> None:
 
 
 def block_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:
-    """Masks rectangles until no further one fits, then single patches (Table 1f, "block").
+    """Masks rectangles, then single patches where no more fit (Table 1f, "block").
 
     As BEiT does (Bao et al. 2022, algorithm 1): a rectangle has between 16 patches and what is
-    still to be masked, and an aspect ratio between 0.3 and 1 / 0.3.
+    still to be masked, and an aspect ratio between 0.3 and 1 / 0.3. Of 64, those that fit count.
     """
     noise_key, block_key = jax.random.split(key)
     noise = jax.random.uniform(noise_key, (batch, grid[0] * grid[1]))
