@@ -130,14 +130,27 @@ def test_bad_model_values():
         get_size("vit_b32")
 
 
-def test_reconstruction_uses_true_or_visible_statistics():
+def test_reconstruction_uses_true_or_visible_statistics(plain):
+    """True ones change with what is masked, those of visible patches do not."""
     task = make_task(norm_pix=True)
-    params = jax.jit(task.init)(jax.random.key(1))
-    images = jnp.full((2, 24, 32, 5), 90, jnp.uint8)
-    mask = task.draw_mask(jax.random.key(3), 2)
-    for stats in ("gt", "visible"):  # a constant image has the same statistics everywhere
-        out = task.reconstruct(params, images, mask, stats)
-        assert out.dtype == jnp.uint8
-        assert abs(int(out.max()) - 90) <= 1
+    params, *_ = plain
+    mask = task.draw_mask(jax.random.key(3), 1)
+    hidden = mask.as_bool().reshape(3, 4).repeat(8, axis=0).repeat(8, axis=1)[..., None]
+    image = np.linspace(20, 220, 24 * 32).reshape(24, 32, 1).repeat(5, axis=-1)
+    images = jnp.array([image, np.where(hidden, image / 2, image), np.full_like(image, 90)])
+    images = images.astype(jnp.uint8)
+    masks = jax.tree.map(lambda x: x.repeat(3, axis=0), mask)
+    reconstruct = lambda params, stats: task.reconstruct(params, images, masks, stats)
+    made = jax.jit(lambda params: [reconstruct(params, stats) for stats in ("gt", "visible")])
+    true, visible = np.array(made(params))
+    assert true.dtype == visible.dtype == np.uint8
+    true, visible = np.int32(true), np.int32(visible)
+    assert np.abs(true[0] - visible[0]).mean() > 5
+    np.testing.assert_array_equal(visible[1], visible[0])
+    darker = np.where(hidden, true[0] - true[1], 0)
+    assert darker.sum() / (5 * hidden.sum()) > 20
+    np.testing.assert_array_equal(true[0] - true[1], darker)
+    for constant in (true[2], visible[2]):  # has the same statistics everywhere
+        assert abs(constant.max() - 90) <= 1
     with pytest.raises(ValueError, match="stats='none'"):
-        task.reconstruct(params, images, mask, "none")
+        reconstruct(params, "none")
