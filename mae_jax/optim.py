@@ -124,6 +124,7 @@ def lars(
     *,
     momentum: float,
     weight_decay: float,
+    without_decay: Collection[str] = (),
     trust_coefficient: float = 1e-3,
     train_last_blocks: int | None = None,
 ) -> optax.GradientTransformation:
@@ -132,8 +133,9 @@ def lars(
     As in the reference: weight decay and trust ratio for matrices only, then momentum without
     Nesterov, and the learning rate last, on the momentum (`optax.lars` has it before).
     """
+    mask = lambda params: decay_mask(params, without_decay)
     update = optax.chain(
-        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.add_decayed_weights(weight_decay, mask),
         optax.stateless(lambda updates, params: _trust(updates, params, trust_coefficient)),
         optax.trace(momentum),
         optax.scale_by_learning_rate(learning_rate),

@@ -49,6 +49,7 @@ FLAVOURS = {
     "on device": (pretrain, {"data.resize_on": "device"}),
     "finetune": (finetune, {}),
     "linprobe": (linprobe, {}),
+    "lars": (finetune, {"optim.name": "lars", "optim.layer_decay": 1.0}),
     "on fixed images": (linprobe, {"data.augment": "none"}),
     "knn": (knn, {"steps": 0, "classify.head": True}),
 }
@@ -323,7 +324,8 @@ FINETUNED = partial(
     PRETRAINED, b2=0.999, layer_decay=0.65, without_decay=("cls_token", "pos_embed")
 )
 PROBED = partial(lars, momentum=0.9, weight_decay=0.0, train_last_blocks=0)
-OPTIMIZERS = {"pretrain": PRETRAINED, "finetune": FINETUNED, "linprobe": PROBED}
+LARS = partial(lars, momentum=0.9, weight_decay=0.05, without_decay=("cls_token", "pos_embed"))
+OPTIMIZERS = {"pretrain": PRETRAINED, "finetune": FINETUNED, "linprobe": PROBED, "lars": LARS}
 OPTIMIZER_ROWS = [
     ("pretrain", "optim.b1", 0.5, partial(PRETRAINED, b1=0.5)),
     ("pretrain", "optim.b2", 0.5, partial(PRETRAINED, b2=0.5)),
@@ -333,6 +335,7 @@ OPTIMIZER_ROWS = [
     ("finetune", "optim.layer_decay", 0.5, partial(FINETUNED, layer_decay=0.5)),
     ("finetune", "optim.decay_embeddings", True, partial(FINETUNED, without_decay=())),
     ("finetune", "optim.train_last_blocks", 1, partial(FINETUNED, train_last_blocks=1)),
+    ("lars", "optim.decay_embeddings", True, partial(LARS, without_decay=())),
     ("linprobe", "optim.momentum", 0.5, partial(PROBED, momentum=0.5)),
     ("linprobe", "optim.weight_decay", 0.5, partial(PROBED, weight_decay=0.5)),
     ("linprobe", "optim.train_last_blocks", None, partial(PROBED, train_last_blocks=None)),

@@ -86,11 +86,13 @@ def make_optimizer(
     if optim.name not in OPTIMIZERS:
         raise ValueError(f"optim.name={optim.name!r}; use one of {', '.join(OPTIMIZERS)}")
     _check_optimizer(optim)
+    without_decay = () if optim.decay_embeddings else ("cls_token", "pos_embed")
     if optim.name == "lars":
         return lars(
             learning_rate,
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
+            without_decay=without_decay,
             train_last_blocks=train_last_blocks,
         )
     return adamw(
@@ -99,7 +101,7 @@ def make_optimizer(
         b2=optim.b2,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        without_decay=() if optim.decay_embeddings else ("cls_token", "pos_embed"),
+        without_decay=without_decay,
         clip_norm=optim.clip_norm,
         layer_decay=optim.layer_decay,
         train_last_blocks=train_last_blocks,
