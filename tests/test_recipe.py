@@ -440,17 +440,21 @@ def test_evaluation_skips_as_many_bad_images_as_it_may(folder, tmp_path):
         (tmp_path / f"{number}.png").write_bytes(b"no image")
         Image.new("RGB", (20, 30)).save(tmp_path / f"good{number}.png")
 
-    def valid(**changes):
+    def parts(**changes):
         changes = {f"data.{name}": value for name, value in changes.items()}
-        config = config_of("pretrain", tmp_path, changes)
-        source = data.make_train_source(config, tmp_path)
-        return sum(b["valid"].sum() for b in data.make_images(config, source, make_mesh()).read())
+        return Parts(config_of("pretrain", tmp_path, changes | {"eval.pictures": 8}), tmp_path)
 
-    assert valid(on_bad="skip", max_bad=4) == 4
-    with pytest.raises(DataError, match="data.max_bad=3"):
-        valid(on_bad="skip", max_bad=3)
-    with pytest.raises(DataError, match="is bad"):
-        valid()
+    def valid(parts):
+        images = data.make_images(parts.config, parts.train_source, make_mesh())
+        return sum(batch["valid"].sum() for batch in images.read())
+
+    assert valid(parts(on_bad="skip", max_bad=4)) == 4
+    assert parts(on_bad="skip", max_bad=4).pictures_drawn == 8
+    for few in (parts(on_bad="skip", max_bad=3), parts()):
+        with pytest.raises(DataError, match=r"data.max_bad=3|is bad"):
+            valid(few)
+        with pytest.raises(DataError, match=r"data.max_bad=3|is bad"):
+            _ = few.judges
 
 
 def test_a_decoder_is_left_out_where_asked(folder, golden):

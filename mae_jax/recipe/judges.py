@@ -109,9 +109,10 @@ def can_measure_features(config: Config, train_source: Source, eval_source: Sour
 def _make_pictures(config: Config, task: Pretrain, source: Source) -> Pictures:
     # Pictures show the same images under the same masks over the whole run.
     source = evenly_spaced(source, config.eval.pictures)
-    skip = config.data.on_bad == "skip"
+    skip, max_bad = config.data.on_bad == "skip", config.data.max_bad
     transform = make_eval_transform(config)
-    batch = next(iter(ordered_batches(source, transform, len(source), skip=skip)))
+    batches = ordered_batches(source, transform, len(source), skip=skip, max_bad=max_bad)
+    batch = next(iter(batches))
     mask = task.draw_mask(jax.random.key(0), len(source))
     show = check_shown(config.eval.show_channels, config.model.channels)
     return Pictures(task, np.asarray(batch["image"]), mask, config.eval.stats, show)
