@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -413,8 +414,6 @@ def test_a_run_to_huggingface_and_timm(run, tmp_path, caplog):
 
 
 def test_a_damaged_step_gives_way_to_the_one_before(run, tmp_path, caplog):
-    import shutil
-
     workdir = tmp_path / "copy"
     shutil.copytree(run[0], workdir)
     for file in (workdir / "checkpoints" / "10" / "params").rglob("*"):
@@ -537,8 +536,6 @@ def test_odd_metadata(golden, tmp_path):
 
 
 def test_odd_config_json(golden, tmp_path):
-    import shutil
-
     folder = tmp_path / "hf"
     shutil.copytree(golden / "hf/hf_tiny/pretrained_v4", folder)
     good = json.loads((folder / "config.json").read_text())
@@ -560,6 +557,33 @@ def test_odd_config_json(golden, tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
     with pytest.raises(ConvertError, match="names model-2.safetensors, which is not there"):
         weights.read(folder)
+
+
+@pytest.mark.parametrize("dialect", ["hf", "timm"])
+def test_a_directory_that_lost_its_last_blocks(golden, tmp_path, dialect):
+    """Its tensors alone would make a whole, if shallower, model."""
+    weights.write(weights.read(golden / OFFICIAL, **HEADS), tmp_path / "d", dialect)
+    file = tmp_path / "d" / "model.safetensors"
+    tensors = load_file(file)  # without the metadata of ours, as others write it
+    lost, key = dict(hf=("layer.1.", "num_hidden_layers"), timm=("blocks.1.", "depth"))[dialect]
+    save_file({name: x for name, x in tensors.items() if lost not in name}, file)
+    with pytest.raises(ConvertError, match=rf"config.json contradicts .* {key}=2 \(its tensors: 1"):
+        weights.read(tmp_path / "d")
+
+
+def test_sizes_of_config_json_that_are_not_those_of_the_tensors(golden, tmp_path):
+    shutil.copytree(golden / "hf/hf_tiny/pretrained_v4", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    good = json.loads(path.read_text())
+    for key in (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "num_channels"),
+        *("decoder_hidden_size", "decoder_intermediate_size", "decoder_num_hidden_layers"),
+    ):
+        path.write_text(json.dumps(good | {key: 2 * good[key]}))
+        with pytest.raises(ConvertError, match=f" {key}={2 * good[key]} .its tensors: {good[key]}"):
+            weights.read(tmp_path / "hf")
+    path.write_text(json.dumps(good | {"patch_size": [good["patch_size"]] * 2}))
+    weights.read(tmp_path / "hf")
 
 
 def test_tensors_that_are_no_floats(golden, tmp_path):

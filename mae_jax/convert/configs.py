@@ -49,6 +49,33 @@ def _preprocessing(preprocessor: Json) -> Json:
     return facts
 
 
+# What config.json tells of sizes that the tensors show: HuggingFace's keys, and timm's model_args.
+_SIZES = (
+    *("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "intermediate_size"),
+    *("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_intermediate_size"),
+    *("embed_dim", "depth", "in_chans"),
+)
+
+
+def sizes(config: Json) -> Json:
+    """Those of config.json, or of its model_args, that the tensors show as well."""
+    told = {key: config[key] for key in _SIZES if key in config}
+    patch = told.get("patch_size")
+    if isinstance(patch, list) and len(set(patch)) == 1:
+        told["patch_size"] = patch[0]
+    return told
+
+
+def contradictions(told: Json, info: Info) -> list[str]:
+    """What `sizes` tells otherwise than the tensors; a decoder that is not there is no matter."""
+    made = hf_config(info) | timm_arguments(info)
+    return [
+        f"{key}={value} (its tensors: {made[key]})"
+        for key, value in told.items()
+        if key in made and value != made[key]
+    ]
+
+
 def hf_config(info: Info) -> Json:
     """config.json of ViTMAEForPreTraining, ViTMAEModel or ViTForImageClassification."""
     square = info.image_size[0] == info.image_size[1]

@@ -32,11 +32,13 @@ class Found:
     """tensors: by their own names; facts: fields of an `Info` that are told beside them.
 
     dialect: where something beside the tensors tells it.
+    sizes: as config.json tells them, which have to be those of the tensors.
     """
 
     tensors: dict[str, np.ndarray]
     facts: dict[str, Any] = field(default_factory=dict)
     dialect: str | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 def load(path: Path, *, ema: bool = False) -> Found:
@@ -149,11 +151,13 @@ def _load_directory(path: Path) -> Found:
         if "architecture" in config:
             found.dialect = "timm"
             found.facts |= configs.timm_facts(config)
+            found.sizes = configs.sizes(config.get("model_args", {}))
         elif config.get("model_type") in ("vit_mae", "vit"):
             told = configs.hf_facts(config, preprocessor)
             if found.facts.get("target") == "unknown":  # which config.json cannot say
                 told.pop("target", None)
             found.facts |= told
+            found.sizes = configs.sizes(config)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         # Its values may be of any type; what is told here is checked once more as an Info.
         raise ConvertError(f"{path / 'config.json'} holds odd values: {error}") from error

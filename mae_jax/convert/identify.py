@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mae_jax.convert.configs import contradictions
 from mae_jax.convert.files import Found
 from mae_jax.convert.info import (
     DEFAULTS,
@@ -65,6 +66,7 @@ def identify(
         facts |= {name: asked} if asked is not None else {}
     try:
         info = _complete(layout, facts, path)
+        _check_sizes(found, info, path)
         _check_heads(info, need_heads, path)
         shapes = parameter_shapes(info)
     except ValueError as error:
@@ -77,6 +79,15 @@ def _refuse(path: Path, layout: Layout, lines: list[str]) -> None:
     if lines:
         listed = "\n  ".join(lines)
         raise ConvertError(f"{path} does not fit {layout}; nothing was read from it:\n  {listed}")
+
+
+def _check_sizes(found: Found, info: Info, path: Path) -> None:
+    """ConvertError where config.json tells of another model: of more blocks, as a rule."""
+    if odd := contradictions(found.sizes, info):
+        raise ConvertError(
+            f"{path / 'config.json'} contradicts the weights beside it: {', '.join(odd)}. "
+            "Some of the weights are missing, or one of the files is another model's"
+        )
 
 
 def _check_types(tensors: Arrays, path: Path) -> None:
