@@ -199,6 +199,9 @@ def test_sharded_directory(golden, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (tmp_path / "config.json").write_text((whole / "config.json").read_text())
     assert_same(weights.read(tmp_path).arrays, weights.read(whole).arrays)
+    save_file({name: tensors[name] for name in names[1:-2:2]}, tmp_path / file)
+    with pytest.raises(ConvertError, match=rf"that its files lack: {names[-1]} \({file}\)$"):
+        weights.read(tmp_path)
 
 
 # ---------------------------------------------------------------- the numbers of the others
@@ -556,6 +559,9 @@ def test_odd_config_json(golden, tmp_path):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
     with pytest.raises(ConvertError, match="names model-2.safetensors, which is not there"):
+        weights.read(folder)
+    index.write_text(json.dumps({"weight_map": {"a": 1}}))
+    with pytest.raises(ConvertError, match="index.json has no weight_map"):
         weights.read(folder)
 
 

@@ -144,7 +144,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _load_directory(path: Path) -> Found:
-    found = _merge([_load_file(file) for file in _weight_files(path)])
+    found = _load_weights(path)
     config = _read_json(path / "config.json")
     preprocessor = _read_json(path / "preprocessor_config.json")
     try:
@@ -170,19 +170,19 @@ def _load_directory(path: Path) -> Found:
     return found
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The files that hold a directory's weights: as HuggingFace names them, or the only one."""
+def _load_weights(path: Path) -> Found:
+    """A directory's weights: in files that HuggingFace names so, or in its only one."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
-            return [path / name]
+            return _load_file(path / name)
         index = path / f"{name}.index.json"
         if index.is_file():
-            return _shards(index)
+            return _load_shards(index)
     if (path / "checkpoints").is_dir():
         raise ConvertError(f"{path} is a run without a checkpoint yet")
     found = weight_names(path)
     if len(found) == 1:
-        return [path / found[0]]
+        return _load_file(path / found[0])
     named = f" ({', '.join(found[:5])}): name one of them" if found else ": name a weights file"
     raise ConvertError(f"{path} is no run and holds {len(found) or 'no'} weights files{named}")
 
@@ -193,23 +193,21 @@ def weight_names(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir() if file.suffix.lower() in suffixes)
 
 
-def _shards(index: Path) -> list[Path]:
-    names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict):
+def _load_shards(index: Path) -> Found:
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ConvertError(f"{index} has no weight_map: it does not say where the tensors are")
-    shards = [index.parent / name for name in sorted(set(names.values()))]
+    shards = [index.parent / name for name in sorted(set(files.values()))]
     for shard in shards:
         if not shard.is_file():
             raise ConvertError(f"{index} names {shard.name}, which is not there")
-    return shards
-
-
-def _merge(parts: list[Found]) -> Found:
-    merged = Found({})
-    for part in parts:
-        merged.tensors |= part.tensors
-        merged.facts |= part.facts
-    return merged
+    found = Found({})
+    for part in map(_load_file, shards):
+        found.tensors |= part.tensors
+        found.facts |= part.facts
+    if lacking := [f"{name} ({file})" for name, file in files.items() if name not in found.tensors]:
+        raise ConvertError(f"{index} names tensors that its files lack: {', '.join(lacking)}")
+    return found
 
 
 def save(path: Path, dialect: str, tensors: dict[str, np.ndarray], info: Info) -> None:
