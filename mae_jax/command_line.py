@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,17 +23,18 @@ from mae_jax.xla import keep_compiled
 
 log = logging.getLogger("mae_jax")
 
-# Errors from below name config keys; here the same values are flags.
+# Errors from below name config keys; here the same values are flags. They also name files and
+# quote code, which stay as they are: model.safetensors, torch.save(model.state_dict(), ...).
 FLAGS = {
-    "mask.ratio=": "--mask-ratio ",
-    "mask.kind=": "--mask ",
-    "model.image_size=": "--image-size ",
-    "model.patch=": "",
-    "model.channels=": "--channels ",
-    "model.": "",
-    "eval.show_channels=": "--show ",
-    "data.image_feature names it": "--image-feature names it",
-    "data.path": "--data-dir",
+    r"mask\.ratio=": "--mask-ratio ",
+    r"mask\.kind=": "--mask ",
+    r"model\.image_size=": "--image-size ",
+    r"model\.patch=": "",
+    r"model\.channels=": "--channels ",
+    r"model\.(?=\w+=)": "",
+    r"eval\.show_channels=": "--show ",
+    r"data\.image_feature names it": "--image-feature names it",
+    r"data\.path(?![\w/.])": "--data-dir",
 }
 
 
@@ -218,7 +220,7 @@ def images_said(number: int) -> str:
 def as_flags(message: str) -> str:
     """A message from below with flags in place of keys."""
     for key, flag in FLAGS.items():
-        message = message.replace(key, flag)
+        message = re.sub(rf"(?<![\w./-]){key}", flag, message)  # no part of a longer name
     return message
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from test_convert import HEADS, OFFICIAL
 
 import mae_jax
-from mae_jax import features, predict, reconstruct
+from mae_jax import command_line, features, predict, reconstruct
 from mae_jax.convert import weights
 from mae_jax.convert.info import ConvertError
 from mae_jax.data.sources import DataError
@@ -137,6 +137,38 @@ def test_odd_values_of_flags(images, tmp_path, capsys, flag, value, message):
     with pytest.raises(SystemExit, match="2"):
         reconstruct.main([str(images), "--checkpoint", "x", "--out", out, f"{flag}={value}"])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("model.image_size=(9, 9), patches of model.patch=8", "--image-size (9, 9), patches of 8"),
+        ("an image of model.channels=4", "an image of --channels 4"),
+        ("model.width=10 must be a multiple of 4", "width=10 must be a multiple of 4"),
+        ("mask.ratio=2 and mask.kind='grid'", "--mask-ratio 2 and --mask 'grid'"),
+        ("data.path='x' is not a directory", "--data-dir='x' is not a directory"),
+        ("needs data.path, the folder", "needs --data-dir, the folder"),
+    ],
+)
+def test_errors_name_flags(message, shown):
+    assert command_line.as_flags(message) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/a/model.safetensors",
+        "model.a.safetensors",
+        "pytorch_model.bin",
+        "a/model.depth=2/x.pth",
+        "data.path/0.png",
+        "old_data.path",
+        "torch.save(model.state_dict(), ...)",
+        "--config.data.path=/images",
+    ],
+)
+def test_errors_leave_files_and_code_alone(text):
+    assert command_line.as_flags(f"cannot read {text}: no") == f"cannot read {text}: no"
 
 
 def test_images_of_the_wrong_kind(golden):
