@@ -598,6 +598,27 @@ def test_tensors_that_are_no_floats(golden, tmp_path):
         weights.read(spoil(golden, tmp_path, change), **HEADS)
 
 
+@pytest.mark.parametrize("types", [("bfloat16", "float16"), ("float32", "float16")])
+def test_blocks_of_different_types(golden, tmp_path, types):
+    """Our arrays hold all blocks, and to make them alike would change the bits of some."""
+    first, other = map(jnp.dtype, types)
+
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(other if "blocks.1.mlp.fc1" in name else first)
+
+    path = spoil(golden, tmp_path, change)
+    with pytest.raises(ConvertError) as raised:
+        weights.read(path, **HEADS)
+    assert str(raised.value).count("\n") == 2
+    line = f"! blocks.1.mlp.fc1.bias is {other}, but blocks.0.mlp.fc1.bias is {first}: give all"
+    assert line in str(raised.value)
+    uneven = lambda tensors: tensors.update(  # noqa: E731
+        {name: x.astype(np.float16) for name, x in tensors.items() if "mlp" in name}
+    )
+    weights.read(spoil(golden, tmp_path, uneven), **HEADS)
+
+
 def test_a_stray_block_is_unexpected_and_does_not_make_the_others_missing(golden, tmp_path):
     change = lambda tensors: tensors.update(  # noqa: E731
         {"blocks.9.norm1.weight": np.zeros(32, np.float32)}

@@ -38,15 +38,31 @@ def recognise(names: Iterable[str], dialect: str | None, where: str) -> Layout:
 
 
 def check(layout: Layout, shapes: Shapes, found: Mapping[str, np.ndarray], patch: int) -> list[str]:
-    """A line for every tensor of theirs that is missing, unexpected or of another shape."""
-    wanted = {}
+    """A line for every tensor of theirs that is missing, unexpected or of another shape or type."""
+    wanted, mixed = {}, []
     for row in layout.rows:
         if row.ours in shapes:
             shape = shapes[row.ours]
             blank = np.broadcast_to(np.float32(0), shape[1:] if row.stacked else shape)
-            for names in row.names(shape[0] if shape else 0):
-                wanted |= dict(zip(names, row.inverse(blank, patch)))
-    return differences(wanted, found)
+            names = row.names(shape[0] if shape else 0)
+            for several in names:
+                wanted |= dict(zip(several, row.inverse(blank, patch)))
+            mixed += _mixed([name for several in names for name in several], found)
+    return differences(wanted, found) + mixed
+
+
+def _mixed(names: list[str], found: Mapping[str, np.ndarray]) -> list[str]:
+    """A line for each tensor of another type than the first of those that make one array of ours.
+
+    To stack them would change the bits of some.
+    """
+    types = {name: found[name].dtype for name in names if name in found}
+    first = next(iter(types), "")
+    return [
+        f"! {name} is {dtype}, but {first} is {types[first]}: give all blocks one type"
+        for name, dtype in types.items()
+        if dtype != types[first]
+    ]
 
 
 def _packed(array: np.ndarray) -> np.ndarray:
