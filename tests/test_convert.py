@@ -592,6 +592,19 @@ def test_sizes_of_config_json_that_are_not_those_of_the_tensors(golden, tmp_path
     weights.read(tmp_path / "hf")
 
 
+@pytest.mark.parametrize(("name", "value"), [("act_layer", "gelu_tanh"), ("no_embed_class", True)])
+def test_arguments_of_timm_that_there_is_no_model_for(golden, tmp_path, name, value):
+    weights.write(weights.read(golden / OFFICIAL, **HEADS), tmp_path / "timm", "timm")
+    path = tmp_path / "timm" / "config.json"
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"model_args": good["model_args"] | {name: value}}))
+    with pytest.raises(ConvertError, match=f"model_args has {name}={value!r}"):
+        weights.read(tmp_path / "timm")
+    known = {"act_layer": "gelu", "no_embed_class": False}
+    path.write_text(json.dumps(good | {"model_args": good["model_args"] | known}))
+    weights.read(tmp_path / "timm")
+
+
 def test_tensors_that_are_no_floats(golden, tmp_path):
     change = lambda tensors: tensors.update({"norm.bias": np.zeros(32, np.int8)})  # noqa: E731
     with pytest.raises(ConvertError, match=r"not floating point: norm.bias \(int8\)"):

@@ -131,11 +131,29 @@ def hf_preprocessor(info: Info) -> Json:
     }
 
 
+# timm's arguments that change what a model computes and leave no trace in its tensors.
+_TIMM_ONLY = {
+    "act_layer": (None, "gelu"),
+    "no_embed_class": (None, False),
+    "pool_include_prefix": (None, False),
+}
+
+
+def _check_timm(arguments: Json) -> None:
+    for name, known in _TIMM_ONLY.items():
+        if arguments.get(name) not in known:
+            raise ConvertError(
+                f"config.json: model_args has {name}={arguments[name]!r}; only {known[-1]!r} is "
+                "known here, and the tensors alone would be read as that"
+            )
+
+
 def timm_facts(config: Json) -> Json:
     """Fields of an `Info` that a timm hub directory's config.json tells."""
     facts: Json = {}
     pretrained = config.get("pretrained_cfg", {})
     arguments = config.get("model_args", {})
+    _check_timm(arguments)
     for name in ("mean", "std"):
         if name in pretrained:
             facts[name] = tuple(pretrained[name])
