@@ -102,6 +102,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decoder-num-heads", dest="decoder_heads", type=count)
     group.add_argument("--layer-norm-eps", type=positive)
     group.add_argument("--target", choices=TARGETS, help="what its decoder predicts")
+    group.add_argument("--pool", choices=("cls", "mean"), help="what its head takes")
     group.add_argument(
         "--grid-size",
         dest="grid_size",
@@ -114,7 +115,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 def reading(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_reading`, for `weights.read`."""
-    names = ("dialect", "heads", "decoder_heads", "layer_norm_eps", "target", "ema")
+    names = ("dialect", "heads", "decoder_heads", "layer_norm_eps", "target", "pool", "ema")
     return {name: vars(arguments)[name] for name in names} | {"grid": arguments.grid_size}
 
 

@@ -253,6 +253,19 @@ def test_official_classifier(golden, name):
     assert_close(outputs.logits, io["logits"])
 
 
+def test_the_pooling_that_a_bare_file_does_not_tell(golden, tmp_path, caplog):
+    source = golden / "vit/v0_cls/state_dict.safetensors"
+    with caplog.at_level(logging.INFO):
+        assert weights.read(source, heads=2).info.pool == "cls"
+    assert "defaults of official hold:" in caplog.text
+    assert "pool=cls" in caplog.text
+    argv = [str(source), str(tmp_path / "timm"), "--to", "timm", "--num-heads", "2"]
+    command.main([*argv, "--pool", "mean"])
+    assert weights.read(tmp_path / "timm").info.pool == "mean"
+    with pytest.raises(ConvertError, match="pool='max', which is not one of"):
+        weights.read(source, heads=2, pool="max")
+
+
 def test_linear_probe_with_its_batch_norm(golden, tmp_path):
     tensors = load_file(golden / "vit/v0_cls/state_dict.safetensors")
     io = load_file(golden / "vit/v0_cls/io.safetensors")

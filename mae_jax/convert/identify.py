@@ -34,6 +34,7 @@ def identify(
     decoder_heads: int | None = None,
     layer_norm_eps: float | None = None,
     target: str | None = None,
+    pool: str | None = None,
     grid: tuple[int, int] | None = None,
     need_heads: Collection[str] = ("encoder", "decoder"),
 ) -> tuple[Layout, Info, Shapes]:
@@ -42,7 +43,7 @@ def identify(
     Args:
       dialect: "mae_jax", "official", "hf" or "timm"; None recognises it by the names of tensors.
       heads, decoder_heads: where the file does not tell, and the size is not a known one.
-      layer_norm_eps, target: instead of what the file or its dialect says.
+      layer_norm_eps, target, pool: instead of what the file or its dialect says.
       grid: rows and columns of patches, where they are not as many and the file does not tell.
       need_heads: of which an unknown number of heads is an error.
 
@@ -60,7 +61,8 @@ def identify(
         facts["decoder_heads"] = _heads(facts, "decoder_", decoder_heads, path)
     else:  # config.json may tell of one that is not there
         facts |= {"decoder_heads": 0, "target": "unknown"}
-    for name, asked in (("target", target), ("layer_norm_eps", layer_norm_eps)):
+    said = {"target": target, "layer_norm_eps": layer_norm_eps, "pool": pool}
+    for name, asked in said.items():
         if asked is not None and facts.get(name, asked) not in (asked, "unknown"):
             log.warning("%s says %s=%s; %s is what you say", path, name, facts[name], asked)
         facts |= {name: asked} if asked is not None else {}

@@ -141,8 +141,8 @@ _COMMON: dict[str, Any] = dict(
 )
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mae_jax": _COMMON,
-    "official": _COMMON,
-    "timm": _COMMON | dict(crop=0.9),
+    "official": _COMMON | dict(pool="cls"),
+    "timm": _COMMON | dict(crop=0.9, pool="cls"),
     "hf": _COMMON | dict(layer_norm_eps=1e-12, resize="squash", crop=1.0, interpolation="bilinear"),
 }
 
