@@ -139,6 +139,26 @@ def test_files_that_are_no_checkpoints(golden, tmp_path):
         assert "\n" not in str(raised.value)
 
 
+def test_a_flipped_bit_is_noticed(tmp_path, truth):
+    path = tmp_path / "a.pth"
+    torch.save({"model": {n: torch.from_numpy(x) for n, x in truth.items()}}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConvertError, match=r"a.pth is truncated or damaged: .*another checksum"):
+        read(path)
+
+
+def test_sums_that_torch_was_told_to_leave_out(tmp_path, truth):
+    tensors = {name: torch.from_numpy(array) for name, array in truth.items()}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": tensors}, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read(tmp_path / "a.pth").info.depth == 2
+
+
 def test_resnet(tmp_path):
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
     torch.save(layer.state_dict(), tmp_path / "resnet.pth")
