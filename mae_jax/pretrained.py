@@ -173,8 +173,8 @@ class Pretrained:
                 "such as the official mae_finetuned_vit_base.pth"
             )
 
-    def task(self, *, mask: str = "random", mask_ratio: float = 0.75) -> Pretrain:
-        """The pretraining objective of a checkpoint with a decoder.
+    def task(self, *, mask: str = "random", mask_ratio: float | None = None) -> Pretrain:
+        """The pretraining objective of a checkpoint with a decoder; with its mask ratio, or yours.
 
         Raises:
           ConvertError: it has none, or does not tell what its decoder predicts.
@@ -205,7 +205,7 @@ class Pretrained:
             mean=info.mean,
             std=info.std,
             mask=mask,
-            mask_ratio=mask_ratio,
+            mask_ratio=info.mask_ratio if mask_ratio is None else mask_ratio,
             norm_pix=info.target == "normalized",
             norm_pix_eps=info.norm_pix_eps,
         )
@@ -216,14 +216,14 @@ class Pretrained:
         images: Shaped[Array, "b h w c"],
         *,
         mask: str = "random",
-        mask_ratio: float = 0.75,
+        mask_ratio: float | None = None,
         seed: int = 0,
         stats: str = "visible",
     ) -> Shaped[Array, "b h w c"]:
         """The model's picture of each image from the patches that a random mask leaves.
 
         `stats` is where the brightness of patches comes from if the model predicts normalised
-        pixels: "visible" neighbours, or "gt", the truth. See `task` for errors.
+        pixels: "visible" neighbours, or "gt", the truth. See `task` for the mask ratio and errors.
         """
         self._check(images)
         key = jax.random.key(seed)
@@ -286,7 +286,7 @@ def _reconstruct(
     images: Array,
     key: Key[Array, ""],
     mask: str,
-    mask_ratio: float,
+    mask_ratio: float | None,
     stats: str,
 ) -> Array:
     task = model.task(mask=mask, mask_ratio=mask_ratio)

@@ -21,7 +21,9 @@ def main(argv: list[str]) -> None:
     parser = command_line.image_parser("mae_jax.reconstruct", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png")
     parser.add_argument("--mask", choices=SAMPLERS, default="random")
-    parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden")
+    parser.add_argument(
+        "--mask-ratio", type=float, help="share of patches hidden; the checkpoint's"
+    )
     parser.add_argument("--seed", type=command_line.seed, default=0, help="of the masks")
     parser.add_argument(
         "--stats",

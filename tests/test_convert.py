@@ -154,6 +154,7 @@ def test_official_to_huggingface_and_back(golden, tmp_path):
     weights.write(weights.read(golden / OFFICIAL, **HEADS), tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["layer_norm_eps"] == 1e-6
+    assert config["mask_ratio"] == 0.75
     assert config["architectures"] == ["ViTMAEForPreTraining"]
     weights.write(weights.read(tmp_path / "hf"), tmp_path / "back.safetensors", "official")
     assert_same(load_file(tmp_path / "back.safetensors"), load_file(golden / OFFICIAL))
@@ -357,10 +358,13 @@ def run(tmp_path_factory):
     model |= dict(layer_norm_eps=1e-5, position="sincos")
     size = SIZES["vit_b16"].__class__(16, 2, 2, 8, 16, 1, 4)
     mae = make_mae(size, grid=(2, 3), mlp_ratio=2.0, layer_norm_eps=1e-5)
-    task = Pretrain(model=mae, grid=(2, 3), patch=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+    task = Pretrain(
+        model=mae, grid=(2, 3), patch=8, mean=(0.5,) * 3, std=(0.25,) * 3, mask_ratio=0.5
+    )
     data = dict(mean=(0.5,) * 3, std=(0.25,) * 3, eval_crop=1.0)
     target = dict(norm_pix=True, norm_pix_eps=1e-2)
     config = {"task": "pretrain", "model": model, "data": data, "target": target}
+    config |= {"mask": {"ratio": 0.5}}
     checkpointer = Checkpointer(workdir / "checkpoints", max_to_keep=3)
     for step in (5, 10):
         params = jax.jit(task.init)(jax.random.key(step))
@@ -420,6 +424,8 @@ def test_a_run_to_huggingface_and_timm(run, tmp_path, caplog):
     before, after = square, weights.read(tmp_path / "hf")
     assert_same(after.arrays, before.arrays)
     assert after.info == before.info
+    assert after.info.mask_ratio == 0.5
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["mask_ratio"] == 0.5
     assert (tmp_path / "hf" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
     with caplog.at_level(logging.WARNING):
         weights.write(weights.read(workdir), tmp_path / "timm", "timm")
@@ -556,6 +562,7 @@ def test_odd_config_json(golden, tmp_path):
     shutil.copytree(golden / "hf/hf_tiny/pretrained_v4", folder)
     good = json.loads((folder / "config.json").read_text())
     for changes, message in (
+        ({"mask_ratio": 1.5}, "mask_ratio=1.5, which is not a number from 0 up, below 1"),
         ({"image_size": "32"}, "which is not height and width"),
         ({"layer_norm_eps": "1e-6"}, "layer_norm_eps='1e-6', which is not a positive number"),
         ({"id2label": {"a": "cat"}}, "holds odd values"),

@@ -27,6 +27,7 @@ def hf_facts(config: Json, preprocessor: Json) -> Json:
     if config.get("model_type") == "vit_mae":
         facts["decoder_heads"] = config.get("decoder_num_attention_heads", 16)
         facts["target"] = "normalized" if config.get("norm_pix_loss") else "pixels"
+        facts["mask_ratio"] = config.get("mask_ratio", 0.75)
     names = config.get("id2label") or {}
     if names and not all(str(name).startswith("LABEL_") for name in names.values()):
         facts["class_names"] = tuple(names[key] for key in sorted(names, key=int))
@@ -104,7 +105,7 @@ def hf_config(info: Info) -> Json:
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},
         }
-    config |= {"mask_ratio": 0.75, "norm_pix_loss": info.target == "normalized"}
+    config |= {"mask_ratio": info.mask_ratio, "norm_pix_loss": info.target == "normalized"}
     if info.decoder_depth:
         config |= {
             "decoder_hidden_size": info.decoder_width,

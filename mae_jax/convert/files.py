@@ -113,13 +113,23 @@ def _load_torch(path: Path) -> Found:
     arguments = rest.get("args")
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
-    if isinstance(arguments, dict) and "norm_pix_loss" in arguments:
-        facts["target"] = "normalized" if arguments["norm_pix_loss"] else "pixels"
+    if isinstance(arguments, dict):
+        facts |= _facts_of_arguments(arguments)
     if isinstance(rest.get(METADATA), str):
         facts |= facts_from_json(rest.pop(METADATA), str(path))
     if rest:
         log.info("left behind in %s: %s", path.name, ", ".join(map(str, rest)))
     return Found(tensors, facts)
+
+
+def _facts_of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the command line of an official training run tells."""
+    facts = {}
+    if "norm_pix_loss" in arguments:
+        facts["target"] = "normalized" if arguments["norm_pix_loss"] else "pixels"
+    if "mask_ratio" in arguments:
+        facts["mask_ratio"] = arguments["mask_ratio"]
+    return facts
 
 
 def _facts_of_name(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Info:
     image_size: height and width, pixels.
     pool, fc_norm, head_norm: as in `Classifier`.
     target: what the decoder predicts, "pixels", "normalized" or "unknown".
+    mask_ratio: share of patches hidden in pretraining, the paper's where unknown.
     resize: "crop" takes the central `crop` of the sides, "squash" the whole image whatever its
       aspect; interpolation: "bicubic" or "bilinear".
     mean, std: per channel, as `mae_jax.pixels` takes them; exif: images are turned as it tells.
@@ -61,6 +62,7 @@ class Info:
     class_names: tuple[str, ...] = ()
     target: str = "unknown"
     norm_pix_eps: float = 1e-6
+    mask_ratio: float = 0.75
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: str = "crop"
@@ -85,6 +87,8 @@ class Info:
         _check("crop", self.crop, self.crop <= 1, "at most 1")
         good = isinstance(self.norm_pix_eps, (int, float)) and 0 <= self.norm_pix_eps < math.inf
         _check("norm_pix_eps", self.norm_pix_eps, good, "a number from 0 up")
+        good = isinstance(self.mask_ratio, (int, float)) and 0 <= self.mask_ratio < 1
+        _check("mask_ratio", self.mask_ratio, good, "a number from 0 up, below 1")
         size = self.image_size
         good = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)
         _check("image_size", size, good, "height and width")

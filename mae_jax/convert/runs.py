@@ -73,6 +73,7 @@ def _decoder_facts(config: dict[str, Any]) -> dict[str, Any]:
     facts = {name: model[name] for name in DECODER_FACTS}
     return facts | {
         "decoder_mlp_ratio": model["mlp_ratio"],
+        "mask_ratio": config["mask"]["ratio"],
         "target": "normalized" if config["target"]["norm_pix"] else "pixels",
     }
 

@@ -87,6 +87,14 @@ def test_target_kind(tmp_path, truth, name, args, target):
     assert read(tmp_path / name).info.target == target
 
 
+def test_mask_ratio_of_the_training_arguments(tmp_path, truth):
+    from argparse import Namespace
+
+    tensors = {key: torch.from_numpy(array) for key, array in truth.items()}
+    torch.save({"model": tensors, "args": Namespace(mask_ratio=0.5)}, tmp_path / "a.pth")
+    assert read(tmp_path / "a.pth").info.mask_ratio == 0.5
+
+
 def test_wrappers_and_prefixes(tmp_path, truth):
     tensors = {f"module.{key}": torch.from_numpy(array) for key, array in truth.items()}
     torch.save({"state_dict": tensors, "args": None}, tmp_path / "ddp.pth")
