@@ -625,6 +625,12 @@ def test_arguments_of_timm_that_there_is_no_model_for(golden, tmp_path, name, va
     weights.read(tmp_path / "timm")
 
 
+def test_a_table_without_the_class_token_is_not_to_be_read_with_another_grid(golden, tmp_path):
+    change = lambda tensors: tensors.update(pos_embed=tensors["pos_embed"][:, 1:])  # noqa: E731
+    with pytest.raises(ConvertError, match=r"without a row for the class token .* not supported"):
+        weights.read(spoil(golden, tmp_path, change), **HEADS)
+
+
 def test_tensors_that_are_no_floats(golden, tmp_path):
     change = lambda tensors: tensors.update({"norm.bias": np.zeros(32, np.int8)})  # noqa: E731
     with pytest.raises(ConvertError, match=r"not floating point: norm.bias \(int8\)"):

@@ -206,7 +206,8 @@ def _image_size(
     if grid[0] * grid[1] != num_patches or not num_patches:
         raise ConvertError(
             f"{path} has positions of {num_patches} patches, which are not {grid[0]} x {grid[1]}: "
-            "say how many rows and columns with --grid-size ROWS,COLUMNS (in Python, grid=)"
+            "say how many rows and columns with --grid-size ROWS,COLUMNS (in Python, grid=). A "
+            "table without a row for the class token (timm's no_embed_class) is not supported"
         )
     return grid[0] * patch, grid[1] * patch
 
