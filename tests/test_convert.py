@@ -631,6 +631,22 @@ def test_a_table_without_the_class_token_is_not_to_be_read_with_another_grid(gol
         weights.read(spoil(golden, tmp_path, change), **HEADS)
 
 
+def test_preprocessor_config(golden, tmp_path):
+    """One number for all channels, values that are not normalised, and what is neither."""
+    shutil.copytree(golden / "hf/hf_tiny/pretrained_v4", tmp_path / "hf")
+    file = tmp_path / "hf" / "preprocessor_config.json"
+    for content, mean, std in (
+        ({"image_mean": 0.5, "image_std": 1}, 0.5, 1.0),
+        ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "do_normalize": False}, 0.0, 1.0),
+    ):
+        file.write_text(json.dumps(content))
+        info = weights.read(tmp_path / "hf").info
+        assert (info.mean, info.std) == ((mean,) * 3, (std,) * 3)
+    file.write_text(json.dumps({"image_mean": None}))
+    with pytest.raises(ConvertError, match="preprocessor_config.json holds odd values"):
+        weights.read(tmp_path / "hf")
+
+
 def test_tensors_that_are_no_floats(golden, tmp_path):
     change = lambda tensors: tensors.update({"norm.bias": np.zeros(32, np.int8)})  # noqa: E731
     with pytest.raises(ConvertError, match=r"not floating point: norm.bias \(int8\)"):

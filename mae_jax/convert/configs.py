@@ -14,8 +14,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return height, width
 
 
-def hf_facts(config: Json, preprocessor: Json) -> Json:
-    """Fields of an `Info` that config.json and preprocessor_config.json tell."""
+def hf_facts(config: Json) -> Json:
+    """Fields of an `Info` that config.json tells."""
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
         raise ConvertError(f"config.json: hidden_act={activation!r}; only the exact 'gelu' is MAE")
@@ -31,14 +31,18 @@ def hf_facts(config: Json, preprocessor: Json) -> Json:
     names = config.get("id2label") or {}
     if names and not all(str(name).startswith("LABEL_") for name in names.values()):
         facts["class_names"] = tuple(names[key] for key in sorted(names, key=int))
-    return facts | _preprocessing(preprocessor)
+    return facts
 
 
-def _preprocessing(preprocessor: Json) -> Json:
+def hf_preparation(preprocessor: Json, channels: int) -> Json:
+    """Fields of an `Info` that preprocessor_config.json tells."""
     facts: Json = {}
+    if preprocessor.get("do_normalize") is False:
+        preprocessor = preprocessor | {"image_mean": 0.0, "image_std": 1.0}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in preprocessor:
-            facts[ours] = tuple(preprocessor[theirs])
+            value = preprocessor[theirs]
+            facts[ours] = (value,) * channels if isinstance(value, (int, float)) else tuple(value)
     if preprocessor.get("resample") in RESAMPLING:
         facts["interpolation"] = RESAMPLING[preprocessor["resample"]]
     size, crop = preprocessor.get("size"), preprocessor.get("crop_size")

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,21 +158,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _load_directory(path: Path) -> Found:
     found = _load_weights(path)
     config = _read_json(path / "config.json")
-    preprocessor = _read_json(path / "preprocessor_config.json")
-    try:
+    with _odd_values(path / "config.json"):
         if "architecture" in config:
             found.dialect = "timm"
             found.facts |= configs.timm_facts(config)
             found.sizes = configs.sizes(config.get("model_args", {}))
         elif config.get("model_type") in ("vit_mae", "vit"):
-            told = configs.hf_facts(config, preprocessor)
+            told = configs.hf_facts(config)
             if found.facts.get("target") == "unknown":  # which config.json cannot say
                 told.pop("target", None)
             found.facts |= told
             found.sizes = configs.sizes(config)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        # Its values may be of any type; what is told here is checked once more as an Info.
-        raise ConvertError(f"{path / 'config.json'} holds odd values: {error}") from error
+            with _odd_values(path / "preprocessor_config.json"):
+                preprocessor = _read_json(path / "preprocessor_config.json")
+                channels = config.get("num_channels", 3)
+                found.facts |= configs.hf_preparation(preprocessor, channels)
     if config and config.get("model_type", "vit") not in ("vit_mae", "vit"):
         log.warning(
             "%s says model_type=%r, which is neither vit_mae nor vit; it is not used",
@@ -178,6 +180,15 @@ def _load_directory(path: Path) -> Found:
             config.get("model_type"),
         )
     return found
+
+
+@contextmanager
+def _odd_values(file: Path) -> Iterator[None]:
+    """Values may be of any type; what they tell is checked once more as an Info."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ConvertError(f"{file} holds odd values: {error}") from error
 
 
 def _load_weights(path: Path) -> Found:
