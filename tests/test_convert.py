@@ -710,7 +710,9 @@ def test_destinations(golden, tmp_path):
     write(file)
     write(folder)
     (folder / "mine.txt").write_text("kept")
+    write(tmp_path / "B.SafeTensors")
     before = file.read_bytes()
+    assert (tmp_path / "B.SafeTensors").read_bytes() == before
     for path in (file, folder):
         with pytest.raises(ConvertError, match="exists: name another, or replace it"):
             write(path)

@@ -231,12 +231,18 @@ def _load_shards(index: Path) -> Found:
     return found
 
 
+def written_suffix(path: Path) -> str:
+    """Of a single file, however it is spelled; "" of a directory."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in WRITTEN else ""
+
+
 def save(path: Path, dialect: str, tensors: dict[str, np.ndarray], info: Info) -> None:
     """Writes one file, or a directory where the name has no suffix of a weights file."""
     try:
         with whole(path) as part:
-            if path.suffix in WRITTEN:
-                _save_file(part, path.suffix, dialect, tensors, info)
+            if suffix := written_suffix(path):
+                _save_file(part, suffix, dialect, tensors, info)
             else:
                 _save_directory(part, dialect, tensors, info)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch's, of a full disk

@@ -138,10 +138,11 @@ def check_free(path: Path, dialect: str, *, overwrite: bool) -> None:
     """ConvertError if writing there would replace something that it must not."""
     if dialect not in DIALECTS:
         raise ConvertError(f"dialect={dialect!r}; use one of {', '.join(DIALECTS)}")
-    if path.exists() and path.is_file() != (path.suffix in files.WRITTEN):
+    suffix = files.written_suffix(path)
+    if path.exists() and path.is_file() != bool(suffix):
         kind = "file" if path.is_file() else "directory"
         raise ConvertError(f"{path} exists and is a {kind}: name another")
-    if path.suffix in files.TORCH_SUFFIXES and path.suffix not in files.WRITTEN:
+    if path.suffix.lower() in files.TORCH_SUFFIXES and not suffix:
         log.warning("%s becomes a directory: only .safetensors and .pth are single files", path)
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise ConvertError(f"{path} exists: name another, or replace it with --overwrite")
@@ -233,9 +234,10 @@ def _warn_of_losses(info: Info, path: Path, dialect: str) -> None:
             "it is unknown whether the decoder predicts pixels or normalised pixels; config.json "
             "says norm_pix_loss=false. --target tells"
         )
-    if dialect == "hf" and path.suffix in files.WRITTEN:
+    suffix = files.written_suffix(path)
+    if dialect == "hf" and suffix:
         log.warning("transformers opens directories; %s has no config.json beside it", path)
-    if dialect in ("hf", "timm") and path.suffix == ".pth":
+    if dialect in ("hf", "timm") and suffix == ".pth":
         log.warning(
             "%s holds tensors alone, as %s wants it: numbers of heads, preparation and class names "
             "are not in it. A directory or .safetensors keeps them",
