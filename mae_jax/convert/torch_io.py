@@ -59,7 +59,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         rest = {key: value for key, value in content.items() if key != wrapper}
     tensors = {str(key): value for key, value in weights.items() if torch.is_tensor(value)}
     rest |= {key: value for key, value in weights.items() if not torch.is_tensor(value)}
-    return {name: _to_numpy(torch, name, value) for name, value in tensors.items()}, rest
+    return {name: _to_numpy(torch, x, f"{path}: {name}") for name, x in tensors.items()}, rest
 
 
 def _check_sums(path: Path) -> None:
@@ -88,16 +88,21 @@ def _why_refused(path: Path, message: str) -> str:
     )
 
 
-def _to_numpy(torch: Any, name: str, tensor: Any) -> np.ndarray:
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ConvertError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}, not a plain one")
+def _to_numpy(torch: Any, tensor: Any, what: str) -> np.ndarray:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ConvertError(
+            f"{what} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, not a plain "
+            "one: save it as dense numbers"
+        )
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     try:
         return tensor.numpy()
     except TypeError as error:
-        raise ConvertError(f"{name} is a tensor of {tensor.dtype}, which numpy lacks") from error
+        raise ConvertError(
+            f"{what} is a tensor of {tensor.dtype}, which numpy lacks: save it as float32"
+        ) from error
 
 
 def save(path: Path, tensors: dict[str, np.ndarray], rest: dict[str, Any] | None) -> None:

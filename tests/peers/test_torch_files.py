@@ -147,6 +147,21 @@ def test_files_that_are_no_checkpoints(golden, tmp_path):
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (torch.zeros(2).to(torch.float8_e4m3fn), "of torch.float8_e4m3fn, which numpy lacks"),
+        (torch.eye(2).to_sparse(), "sparse_coo tensor of torch.float32 on cpu, not a plain one"),
+        (torch.zeros(2, device="meta"), "on meta, not a plain one"),
+    ],
+)
+def test_tensors_without_plain_numbers(tmp_path, truth, odd, message):
+    tensors = {name: torch.from_numpy(array) for name, array in truth.items()}
+    torch.save(tensors | {"norm.bias": odd}, tmp_path / "a.pth")
+    with pytest.raises(ConvertError, match=rf"a.pth: norm.bias is .*{message}"):
+        read(tmp_path / "a.pth")
+
+
 def test_a_flipped_bit_is_noticed(tmp_path, truth):
     path = tmp_path / "a.pth"
     torch.save({"model": {n: torch.from_numpy(x) for n, x in truth.items()}}, path)
