@@ -364,7 +364,7 @@ def run(tmp_path_factory):
     data = dict(mean=(0.5,) * 3, std=(0.25,) * 3, eval_crop=1.0)
     target = dict(norm_pix=True, norm_pix_eps=1e-2)
     config = {"task": "pretrain", "model": model, "data": data, "target": target}
-    config |= {"mask": {"ratio": 0.5}}
+    config |= {"mask": {"kind": "random", "ratio": 0.5}}
     checkpointer = Checkpointer(workdir / "checkpoints", max_to_keep=3)
     for step in (5, 10):
         params = jax.jit(task.init)(jax.random.key(step))

@@ -71,9 +71,10 @@ def load_run(
 def _decoder_facts(config: dict[str, Any]) -> dict[str, Any]:
     model = config["model"]
     facts = {name: model[name] for name in DECODER_FACTS}
+    if config["mask"]["kind"] != "user":  # whose file tells how many patches are hidden
+        facts["mask_ratio"] = config["mask"]["ratio"]
     return facts | {
         "decoder_mlp_ratio": model["mlp_ratio"],
-        "mask_ratio": config["mask"]["ratio"],
         "target": "normalized" if config["target"]["norm_pix"] else "pixels",
     }
 
