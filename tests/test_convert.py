@@ -108,7 +108,7 @@ def test_known_sizes_need_no_number_of_heads_and_others_do(golden):
         weights.read(golden / OFFICIAL, heads=2)
     with pytest.raises(ConvertError, match="says that it has heads=4, not 8"):
         weights.read(golden / "hf/hf_tiny/pretrained_v4", heads=8)
-    with pytest.raises(ConvertError, match="does not divide by its number of heads, 5"):
+    with pytest.raises(ConvertError, match="does not divide by model.heads=5"):
         weights.read(golden / OFFICIAL, heads=5, decoder_heads=2)
 
 
