@@ -14,7 +14,6 @@ from mae_jax import experiment, features, reconstruct, sharding
 from mae_jax.checkpoint_reader import CheckpointError
 from mae_jax.convert import weights
 from mae_jax.data.sources import DataError
-from mae_jax.health import StopSignal
 from mae_jax.start import ConfigError
 
 CHANNELS = 5
@@ -196,17 +195,6 @@ def test_resizing_on_the_device_changes_next_to_nothing(photographs, on_host, tm
     experiment.run(config, tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(on_host), rtol=2e-3)
     assert (tmp_path / "summary.json").exists()
-
-
-def test_everything_about_reading_may_change_when_a_run_goes_on(photographs, on_host, tmp_path):
-    """In memory, by other threads and processes: the same images with the same crops."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopSignal, "__call__", lambda self, step: step == 3)
-        experiment.run(config_of(photographs, data__workers=2, data__threads=1), tmp_path)
-    assert not (tmp_path / "summary.json").exists()
-    experiment.run(config_of(photographs, data__in_memory=True), tmp_path)
-    for name, array in params_of(on_host).items():
-        np.testing.assert_array_equal(params_of(tmp_path)[name], array)
 
 
 def test_another_batch_size_is_refused_by_name(on_host, photographs):

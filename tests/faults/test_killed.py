@@ -50,6 +50,17 @@ def test_amid_the_first_save_and_a_later_one(tiny, straight, tmp_path, step, lef
     finish_as(straight, tiny, workdir)
 
 
+def test_everything_about_reading_may_change_when_it_goes_on(tiny, straight, tmp_path):
+    """Read by two processes before, and from memory after: the same images, the same crops."""
+    process = start(tiny, tmp_path, "--config.data.workers=2", "--config.data.threads=1")
+    wait_for(process, (tmp_path / "checkpoints" / "5").exists)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "summary.json").exists()
+    run(tiny, tmp_path, "--config.data.in_memory=True")
+    assert_same_end(tmp_path, straight)
+
+
 def test_workers_do_not_outlive_it(tiny, tmp_path):
     process = start(tiny, tmp_path, "--config.data.workers=2", "--config.steps=100000")
     wait_for(process, (tmp_path / "checkpoints" / "5").exists)
