@@ -102,7 +102,7 @@ def graft(params: Mapping[str, Any], found: Weights) -> WarmStart:
             model = {name: vars(found.info)[name] for name in ("width", "depth", "heads", "patch")}
             flags = " ".join(f"--config.model.{name}={value}" for name, value in model.items())
             advice = f"\nThe encoder of the checkpoint is that of {flags}"
-        if any(" decoder/" in line for line in wrong):
+        elif any(" decoder/" in line for line in wrong):
             advice = (
                 "\nIf only the decoder is another, --config.init.encoder_only=True leaves it out"
             )

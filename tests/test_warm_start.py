@@ -70,8 +70,16 @@ def test_an_encoder_that_is_not_whole(golden):
 
 def test_another_size(official):
     wider = dataclasses.replace(SIZE, decoder_width=16)
-    with pytest.raises(ConvertError, match=r"! decoder/mask_token has shape \(1, 1, 32\)"):
-        warm_start.graft(fresh(wider), warm_start.adapt(official, **ADAPT))
+    adapted = warm_start.adapt(official, **ADAPT)
+    with pytest.raises(ConvertError, match=r"! decoder/mask_token has shape \(1, 1, 32\)") as error:
+        warm_start.graft(fresh(wider), adapted)
+    assert "--config.init.encoder_only=True leaves it out" in str(error.value)
+    with pytest.raises(ConvertError) as error:
+        warm_start.graft(fresh(dataclasses.replace(SIZE, width=64)), adapted)
+    assert str(error.value).endswith(
+        "--config.model.width=32 --config.model.depth=2 --config.model.heads=2 "
+        "--config.model.patch=8"
+    )
 
 
 def test_positions(golden, official):

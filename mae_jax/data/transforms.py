@@ -185,7 +185,7 @@ class EvalTransform:
         if self.squash:
             return {"image": resize(image, self.image_size, self.interpolation)}
         image = _without_ends(image, max(MAX_ASPECT, height / width, width / height))
-        # Rounded as torchvision's Resize and CenterCrop do it: a pixel moves accuracies.
+        # Rounded as torchvision's Resize and CenterCrop do it.
         rows, columns = image.shape[:2]
         if height * columns >= width * rows:  # else the height is what the image has more of
             shape = int(height / self.crop), int(int(height / self.crop) * columns / rows)
