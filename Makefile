@@ -22,7 +22,7 @@ test-slow: $(VENV)/.dev  ## more of the same, and programs for hundreds of devic
 	$(BIN)/python -m pytest tests/slow $(ARGS)
 
 test-torch: .venv-torch/.peers  ## run the tests against torch, transformers and timm themselves
-	HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/peers $(ARGS)
+	HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/interop $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff format --check .

@@ -28,33 +28,35 @@ def main(argv: list[str]) -> None:
         _fail(f"unexpected argument {argv[1]!r}; overrides are written --config.key=value")
     import jax
 
-    from mae_jax import console, distributed, experiment
-    from mae_jax.checkpoint import SaveError
-    from mae_jax.checkpoint_reader import CheckpointError
     from mae_jax.data.sources import DataError
-    from mae_jax.data.workers import WorkerError
-    from mae_jax.health import NonFiniteError
-    from mae_jax.workdir import WorkdirError
-    from mae_jax.xla import keep_compiled
+    from mae_jax.data.worker_processes import WorkerError
+    from mae_jax.distributed import processes
+    from mae_jax.distributed.checkpoint_reader import CheckpointError
+    from mae_jax.distributed.checkpointer import CheckpointSaveError
+    from mae_jax.train import trainer
+    from mae_jax.train.fault_tolerance import NonFiniteError
+    from mae_jax.train.workdir import WorkdirError
+    from mae_jax.utils import console
+    from mae_jax.utils.compilation import enable_compilation_cache
 
     console.setup_logging()
-    keep_compiled()
+    enable_compilation_cache()
     try:
-        distributed.join(DISTRIBUTED.value)
+        processes.initialize(DISTRIBUTED.value)
     except ValueError as error:
         _fail(str(error))
-    if not distributed.is_main():
-        console.only_troubles(jax.process_index())
+    if not processes.is_main():
+        console.quiet_secondary_process(jax.process_index())
     try:
-        experiment.run(CONFIG.value, Path(WORKDIR.value or ""))
-    except (experiment.ConfigError, DataError, WorkdirError, CheckpointError) as error:
-        _fail("" if distributed.is_told(error) else str(error))
+        trainer.train_and_evaluate(CONFIG.value, Path(WORKDIR.value or ""))
+    except (trainer.ConfigError, DataError, WorkdirError, CheckpointError) as error:
+        _fail("" if processes.already_reported(error) else str(error))
     except (WorkerError, OSError) as error:  # the latter of a full disk, for one
         _fail(str(error), code=1)
-    except SaveError as error:  # whose threads may still write
+    except CheckpointSaveError as error:  # whose threads may still write
         _fail(str(error), code=1, at_once=True)
     except NonFiniteError as error:
-        _fail(str(error) if distributed.is_main() else "", code=3)
+        _fail(str(error) if processes.is_main() else "", code=3)
     except Exception:
         if jax.process_count() == 1:
             raise
@@ -89,11 +91,11 @@ def _reason(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int = 2, *, at_once: bool = False) -> NoReturn:
-    from mae_jax import distributed
+    from mae_jax.distributed import processes
 
     if message:
         print(f"error: {message}", file=sys.stderr)
-    distributed.leave(code, at_once=at_once)
+    processes.shutdown(code, at_once=at_once)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from mae_jax.convert import weights
-from mae_jax.convert.info import DEFAULTS, Info, parameter_shapes
-from mae_jax.sizes import SIZES
+from mae_jax.convert.model_info import DEFAULTS, ModelInfo, expected_shapes
+from mae_jax.models.variants import VARIANTS
 
 WAYS = [("mae_jax", "hf"), ("hf", "mae_jax"), ("mae_jax", "timm")]
 TORCH_WAYS = [("mae_jax", "official"), ("official", "mae_jax"), ("official", "hf")]
@@ -28,13 +28,13 @@ TORCH_WAYS = [("mae_jax", "official"), ("official", "mae_jax"), ("official", "hf
 
 def write_source(path: Path) -> None:
     """ViT-H/14 with its decoder, random weights, in our single-file form."""
-    size = vars(SIZES["vit_h14"])
+    size = vars(VARIANTS["vit_h14"])
     facts = dict(source="mae_jax", mlp_ratio=4.0, image_size=(224, 224), channels=3)
-    info = Info(**facts, **size, **DEFAULTS["mae_jax"])
+    info = ModelInfo(**facts, **size, **DEFAULTS["mae_jax"])
     rng = np.random.default_rng(0)
     arrays = {
         name: rng.standard_normal(shape, np.float32)
-        for name, shape in parameter_shapes(info).items()
+        for name, shape in expected_shapes(info).items()
     }
     weights.write(weights.Weights(arrays, info), path, "mae_jax")
 

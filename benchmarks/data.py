@@ -32,10 +32,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import cpu_seconds, processor, versions
-from mae_jax import console
-from mae_jax.data.loader import Loader, in_order
+from mae_jax.data.loader import Loader, ordered_parallel_map
 from mae_jax.data.sources import FolderSource
-from mae_jax.data.transforms import CanvasTransform, TrainTransform, random_crop_box
+from mae_jax.data.transforms import DeviceResizeTransform, TrainTransform, random_crop_box
+from mae_jax.utils import console
 
 SIZE, SCALE, BATCH, CANVAS = (224, 224), (0.2, 1.0), 64, 512
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,7 +50,7 @@ PACKAGES += ("tensorflow-cpu", "tensorflow")
 
 def make_folder(folder: Path, count: int) -> None:
     """JPEGs of the sizes and qualities of ImageNet, about 110 KB each."""
-    from mae_jax.data.embedded import PHOTOGRAPHS, photograph
+    from mae_jax.data.demo_dataset import PHOTOGRAPHS, photograph
 
     photographs = [photograph(name) for name in PHOTOGRAPHS]
     shapes, shares = [(500, 375), (375, 500), (500, 333), (640, 480)], [0.56, 0.2, 0.12, 0.12]
@@ -71,7 +71,7 @@ def make_folder(folder: Path, count: int) -> None:
         picture.save(folder / f"{number:05d}.jpg", quality=quality, subsampling=subsampling)
         return number
 
-    for _ in console.progress(in_order(make, count, os.cpu_count() or 1), count):
+    for _ in console.progress(ordered_parallel_map(make, count, os.cpu_count() or 1), count):
         pass
 
 
@@ -93,7 +93,7 @@ def ours(transform: Any, folder: Path, workers: int, *, processes: bool = False)
 
 
 HOST = TrainTransform(SIZE, 3, SCALE)
-DEVICE = CanvasTransform(HOST, CANVAS)
+DEVICE = DeviceResizeTransform(HOST, CANVAS)
 
 
 def nothing(encoded: Any, rng: Any) -> dict[str, np.ndarray]:
@@ -265,9 +265,9 @@ def made(name: str, encoded: bytes, box: tuple[int, ...], seed: int) -> np.ndarr
     plain = TrainTransform(SIZE, 3, SCALE, flip=False)
     if "host" in name:
         return plain(encoded, rng)["image"]
-    from mae_jax.pixels import crop_resize
+    from mae_jax.models.image_ops import crop_resize
 
-    example = CanvasTransform(plain, CANVAS)(encoded, rng)
+    example = DeviceResizeTransform(plain, CANVAS)(encoded, rng)
     canvas = np.zeros((1, CANVAS, CANVAS, 3), np.uint8)
     height, width = example["crop"].shape[:2]
     canvas[0, :height, :width] = example["crop"]
@@ -390,12 +390,12 @@ def show(report: dict[str, Any]) -> None:
         )
     columns = ("", "PSNR mean / least", "CPU us", "ratio", "images/s", "first s")
     title = f"{report['files']} files of {report['mean_kb']} KB, {report['workers']} workers"
-    console.print_rows(f"{title}, {report['machine']}", columns, rows)
+    console.print_table(f"{title}, {report['machine']}", columns, rows)
     print(f"CPU us: per image. ratio: of CPU time, to {BASELINE}.\n")
     speeds = report["images_per_s_by_workers"]
     columns = [key for key in speeds[0] if key != "name"]
     lines = [[row["name"], *(row[column] for column in columns)] for row in speeds]
-    console.print_rows("images/s by workers", ("", *columns), lines)
+    console.print_table("images/s by workers", ("", *columns), lines)
     print(f"16 cores: a projection, {CORES} x {SHARE} of one core's in the CPU time of 1 worker.")
 
 

@@ -31,24 +31,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from mae_jax.utils.cli import check_output, positive_int
 
 from benchmarks.data import make_folder
 from benchmarks.machine import environment, versions
 from benchmarks.turns import TURNS, Taken, Trainer
 from configs import pretrain
-from mae_jax import console
-from mae_jax.command_line import check_output, count
-from mae_jax.convert.info import ConvertError
-from mae_jax.data.cache import Shrink, Smaller, write_cache
-from mae_jax.data.checking import check
-from mae_jax.data.loader import cores
+from mae_jax.convert.model_info import ConvertError
+from mae_jax.data.downscale import DownscaledDataset, DownscaleJpeg, write_dataset
+from mae_jax.data.loader import available_cpus
 from mae_jax.data.sources import DataError, FileSource, FolderSource
-from mae_jax.data.workers import WorkerError
-from mae_jax.parts import Run, build, choose_attention
-from mae_jax.recipe import Config, data
-from mae_jax.sizes import SIZES
-from mae_jax.start import ConfigError
-from mae_jax.whole import write_json
+from mae_jax.data.validation import validate_images
+from mae_jax.data.worker_processes import WorkerError
+from mae_jax.models.variants import VARIANTS
+from mae_jax.train import Config, build_data
+from mae_jax.train.init_state import ConfigError
+from mae_jax.train.parts import RunSetup, build, choose_attention
+from mae_jax.utils import console
+from mae_jax.utils.atomic import write_json
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 SOURCES, RESIZERS = ("folder", "array_record"), ("host", "device")
@@ -100,8 +100,12 @@ def _temporary_in(root: Path) -> Iterator[None]:
 
 def _write_copy(source: FolderSource, folder: Path) -> None:
     """The same files as array_record."""
-    shrink = Shrink(3, WHOLE, 90)
-    write_cache(Smaller(NAME, folder, {"train": source}, shrink, threads=cores(), skip=False))
+    shrink = DownscaleJpeg(3, WHOLE, 90)
+    write_dataset(
+        DownscaledDataset(
+            NAME, folder, {"train": source}, shrink, threads=available_cpus(), skip=False
+        )
+    )
 
 
 def _chosen(folder: Path, files: int) -> list[Path]:
@@ -111,11 +115,11 @@ def _chosen(folder: Path, files: int) -> list[Path]:
         raise DataError(f"no JPEGs in {folder} (files that end in {' or '.join(JPEGS)})")
     numbers = np.linspace(0, len(found) - 1, min(files, len(found))).round().astype(int)
     source = FileSource([found[number] for number in numbers])
-    bad = check(source, 3, cores()).bad
+    bad = validate_images(source, 3, available_cpus()).bad
     return [path for number, path in enumerate(source.files) if source.key(number) not in bad]
 
 
-def make_run(config: Config, case: Case, folder: Path) -> Run:
+def make_run(config: Config, case: Case, folder: Path) -> RunSetup:
     """The parts of a run on one of the data sets, as train.py has them."""
     source, resize_on = case
     config = config.copy_and_resolve_references()
@@ -158,7 +162,7 @@ def compare(
     rows = []
     for case in cases:
         row = {"source": case[0], "resize_on": case[1]} | summary(taken[case])
-        advice = data.advice(runs[case].config, runs[case].on_device)
+        advice = build_data.input_bound_hint(runs[case].config, runs[case].on_device)
         rows.append(row | {"verdict": verdict(row, advice)})
     return rows, {name: round(trainer.first_step_s, 1) for name, trainer in trainers.items()}
 
@@ -199,7 +203,7 @@ def verdict(row: dict[str, Any], advice: str) -> str:
         said += f". What helps: {advice}"
     if jax.default_backend() == "cpu":
         share = spent["loader"] / (spent["loader"] + spent["step"])
-        said += f". Both share {cores()} cores, and reading takes {share:.0%} of what they spend"
+        said += f". Both share {available_cpus()} cores, and reading takes {share:.0%} of what they spend"
     elif row["overlap"] < HELD_BACK:
         said += f". Together they reach only {row['overlap']:.0%} of the slower one's speed: "
         said += "data.workers=2 or more, which read in processes of their own, may help"
@@ -219,7 +223,7 @@ def show(report: dict[str, Any]) -> None:
         costs.append([*case, *(f"{row['cpu_ms'][turn]:.1f}" for turn in TURNS), *waits])
     title = f"{report['size']}, batch {report['batch']} in {report['dtype']}, {report['device']}"
     columns = ("images", "on", *TURNS, "in turns", "overlap")
-    console.print_rows(f"images/s: {title}", columns, speeds)
+    console.print_table(f"images/s: {title}", columns, speeds)
     print(
         "on: where crops are resized; in turns: if loader and step never worked at the same time;"
     )
@@ -230,7 +234,7 @@ def show(report: dict[str, Any]) -> None:
             "them busy,\n'in turns' is the most that both can do, and overlap stays below 1."
         )
     columns = ("images", "on", *TURNS, "data_wait", "data_ready")
-    console.print_rows("CPU ms per image, and the waiting of both", columns, costs)
+    console.print_table("CPU ms per image, and the waiting of both", columns, costs)
     others = max(value for row in rows for value in row["others"].values())
     print(f"Other programs kept up to {others:.1f} of {report['cores']} cores busy meanwhile.")
     compiled = ", ".join(f"{value:.1f} s ({name})" for name, value in report["first_step"].items())
@@ -258,7 +262,7 @@ def make_report(config: Config, arguments: argparse.Namespace) -> dict[str, Any]
         folders = make_data_sets(Path(root), arguments.folder, arguments.files, arguments.batch)
         sizes = [path.stat().st_size for path in folders["folder"].iterdir()]
         rows, first_step = compare(config, folders, arguments.steps, arguments.rounds)
-    workers, threads = data.readers(config)
+    workers, threads = build_data.worker_counts(config)
     return {
         "command": "python -m benchmarks.end_to_end " + shlex.join(sys.argv[1:]),
         **environment(),
@@ -281,14 +285,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--folder", type=Path, help="of JPEGs; made unless given")
     parser.add_argument(
-        "--files", type=count, default=1000, help="to make, or to take of the folder (1000)"
+        "--files", type=positive_int, default=1000, help="to make, or to take of the folder (1000)"
     )
-    parser.add_argument("--size", choices=SIZES, default="vit_s16")
-    parser.add_argument("--batch", type=count, default=64, help="images (64)")
+    parser.add_argument("--size", choices=VARIANTS, default="vit_s16")
+    parser.add_argument("--batch", type=positive_int, default=64, help="images (64)")
     parser.add_argument("--dtype", choices=DTYPES, default="f32", help="of activations")
-    parser.add_argument("--steps", type=count, default=20, help="that count, in each turn (20)")
-    parser.add_argument("--rounds", type=count, default=3)
-    parser.add_argument("--threads", type=count, help="data.threads")
+    parser.add_argument(
+        "--steps", type=positive_int, default=20, help="that count, in each turn (20)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--threads", type=positive_int, help="data.threads")
     parser.add_argument("--workers", type=int, default=0, help="data.workers (0)")
     parser.add_argument("--json", type=Path, help="file to write")
     return parser.parse_args(argv)

@@ -26,8 +26,8 @@ from typing import Any
 
 from benchmarks import suite_report
 from benchmarks.suite_run import Row, Suite
-from mae_jax import console
-from mae_jax.sizes import SIZES
+from mae_jax.models.variants import VARIANTS
+from mae_jax.utils import console
 
 # XLA flags of NVIDIA GPUs to try on our step of ViT-B: name, flags, why it may help. None is set
 # anywhere else. What is on by default already (Triton's products, autotuning at level 4, falling
@@ -121,7 +121,7 @@ def rows(*, tiny: bool) -> list[Row]:
 def _tiny(row: Row) -> Row:
     flags = row.flags | TINY[row.module]
     if "scan-unroll" in flags:
-        flags["scan-unroll"] = SIZES["vit_ti16"].depth
+        flags["scan-unroll"] = VARIANTS["vit_ti16"].depth
     return Row(row.name, row.module, flags, row.estimate, row.why)
 
 
@@ -152,7 +152,7 @@ def _tuned_peer() -> Row:
 
 
 def _sweep_of_b() -> Iterator[Row]:
-    depth = SIZES["vit_b16"].depth
+    depth = VARIANTS["vit_b16"].depth
     yield _step("b-base", "b", 40, "what its variants are compared with")
     yield _step("b-unroll", "b", 60, "no loop over blocks", scan_unroll=depth)
     for kind in ("cudnn", "xla"):
@@ -175,7 +175,7 @@ def _profile_apart() -> Row:
 
 def _sweeps_of_larger() -> Iterator[Row]:
     for letter in ("l", "h"):
-        unroll = min(SIZES[LETTERS[letter]].depth, MOST_UNROLLED)
+        unroll = min(VARIANTS[LETTERS[letter]].depth, MOST_UNROLLED)
         batch = 2 * BATCHES[letter]
         yield _step(f"{letter}-base", letter, 60, "what its variants are compared with")
         yield _step(f"{letter}-unroll", letter, 120, "fewer or no loops", scan_unroll=unroll)

@@ -25,12 +25,12 @@ from benchmarks import flags, timing
 from benchmarks.machine import environment, versions
 from benchmarks.workers import ceiling
 from benchmarks.workers.ours import DTYPES
-from mae_jax.attention import Attend
-from mae_jax.console import print_rows, progress
+from mae_jax.models.attention import AttentionImpl
 from mae_jax.models.patches import patch_grid
-from mae_jax.sizes import SIZES, Size
+from mae_jax.models.variants import VARIANTS, VitVariant
 from mae_jax.tasks.masking import len_keep
-from mae_jax.whole import write_json
+from mae_jax.utils.atomic import write_json
+from mae_jax.utils.console import print_table, progress
 
 MLP_RATIO = 4
 CHANNELS = 3
@@ -91,7 +91,7 @@ def step_tokens(num_patches: int, kept: int) -> Tokens:
     return Tokens(kept, kept + 1, num_patches + 1, num_patches - kept)
 
 
-def linears(size: Size, tokens: Tokens) -> list[Linear]:
+def linears(size: VitVariant, tokens: Tokens) -> list[Linear]:
     """Every linear layer of a train step, in the order in which it runs."""
     values = size.patch**2 * CHANNELS
     return [
@@ -109,7 +109,7 @@ def _block_linears(part: str, tokens: int, width: int, depth: int) -> Iterator[L
         yield Linear(f"{part} {name}", tokens, inputs * width, outputs * width, depth)
 
 
-def attentions(size: Size, num_patches: int, tokens: Tokens) -> list[Heads]:
+def attentions(size: VitVariant, num_patches: int, tokens: Tokens) -> list[Heads]:
     """The encoder's in training, the decoder's, and the encoder's of whole images."""
     head = size.width // size.heads
     decoder_head = size.decoder_width // size.decoder_heads
@@ -188,7 +188,7 @@ def _forward_backward(implementation: str) -> Callable[..., list[Array]]:
     """Result and the three gradients, from q, k, v and the result's gradient [b, t, h, e]."""
 
     def run(q: Array, k: Array, v: Array, gradient: Array) -> list[Array]:
-        attend = Attend()
+        attend = AttentionImpl()
         if implementation != "ours":
             attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
         result, backward = jax.vjp(attend, q, k, v)
@@ -234,7 +234,7 @@ def _distance(function: Callable[..., list[Array]], arrays: list[Array]) -> floa
 
 def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole report."""
-    size, batch, dtype = SIZES[arguments.size], arguments.batch, arguments.dtype
+    size, batch, dtype = VARIANTS[arguments.size], arguments.batch, arguments.dtype
     rows, columns = patch_grid((arguments.image_size,) * 2, size.patch)
     num_patches = rows * columns
     tokens = step_tokens(num_patches, len_keep(num_patches, 0.75))
@@ -304,7 +304,7 @@ def print_report(report: dict[str, Any]) -> None:
         for row in report["products"]
     ]
     columns = ("layer", "product", "m x k x n", "times", "TFLOP/s", "share")
-    print_rows("Products of linear layers; share: of the ceiling", columns, cells)
+    print_table("Products of linear layers; share: of the ceiling", columns, cells)
     if report["linears"]:
         values = report["linears"]
         print(
@@ -319,7 +319,7 @@ def print_report(report: dict[str, Any]) -> None:
     ]
     title = "Attention, forward and backward; distance: from float32, relative"
     columns = ("part", "by", "t x heads x width", "ms", "TFLOP/s", "distance")
-    print_rows(title, columns, cells)
+    print_table(title, columns, cells)
     reasons = {
         row["error"] for row in (*report["products"], *report["attention"]) if "error" in row
     }
@@ -333,7 +333,7 @@ def _cells(row: dict[str, Any], *names: str) -> list[str]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="vit_b16")
+    parser.add_argument("--size", choices=VARIANTS, default="vit_b16")
     parser.add_argument("--batch", type=int, default=256, help="images")
     parser.add_argument("--image-size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -341,7 +341,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
     flags.check_positive(parser, arguments)
-    flags.check_image_size(parser, arguments, SIZES[arguments.size].patch)
+    flags.check_image_size(parser, arguments, VARIANTS[arguments.size].patch)
     flags.check_json(parser, arguments)
     return arguments
 

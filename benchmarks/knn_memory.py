@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mae_jax.evals.knn import BANK_TILE, QUERY_TILE, knn_scores
+from mae_jax.evaluate.knn import BANK_TILE, QUERY_TILE, knn_scores
 
 BANK, WIDTH, CLASSES = 1_281_167, 768, 1000
 KS = (1, 5, 10, 20, 100, 200)

@@ -20,12 +20,12 @@ import numpy as np
 
 from benchmarks import flags, machine
 from configs import ablations, pretrain
-from mae_jax import sharding
-from mae_jax.console import print_rows, progress
-from mae_jax.optim import adamw, warmup_cosine
-from mae_jax.recipe import Config, tasks
-from mae_jax.training import init_state, jit_step, make_train_step
-from mae_jax.whole import write_json
+from mae_jax.distributed import sharding
+from mae_jax.tasks.optimizer import adamw, warmup_cosine
+from mae_jax.tasks.train_step import init_state, jit_step, make_train_step
+from mae_jax.train import Config, build_model
+from mae_jax.utils.atomic import write_json
+from mae_jax.utils.console import print_table, progress
 
 RATIOS = (1.0, 0.5, 0.25)
 ROUNDS = {"demo": 20, "vit_s16": 5, "vit_b16": 3}  # of each model
@@ -64,7 +64,7 @@ def config_of(model: str) -> Config:
 def measure(model: str) -> list[dict[str, Any]]:
     """A row for each ratio of a model."""
     config, rounds = config_of(model), ROUNDS[model]
-    whole = tasks.make_task(config, sharding.make_mesh(), ())
+    whole = build_model.make_task(config, sharding.make_mesh(), ())
     parts = {ratio: dataclasses.replace(whole, predict_ratio=ratio) for ratio in RATIOS}
     rate = warmup_cosine(peak=1e-4, warmup_steps=10, total_steps=1000)
     tx = adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
@@ -82,7 +82,7 @@ def measure(model: str) -> list[dict[str, Any]]:
             state, _ = jax.block_until_ready(step(state, batch))
             if number:  # the first compiles
                 seconds[ratio].append(time.process_time() - begin)
-    counts = {ratio: tasks.flops_per_image(config, part) for ratio, part in parts.items()}
+    counts = {ratio: build_model.flops_per_image(config, part) for ratio, part in parts.items()}
     return [
         {
             "model": model,
@@ -114,7 +114,7 @@ def show(report: dict[str, Any]) -> None:
         for row in report["rows"]
     ]
     columns = ("model", "batch", "predicted", "CPU s", "ratio", "least to largest", "FLOPs")
-    print_rows(f"A train step on {report['environment']['processor']}", columns, lines)
+    print_table(f"A train step on {report['environment']['processor']}", columns, lines)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 import mae_jax
-from mae_jax.data.opening import open_source
-from mae_jax.evals.extract import Images, extract
-from mae_jax.evals.probe import ProbeRecipe, batch_size_for, probe_scores
+from mae_jax.data.factory import open_source
+from mae_jax.distributed.inference import EvalBatches, extract_features
+from mae_jax.evaluate.probe import ProbeRecipe, batch_size_for, probe_scores
 
 COUNTS = (190, 950, 7600)
 RATES = (1.0, 3.0, 6.4, 12.8)
@@ -35,8 +35,8 @@ def main() -> None:
 
     def cls_of(split: str) -> tuple[np.ndarray, np.ndarray]:
         source = open_source("tfds", "photo_crops", arguments.data_dir, split)
-        images = Images(len(source), lambda: model.batches(source, 256))
-        found, labels = extract(features, images)
+        images = EvalBatches(len(source), lambda: model.batches(source, 256))
+        found, labels = extract_features(features, images)
         return found["cls"], labels
 
     train, labels = cls_of("train")

@@ -29,14 +29,14 @@ from benchmarks.operations import operations
 from benchmarks.step import PIXELS
 from benchmarks.workers.ours import DTYPES, make_task
 from benchmarks.workers.protocol import UnusableError
-from mae_jax import flops
-from mae_jax.console import print_rows, progress
+from mae_jax.models import flops
 from mae_jax.models.layers import REMAT_POLICIES
-from mae_jax.optim import adamw, warmup_cosine
-from mae_jax.sizes import SIZES
+from mae_jax.models.variants import VARIANTS
+from mae_jax.tasks.optimizer import adamw, warmup_cosine
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.training import Batch, TrainState, init_state, jit_step, make_train_step
-from mae_jax.whole import write_json
+from mae_jax.tasks.train_step import Batch, TrainState, init_state, jit_step, make_train_step
+from mae_jax.utils.atomic import write_json
+from mae_jax.utils.console import print_table, progress
 
 BATCHES = 4  # different ones, which take turns
 TIMED = 5  # steps, or as many as are profiled
@@ -126,7 +126,7 @@ def _module(text: str) -> str:
 def _model_flops(task: Pretrain, size: str) -> float:
     """Of one image, in the paper's form."""
     return flops.train_flops(
-        SIZES[size], task.num_patches, task.num_kept, task.model.decoder.patch_values
+        VARIANTS[size], task.num_patches, task.num_kept, task.model.decoder.patch_values
     )
 
 
@@ -142,20 +142,20 @@ def print_report(report: dict[str, Any]) -> None:
     row = lambda name, share: (name, "", f"{share:.1%}", f"{share * step:,.3f}")
     columns = ("", "", "share", "ms a step")
     for title, kind in (("What it does", "categories"), ("Where in the step", "parts")):
-        print_rows(title, columns, [row(*item) for item in report[kind].items()])
+        print_table(title, columns, [row(*item) for item in report[kind].items()])
     longest = [
         (each["name"][:28], each["part"], f"{each['share']:.1%}")
         + (each["runs"] // report["profiled_steps"], each["category"][:14])
         for each in report["longest"]
     ]
-    print_rows("The longest operations", ("", "", "share", "runs", ""), longest)
+    print_table("The longest operations", ("", "", "share", "runs", ""), longest)
     if report["unknown"]:
         print(f"{report['unknown']:.1%} are kernels whose names alone tell what they do.")
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="vit_b16")
+    parser.add_argument("--size", choices=VARIANTS, default="vit_b16")
     parser.add_argument("--batch", type=int, default=256, help="images")
     parser.add_argument("--image-size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -168,7 +168,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
     flags.check_positive(parser, arguments)
-    flags.check_image_size(parser, arguments, SIZES[arguments.size].patch)
+    flags.check_image_size(parser, arguments, VARIANTS[arguments.size].patch)
     flags.check_json(parser, arguments)
     if arguments.trace and arguments.trace.exists() and any(arguments.trace.iterdir()):
         parser.error(f"--trace={arguments.trace} is not empty")

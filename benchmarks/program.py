@@ -24,16 +24,16 @@ import jax.numpy as jnp
 
 from benchmarks import counts, flags, scaling
 from benchmarks.scaling import Program, Setup
-from mae_jax import flops, sizes
-from mae_jax.console import print_rows, print_table, progress
+from mae_jax.models import flops, variants
 from mae_jax.models.layers import REMAT_POLICIES
-from mae_jax.sizes import Size
-from mae_jax.whole import write_json
+from mae_jax.models.variants import VitVariant
+from mae_jax.utils.atomic import write_json
+from mae_jax.utils.console import print_summary_table, print_table, progress
 
 BUDGETS = Path(__file__).parent.parent / "tests" / "step_budgets.json"
 DEVICES = 4  # as in the tests
 TINY = Setup(
-    size=Size(64, 3, 2, 8, decoder_width=32, decoder_depth=2, decoder_heads=2),
+    size=VitVariant(64, 3, 2, 8, decoder_width=32, decoder_depth=2, decoder_heads=2),
     fsdp=1,
     per_device_batch=8,
     remat="none",
@@ -61,7 +61,7 @@ def measure(program: Program) -> dict[str, int]:
 def train_flops(setup: Setup) -> tuple[float, float]:
     """FLOPs of a step on the batch of all devices: by XLA, and of the products by our count."""
     step = scaling.lower_step(_unrolled(setup))
-    return step.lowered.cost_analysis()["flops"], _count(step, flops.own_train_flops)
+    return step.lowered.cost_analysis()["flops"], _count(step, flops.executed_train_flops)
 
 
 def forward_flops(setup: Setup) -> tuple[float, float]:
@@ -71,7 +71,7 @@ def forward_flops(setup: Setup) -> tuple[float, float]:
     batch = {"image": jnp.zeros((setup.per_device_batch * step.mesh.size, side, side, 3), "uint8")}
     batch = jax.eval_shape(task.draw, jax.random.key(0), batch)
     lowered = jax.jit(task.loss).lower(step.shapes.params, {}, batch)
-    return lowered.cost_analysis()["flops"], _count(step, flops.own_forward_flops)
+    return lowered.cost_analysis()["flops"], _count(step, flops.executed_forward_flops)
 
 
 def _unrolled(setup: Setup) -> Setup:
@@ -110,7 +110,7 @@ def record() -> None:
     ]
     write_json(BUDGETS, dict(sorted((budgets | {version: now}).items())))
     title = f"Budgets of the train step, jax {version}, in {BUDGETS}"
-    print_rows(title, ("dtype", "count", "before", "now"), rows)
+    print_table(title, ("dtype", "count", "before", "now"), rows)
 
 
 def report(setup: Setup) -> dict[str, Any]:
@@ -138,12 +138,12 @@ def print_report(size: str, found: Mapping[str, Any]) -> None:
     """Prints a report."""
     title = f"The train step of {size}: counts of the compiled program"
     readable = lambda value: f"{value:,}" if isinstance(value, int) else value
-    print_table(title, {name: readable(value) for name, value in found.items()})
+    print_summary_table(title, {name: readable(value) for name, value in found.items()})
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--size", choices=sizes.SIZES, default="vit_ti16")
+    parser.add_argument("--size", choices=variants.VARIANTS, default="vit_ti16")
     parser.add_argument("--per-device-batch", type=int, default=8, help="images")
     parser.add_argument("--dtype", choices=scaling.DTYPES, default="f32", help="of activations")
     parser.add_argument("--remat", choices=REMAT_POLICIES, default="none")
@@ -164,7 +164,7 @@ def main() -> None:
         record()
         return
     setup = Setup(
-        size=sizes.get_size(arguments.size),
+        size=variants.get_variant(arguments.size),
         fsdp=1,
         per_device_batch=arguments.per_device_batch,
         remat=arguments.remat,

@@ -31,20 +31,22 @@ from jax.sharding import Mesh, NamedSharding
 
 from benchmarks import cluster, flags, hlo
 from benchmarks.cluster import Cluster
-from mae_jax import flops, sharding, sizes
-from mae_jax.console import print_table
-from mae_jax.models import linear
-from mae_jax.models.layers import REMAT_POLICIES, Execution
+from mae_jax.distributed import sharding
+from mae_jax.models import flops, mixed_precision_dense, variants
+from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD
+from mae_jax.models.layers import REMAT_POLICIES, ExecutionConfig
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_grid
-from mae_jax.optim import adamw, warmup_cosine
-from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
-from mae_jax.sizes import Size
+from mae_jax.models.variants import VitVariant
+from mae_jax.tasks.optimizer import adamw, warmup_cosine
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.training import TrainState, init_state, jit_step, make_train_step
-from mae_jax.whole import write_json
+from mae_jax.tasks.train_step import TrainState, init_state, jit_step, make_train_step
+from mae_jax.utils.atomic import write_json
+from mae_jax.utils.console import print_summary_table
 
-SIZES = sizes.SIZES | {"vit_2b": Size(1664, 48, 16, 14)}  # as ViT-G/14, with MAE's decoder
+SIZES = variants.VARIANTS | {
+    "vit_2b": VitVariant(1664, 48, 16, 14)
+}  # as ViT-G/14, with MAE's decoder
 MLP_RATIOS = {"vit_2b": 8192 / 1664}  # of encoders other than 4, which decoders have too
 DECODER_MLP_RATIO = 4.0
 STRATEGIES = ("replicate", "fsdp", "hsdp8")
@@ -63,7 +65,7 @@ class Setup:
     `Execution`.
     """
 
-    size: Size
+    size: VitVariant
     fsdp: int
     per_device_batch: int = 32
     remat: str = "full"
@@ -124,12 +126,12 @@ def lower_step(setup: Setup) -> Step:
     tx = adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
     shapes = jax.eval_shape(lambda key: init_state(task, tx, key), jax.random.key(0))
     shardings = sharding.state_shardings(shapes, mesh, setup.min_split_bytes)
-    sharding.check_split(shapes, shardings, mesh, sharding.MAX_WHOLE)
+    sharding.check_split(shapes, shardings, mesh, sharding.MAX_REPLICATED)
     step = make_train_step(task, tx, learning_rate, jax.random.key(1))
     jitted = jit_step(step, shardings)
     images = jax.ShapeDtypeStruct((batch_size, setup.image_size, setup.image_size, 3), jnp.uint8)
     inputs = (shapes, {"image": images})
-    placed = _placed(inputs, (shardings, {"image": NamedSharding(mesh, sharding.BATCH)}))
+    placed = _placed(inputs, (shardings, {"image": NamedSharding(mesh, sharding.BATCH_SPEC)}))
     return Step(setup, task, mesh, shapes, shardings, jitted.lower(*placed))
 
 
@@ -137,7 +139,7 @@ def _make_task(setup: Setup, mesh: Mesh) -> Pretrain:
     """The paper's pretraining."""
     patch = setup.size.patch
     grid = patch_grid((setup.image_size, setup.image_size), patch)
-    execution = Execution(
+    execution = ExecutionConfig(
         dtype=DTYPES[setup.dtype],
         remat=setup.remat,
         scan_unroll=setup.scan_unroll,
@@ -313,9 +315,11 @@ def print_report(row: dict[str, Any]) -> None:
     title = f"{row['size']} on {row['devices']} devices, {row['strategy']}: the compiled program"
     prediction = dict(row["prediction"])
     assumptions = prediction.pop("assumptions")
-    print_table(title, {name: _readable(row[name]) for name in row if name != "prediction"})
-    print_table("A prediction of a simple model, not a measurement", prediction)
-    print_table("What it assumes", {name: f"{value:g}" for name, value in assumptions.items()})
+    print_summary_table(title, {name: _readable(row[name]) for name in row if name != "prediction"})
+    print_summary_table("A prediction of a simple model, not a measurement", prediction)
+    print_summary_table(
+        "What it assumes", {name: f"{value:g}" for name, value in assumptions.items()}
+    )
 
 
 def _readable(value: Any) -> str:
@@ -359,7 +363,9 @@ def main() -> None:
         mlp_ratio=MLP_RATIOS.get(arguments.size, 4.0),
     )
     try:
-        with mock.patch.object(linear, "_on_cpu", return_value=False):  # as accelerators multiply
+        with mock.patch.object(
+            mixed_precision_dense, "_on_cpu", return_value=False
+        ):  # as accelerators multiply
             program = compile_step(setup)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

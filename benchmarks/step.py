@@ -39,9 +39,9 @@ from typing import Any
 from benchmarks import agreement, machine, step_report
 from benchmarks.step_report import IMAGE_SIZE, OURS
 from benchmarks.workers.protocol import UnusableError, Worker, WorkerError
-from mae_jax import console
-from mae_jax.sizes import SIZES
-from mae_jax.whole import whole
+from mae_jax.models.variants import VARIANTS
+from mae_jax.utils import console
+from mae_jax.utils.atomic import atomic_path
 
 log = logging.getLogger("mae_jax")
 
@@ -115,7 +115,7 @@ class Run:
     def write(self, status: str) -> None:
         self.report["status"] = status
         if self._arguments.json:
-            with whole(self._arguments.json) as part:
+            with atomic_path(self._arguments.json) as part:
                 part.write_text(json.dumps(self.report, indent=2, default=str) + "\n")
 
     def describe(self) -> None:
@@ -214,7 +214,7 @@ def of_family(given: dict[str, Path], name: str) -> Path | None:
 def make_plan(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the workers have to know."""
     names = ("task", "size", "batch", "dtype", "remat", "scan_unroll", "attention", "compile_mode")
-    patches = (IMAGE_SIZE // SIZES[arguments.size].patch) ** 2
+    patches = (IMAGE_SIZE // VARIANTS[arguments.size].patch) ** 2
     return {
         **{name: vars(arguments)[name] for name in names},
         **RECIPE,
@@ -275,7 +275,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--task", choices=("train", "encode"), default="train")
-    add("--size", choices=SIZES, default="vit_b16")
+    add("--size", choices=VARIANTS, default="vit_b16")
     add("--batch", type=count, default=8, help="images (8)")
     add("--dtype", choices=("f32", "bf16"), default="bf16", help="of activations (bf16)")
     add("--impl", type=implementations, default=[OURS, "hf"], help=f"of {OURS}, {', '.join(PEERS)}")

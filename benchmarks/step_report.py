@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 from typing import Any
 
-from mae_jax import flops
-from mae_jax.console import print_rows
-from mae_jax.sizes import SIZES
+from mae_jax.models import flops
+from mae_jax.models.variants import VARIANTS
+from mae_jax.utils.console import print_table
 
 NOISY = 0.2  # cores that others keep busy
 KEPT = 0.25  # of the patches
@@ -34,7 +34,7 @@ def ratios(rounds: Sequence[Report], name: str, clock: str) -> dict[str, float]:
 
 def image_flops(task: str, size_name: str, patches: int) -> float:
     """Of one image, in the paper's form."""
-    size = SIZES[size_name]
+    size = VARIANTS[size_name]
     values = size.patch**2 * 3
     if task == "encode":
         return flops.encoder_flops(size, patches, patches, values)
@@ -53,7 +53,7 @@ def _row(report: Report, arguments: argparse.Namespace, name: str) -> Report:
     seconds = spread([turn[name]["wall"] / turn[name]["steps"] for turn in rounds])
     processor = [turn[name]["cpu"] / turn[name]["steps"] for turn in rounds]
     others = sum(turn[name]["others"] for turn in rounds) / len(rounds)
-    patches = (IMAGE_SIZE // SIZES[arguments.size].patch) ** 2
+    patches = (IMAGE_SIZE // VARIANTS[arguments.size].patch) ** 2
     work = arguments.batch * image_flops(arguments.task, arguments.size, patches)
     speed, peak = work / seconds["median"], flops.peak_flops(device["device"])
     row = {
@@ -83,7 +83,7 @@ def show(report: Report, arguments: argparse.Namespace) -> None:
     device = report["environment"]["processor"] if on_cpu else device
     title = f"{arguments.task} {arguments.size}, batch {arguments.batch}, {arguments.dtype}"
     columns = ("", "first s", "step ms", "images/s", "TFLOP/s", "MFU", "of peak", "GB")
-    print_rows(f"{title}, {device}", columns, map(_speeds, report["rows"]))
+    print_table(f"{title}, {device}", columns, map(_speeds, report["rows"]))
     print(
         f"MFU: of {ceiling['flops_per_s'] / 1e12:.3g} TFLOP/s, a product of {ceiling['matmul']}, "
         f"measured beside a copy of {ceiling['copy_bytes_per_s'] / 1e9:.3g} GB/s."
@@ -93,7 +93,7 @@ def show(report: Report, arguments: argparse.Namespace) -> None:
         columns = ("", "ratio", "quartiles", "range")
         columns += ("CPU ratio", "others' cores") if on_cpu else ()
         title = "Time of a step over that of mae_jax: above 1 mae_jax is faster"
-        print_rows(title, columns, (_ratio(row, on_cpu) for row in peers))
+        print_table(title, columns, (_ratio(row, on_cpu) for row in peers))
     if any(row["noisy"] for row in report["rows"]):
         names = ", ".join(row["implementation"] for row in report["rows"] if row["noisy"])
         print(f"noisy: other processes kept more than {NOISY} cores busy during {names}.")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mae_jax.console import print_rows
+from mae_jax.utils.console import print_table
 
 Entry = dict[str, Any]
 
@@ -71,18 +71,18 @@ def show(report: Entry) -> None:
     of = lambda module: [row for row in done if row["command"][0] == f"benchmarks.{module}"]
     if steps := of("step"):
         columns = ("row", "step ms", "images/s", "MFU", "GB", "ratio", "base")
-        print_rows(f"Steps: {where}", columns, _steps(steps))
+        print_table(f"Steps: {where}", columns, _steps(steps))
         print("MFU: of a product measured beside it. GB: most memory. ratio: time of a step over")
         print("ours. base: images/s over those of the same size without the flags of the row.\n")
     if measured := of("kernels"):
         columns = ("row", "ceiling", "products", "share", "encoder ms", "decoder ms")
         title = "Kernels, TFLOP/s of products and the fastest attention"
-        print_rows(f"{title}: {where}", columns, map(_kernels, measured))
+        print_table(f"{title}: {where}", columns, map(_kernels, measured))
     if profiles := of("profile"):
         columns = ("row", "step ms", "matmul", "attn", "elem", "optim", "copies", "idle")
-        print_rows(f"Profiles: {where}", columns, map(_profile, profiles))
+        print_table(f"Profiles: {where}", columns, map(_profile, profiles))
     columns = ("size", "goal", "target", "measured", "", "row")
-    print_rows("Goals", columns, map(_goal, report["goals"]))
+    print_table("Goals", columns, map(_goal, report["goals"]))
     for row in report["rows"]:
         if row["status"] != "done":
             print(f"{row['name']} {row['status']}: {row['error']}")

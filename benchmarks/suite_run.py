@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import machine, suite_report
-from mae_jax.whole import write_json
+from mae_jax.utils.atomic import write_json
 
 log = logging.getLogger("mae_jax")
 

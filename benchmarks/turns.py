@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from benchmarks.machine import busy_seconds, cpu_seconds
-from mae_jax.checkpoint import Checkpointer
-from mae_jax.feed import Feed
-from mae_jax.loop import make_feed, make_step
-from mae_jax.parts import Run
-from mae_jax.start import starting_state
-from mae_jax.training import Batch, fit
+from mae_jax.data.prefetch import DevicePrefetcher
+from mae_jax.distributed.checkpointer import Checkpointer
+from mae_jax.tasks.train_step import Batch, fit
+from mae_jax.train.init_state import restore_or_init
+from mae_jax.train.loop import make_prefetcher, make_step
+from mae_jax.train.parts import RunSetup
 
 WARM_UP = 3  # steps before those that count: what was read ahead of them is used up by then
 KEPT = 2  # batches that the step alone takes one after the other
@@ -89,9 +89,9 @@ class Watch:
 class Trainer:
     """The jitted step of a run, and the state that it changes; `first_step_s` is with compiling."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunSetup):
         with Checkpointer(run.workdir / "checkpoints", 1) as checkpointer:
-            self.state = starting_state(run.config, run.task, run.tx, run.layout, checkpointer, {})
+            self.state = restore_or_init(run.config, run.task, run.tx, run.layout, checkpointer, {})
         self._step = make_step(run)
         kept = _kept(run, 0)
         begin = time.perf_counter()
@@ -116,7 +116,7 @@ class Trainer:
         )
 
 
-def loader_alone(trainer: Trainer, run: Run, steps: int) -> Taken:
+def loader_alone(trainer: Trainer, run: RunSetup, steps: int) -> Taken:
     """Reading, and bringing batches to the devices."""
     with closing(_feed(run, trainer.position())) as batches:
         for _ in range(WARM_UP):
@@ -127,7 +127,7 @@ def loader_alone(trainer: Trainer, run: Run, steps: int) -> Taken:
         return clock.read(steps * run.config.batch_size)
 
 
-def step_alone(trainer: Trainer, run: Run, steps: int) -> Taken:
+def step_alone(trainer: Trainer, run: RunSetup, steps: int) -> Taken:
     """The loop, on batches that lie on the devices."""
     kept = _kept(run, trainer.position())
     watch = Watch(trainer.position(), steps, run.config.batch_size)
@@ -135,7 +135,7 @@ def step_alone(trainer: Trainer, run: Run, steps: int) -> Taken:
     return watch.found
 
 
-def both(trainer: Trainer, run: Run, steps: int) -> Taken:
+def both(trainer: Trainer, run: RunSetup, steps: int) -> Taken:
     """The loop, on batches that are read beside it."""
     watch = Watch(trainer.position(), steps, run.config.batch_size)
     with closing(_feed(run, trainer.position(), watch.batches_ready)) as batches:
@@ -144,13 +144,13 @@ def both(trainer: Trainer, run: Run, steps: int) -> Taken:
 
 
 def _feed(
-    run: Run, position: int, note_ready: Callable[[int], None] = lambda _: None
-) -> Feed[Batch]:
+    run: RunSetup, position: int, note_ready: Callable[[int], None] = lambda _: None
+) -> DevicePrefetcher[Batch]:
     assert run.loader
-    return make_feed(run.loader, position, run.mesh, note_ready)
+    return make_prefetcher(run.loader, position, run.mesh, note_ready)
 
 
-def _kept(run: Run, position: int) -> list[Batch]:
+def _kept(run: RunSetup, position: int) -> list[Batch]:
     """A few batches, on the devices."""
     with closing(_feed(run, position)) as batches:
         return list(itertools.islice(batches, KEPT))

@@ -6,9 +6,9 @@ None take a value of the type named here.
 
 from ml_collections import ConfigDict, config_dict
 
-from mae_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
-from mae_jax.sharding import MAX_WHOLE, MIN_SPLIT_BYTES
-from mae_jax.sizes import get_size
+from mae_jax.distributed.sharding import MAX_REPLICATED, MIN_SPLIT_BYTES
+from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD
+from mae_jax.models.variants import get_variant
 
 
 def base() -> ConfigDict:
@@ -94,7 +94,7 @@ def base() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices to split parameters and optimizer over; 1 copies them to each
     config.mesh.min_split_bytes = MIN_SPLIT_BYTES  # smaller arrays stay whole on every device ...
-    config.mesh.max_whole = MAX_WHOLE  # ... but no larger share of all bytes than this
+    config.mesh.max_whole = MAX_REPLICATED  # ... but no larger share of all bytes than this
     return config
 
 
@@ -182,8 +182,8 @@ def _evaluation() -> ConfigDict:
 
 
 def set_size(config: ConfigDict, name: str) -> None:
-    """Sets the shape of the model to one of mae_jax.sizes."""
-    size = get_size(name)
+    """Sets the shape of the model to one of mae_jax.models.variants."""
+    size = get_variant(name)
     config.model.update(
         patch=size.patch,  # pixels
         width=size.width,

@@ -6,7 +6,7 @@ __all__ = ["load"]
 
 def __getattr__(name: str):
     if name == "load":  # imported only when it is used, so that `import mae_jax` stays light
-        from mae_jax.pretrained import load
+        from mae_jax.convert.pretrained import load
 
         return load
     raise AttributeError(f"module 'mae_jax' has no attribute {name!r}")

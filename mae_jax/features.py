@@ -10,17 +10,18 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from mae_jax import command_line
+from mae_jax.convert import cli as convert_cli
 from mae_jax.data.sources import FileSource
-from mae_jax.evals.reconstruct import displayed, figure, save_png
-from mae_jax.whole import whole
+from mae_jax.evaluate.figures import check_display_channels, image_grid, save_png, to_rgb_uint8
+from mae_jax.utils import cli
+from mae_jax.utils.atomic import atomic_path
 
 SHOWN = 16  # images at most in the picture of attention
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line.image_parser("mae_jax.features", __doc__)
-    command_line.add_batch_size(parser)
+    parser = convert_cli.image_parser("mae_jax.features", __doc__)
+    convert_cli.add_batch_size(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--layers",
-        type=command_line.integers,
+        type=cli.int_list,
         default=[],
         metavar="3,6,9",
         help="also cls_3, mean_3, ... after these blocks, counted from 1, with the final norm",
@@ -43,36 +44,36 @@ def main(argv: list[str]) -> None:
         metavar="PNG",
         help="draw where the cls token looks in the last block, mean over heads; also `attention`",
     )
-    command_line.add_show(parser)
+    convert_cli.add_show(parser)
     arguments = parser.parse_args(argv)
-    command_line.check_output("--out", arguments.out, ".npz")
+    cli.check_output("--out", arguments.out, ".npz")
     if arguments.attention:
-        command_line.check_output("--attention", arguments.attention, ".png")
+        cli.check_output("--attention", arguments.attention, ".png")
     source = FileSource(arguments.images)
-    model, params = command_line.load_model(arguments)
+    model, params = convert_cli.load_model(arguments)
     options = dict(
         layers=tuple(arguments.layers),
         grid=arguments.grid,
         attention=arguments.attention is not None,
     )
     extract = jax.jit(partial(model.features, **options))
-    found = command_line.over_images(
+    found = convert_cli.map_images(
         model, source, arguments.batch_size, lambda images: extract(params, images)
     )
-    command_line.warn_of_damage(found)
+    convert_cli.warn_nonfinite(found)
     found = {"files": np.array([source.key(i) for i in range(len(source))]), **found}
 
-    with whole(arguments.out) as part, part.open("wb") as file:
+    with atomic_path(arguments.out) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **found)
     for name, array in found.items():
         print(f"{name:12} {array.dtype} {list(array.shape)}")
     if arguments.attention:
-        show = command_line.shown(arguments, model)
+        show = check_display_channels(arguments.show, model.info.channels)
         images = model.read_images(source.files[:SHOWN])
-        images = displayed(images, show, model.info.mean, model.info.std)
+        images = to_rgb_uint8(images, show, model.info.mean, model.info.std)
         picture = attention_figure(images, found["attention"][:SHOWN])
         save_png(arguments.attention, picture)
-    print(f"{arguments.out}: {command_line.images_said(len(source))}")
+    print(f"{arguments.out}: {cli.pluralize(len(source), 'image')}")
 
 
 def attention_figure(
@@ -83,10 +84,10 @@ def attention_figure(
     light = attention / attention.max(axis=(1, 2), keepdims=True)
     light = light.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
     lit = (images * (0.15 + 0.85 * light)).astype(np.uint8)
-    return figure(
+    return image_grid(
         [images, (255 * light).astype(np.uint8), lit], ["image", "attention of cls", "both"]
     )
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run_command(main, convert_cli.FLAGS)

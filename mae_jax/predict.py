@@ -9,19 +9,20 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mae_jax import command_line
-from mae_jax.convert.info import ConvertError
+from mae_jax.convert import cli as convert_cli
+from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import FileSource
-from mae_jax.whole import whole
+from mae_jax.utils import cli
+from mae_jax.utils.atomic import atomic_path
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line.image_parser("mae_jax.predict", __doc__)
-    command_line.add_batch_size(parser)
+    parser = convert_cli.image_parser("mae_jax.predict", __doc__)
+    convert_cli.add_batch_size(parser)
     parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="predictions.csv")
     parser.add_argument(
         "--top",
-        type=command_line.count,
+        type=cli.positive_int,
         default=5,
         help="classes per image, as far as there are so many (5)",
     )
@@ -29,9 +30,9 @@ def main(argv: list[str]) -> None:
         "--class-names", type=Path, help="a file with a name per line, if the checkpoint has none"
     )
     arguments = parser.parse_args(argv)
-    command_line.check_output("--out", arguments.out, ".csv")
+    cli.check_output("--out", arguments.out, ".csv")
     source = FileSource(arguments.images)
-    model, params = command_line.load_model(arguments)
+    model, params = convert_cli.load_model(arguments)
     model.check_head()
     names = _class_names(arguments.class_names, model.info.class_names, model.info.num_classes)
 
@@ -39,13 +40,13 @@ def main(argv: list[str]) -> None:
     def classify(params, images):
         return {"probability": jax.nn.softmax(model.logits(params, images))}
 
-    made = command_line.over_images(
+    made = convert_cli.map_images(
         model, source, arguments.batch_size, lambda images: classify(params, images)
     )
     probability = made["probability"]
     best = np.argsort(-probability, axis=1, kind="stable")[:, : arguments.top]
 
-    with whole(arguments.out) as part, part.open("w", newline="") as file:
+    with atomic_path(arguments.out) as part, part.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["file", "rank", "class", "name", "probability"])
         for number, row in enumerate(best):
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
         print(source.key(number))
         for label in row:
             print(f"  {probability[number, label]:6.1%}  {names[label]}")
-    print(f"{arguments.out}: {command_line.images_said(len(source))}")
+    print(f"{arguments.out}: {cli.pluralize(len(source), 'image')}")
 
 
 def _class_names(path: Path | None, known: tuple[str, ...], count: int) -> tuple[str, ...]:
@@ -73,4 +74,4 @@ def _class_names(path: Path | None, known: tuple[str, ...], count: int) -> tuple
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run_command(main, convert_cli.FLAGS)

@@ -8,47 +8,50 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mae_jax import command_line
-from mae_jax.convert.info import ConvertError
+from mae_jax.convert import cli as convert_cli
+from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import FileSource
-from mae_jax.evals.reconstruct import Pictures, save_png
+from mae_jax.evaluate.figures import ReconstructionFigure, check_display_channels, save_png
 from mae_jax.tasks.masking import SAMPLERS
+from mae_jax.utils import cli
 
 MOST = 64  # images in one picture
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line.image_parser("mae_jax.reconstruct", __doc__)
+    parser = convert_cli.image_parser("mae_jax.reconstruct", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png")
     parser.add_argument("--mask", choices=SAMPLERS, default="random")
     parser.add_argument(
         "--mask-ratio", type=float, help="share of patches hidden; the checkpoint's"
     )
-    parser.add_argument("--seed", type=command_line.seed, default=0, help="of the masks")
+    parser.add_argument("--seed", type=cli.uint32, default=0, help="of the masks")
     parser.add_argument(
         "--stats",
         choices=("gt", "visible"),
         default="visible",
         help="brightness of normalised patches: their true one, or of visible neighbours (default)",
     )
-    command_line.add_show(parser)
+    convert_cli.add_show(parser)
     arguments = parser.parse_args(argv)
-    command_line.check_output("--out", arguments.out, ".png")
+    cli.check_output("--out", arguments.out, ".png")
     source = FileSource(arguments.images)
     if len(source) > MOST:
         raise ConvertError(f"{len(source)} images are too many for one picture: {MOST} at most")
-    model, params = command_line.load_model(arguments)
-    show = command_line.shown(arguments, model)
+    model, params = convert_cli.load_model(arguments)
+    show = check_display_channels(arguments.show, model.info.channels)
     try:
         task = model.task(mask=arguments.mask, mask_ratio=arguments.mask_ratio)
     except ValueError as error:
         raise ConvertError(str(error)) from error
     images = model.read_images(arguments.images)
     mask = task.draw_mask(jax.random.key(arguments.seed), len(images))
-    picture = Pictures(task, np.asarray(images), mask, arguments.stats, show).run(params)
+    picture = ReconstructionFigure(task, np.asarray(images), mask, arguments.stats, show).run(
+        params
+    )
     save_png(arguments.out, picture)
-    print(f"{arguments.out}: {command_line.images_said(len(images))}")
+    print(f"{arguments.out}: {cli.pluralize(len(images), 'image')}")
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run_command(main, convert_cli.FLAGS)

@@ -18,7 +18,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "allow")
 
-_hook = jaxtyping.install_import_hook(["mae_jax.models", "mae_jax.tasks"], "beartype.beartype")
+_hook = jaxtyping.install_import_hook(["mae_jax.models", "mae_jax.tasks"], "typechecker.typechecked")
 _hook.__enter__()
 
 
@@ -33,7 +33,7 @@ def golden():
 @pytest.fixture(scope="session")
 def photo_crops(tmp_path_factory):
     """Where the embedded data set is prepared."""
-    from mae_jax.data.tfds_source import TfdsSource
+    from mae_jax.data.tfds import TfdsSource
 
     folder = str(tmp_path_factory.mktemp("datasets"))
     TfdsSource("photo_crops", "train", folder)

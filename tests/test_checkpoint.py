@@ -7,11 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-)
-from mae_jax.start import check_resume, flatten
+from mae_jax.distributed.checkpointer import Checkpointer, CheckpointError
+from mae_jax.train.init_state import check_resume, flatten
 
 STATE = {
     "params": {"encoder": {"w": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3)},
@@ -229,7 +226,7 @@ def test_what_may_be_over_the_next_time_is_no_damage(tmp_path, monkeypatch, erro
     with closing(Checkpointer(tmp_path, max_to_keep=3)) as checkpointer:
         saved(checkpointer, STATE, 1)
         with monkeypatch.context() as patch:
-            patch.setattr("mae_jax.checkpoint.read_meta", fail)
+            patch.setattr("mae_jax.distributed.checkpointer.read_meta", fail)
             with pytest.raises(CheckpointError, match="cannot be read just now"):
                 restore(checkpointer)
         assert restore(checkpointer)[0] == 1

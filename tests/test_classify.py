@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from official import our_names, to_ours
+from official_state_dict import our_names, to_ours
 from safetensors.numpy import load_file
 from test_golden import check_gradients, nhwc, schedule_of
 
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.patches import patchify
 from mae_jax.models.vit import Encoder
-from mae_jax.optim import adamw, decay_mask, lars, update_scales
 from mae_jax.tasks import mixup
 from mae_jax.tasks.classify import Classify, soft_cross_entropy
 from mae_jax.tasks.mixup import Mix
-from mae_jax.training import init_state, make_train_step
-from mae_jax.trees import named_leaves
+from mae_jax.tasks.optimizer import adamw, lars, lr_multipliers, weight_decay_mask
+from mae_jax.tasks.train_step import init_state, make_train_step
+from mae_jax.utils.pytree import flatten
 
 NO_DECAY = ("cls_token", "pos_embed")
 
@@ -76,7 +76,7 @@ def test_forward_and_gradients(vit, golden):
     (loss, _), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, {}, batch)
     np.testing.assert_allclose(loss, io["ce_loss"], atol=2e-6, rtol=2e-6)
     if config["global_pool"]:
-        check_gradients(named_leaves(grads), load_file(folder / "grads_ce.safetensors"))
+        check_gradients(flatten(grads), load_file(folder / "grads_ce.safetensors"))
 
 
 def test_linear_probe_head(vit):
@@ -112,7 +112,7 @@ def test_linear_probe_head(vit):
     kernel, bias = plain.T @ io["features"], plain.sum(axis=0)
     np.testing.assert_allclose(grads["head"]["kernel"].T, io["lin_grad_weight"] - kernel, atol=5e-6)
     np.testing.assert_allclose(grads["head"]["bias"], io["lin_grad_bias"] - bias, atol=5e-6)
-    for name, grad in named_leaves(grads).items():
+    for name, grad in flatten(grads).items():
         assert name.startswith("head/") or not np.any(grad), name
 
 
@@ -154,8 +154,8 @@ def test_linear_probe_trajectory(vit, golden, cached):
     np.testing.assert_allclose(stats["mean"], expected["final_head.0.running_mean"], atol=1e-5)
     np.testing.assert_allclose(stats["var"], expected["final_head.0.running_var"], atol=1e-5)
     assert stats["count"] == expected["final_head.0.num_batches_tracked"]
-    for name, leaf in named_leaves(state.params["encoder"]).items():
-        assert np.asarray(leaf).tobytes() == named_leaves(before["encoder"])[name].tobytes()
+    for name, leaf in flatten(state.params["encoder"]).items():
+        assert np.asarray(leaf).tobytes() == flatten(before["encoder"])[name].tobytes()
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])
@@ -239,8 +239,8 @@ def test_finetuning_trajectory(name, golden):
 
     # Of f3 only the smaller arrays are kept; the losses above depend on all.
     final = to_ours(load_file(folder / "final_state_dict.safetensors"), True)
-    ours = named_leaves(params)
-    for path, expected in named_leaves(final).items():
+    ours = flatten(params)
+    for path, expected in flatten(final).items():
         atol = np.full(expected.shape[-1], 1e-5)
         if path.endswith("qkv/bias"):  # AdamW turns the key bias' rounding noise into whole steps
             width = expected.shape[-1] // 3
@@ -256,8 +256,8 @@ def test_layer_decay_groups_are_the_references(name, golden):
         config | dict(mlp_ratio=4.0, num_classes=1000), mean_pool=reference["global_pool"]
     )
     params = jax.eval_shape(task.init, jax.random.key(0))
-    scales = named_leaves(update_scales(params, layer_decay=reference["layer_decay"]))
-    decayed = named_leaves(decay_mask(params, NO_DECAY))
+    scales = flatten(lr_multipliers(params, layer_decay=reference["layer_decay"]))
+    decayed = flatten(weight_decay_mask(params, NO_DECAY))
     groups = reference["as_main_finetune"]
     theirs = our_names(groups)
     assert set(theirs) == set(scales)
@@ -302,6 +302,6 @@ def test_mixing(case, golden):
     for box, drawn, left in zip(boxes[cut], *(config["cutmix_calls"][k] for k in ("lam0", "lam"))):
         half = int(side * np.sqrt(1 - drawn)) // 2
         centres = [high - half if low == 0 else low + half for low, high in (box[:2], box[2:])]
-        made, corrected = mixup.make_box(jnp.array([drawn]), jnp.array([centres]), (side, side))
+        made, corrected = mixup.cutmix_box(jnp.array([drawn]), jnp.array([centres]), (side, side))
         np.testing.assert_array_equal(made[0], box)
         np.testing.assert_allclose(corrected[0], left, rtol=1e-6)

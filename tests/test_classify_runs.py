@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from configs import attentive, finetune, knn, linprobe
-from mae_jax import experiment, predict
+from mae_jax import predict
 from mae_jax.convert import __main__ as convert
 from mae_jax.convert import weights
 from mae_jax.data.sources import DataError
-from mae_jax.start import ConfigError
+from mae_jax.train import trainer
+from mae_jax.train.init_state import ConfigError
 
 CLASSES = {"dark": 0, "light": 128, "mixed": 64}
 SHARED = dict(model__image_size=(32, 32), model__patch=8, model__width=32, model__depth=2)
@@ -55,14 +56,18 @@ LINPROBE = dict(epochs=4.0, optim__warmup_epochs=1.0, optim__base_lr=3.0, data__
 @pytest.fixture(scope="module")
 def finetuned(images, pretrained, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finetuned")
-    experiment.run(config_of(finetune, images, init__path=pretrained, **FINETUNE), workdir)
+    trainer.train_and_evaluate(
+        config_of(finetune, images, init__path=pretrained, **FINETUNE), workdir
+    )
     return workdir
 
 
 @pytest.fixture(scope="module")
 def probed(images, pretrained, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("probed")
-    experiment.run(config_of(linprobe, images, init__path=pretrained, **LINPROBE), workdir)
+    trainer.train_and_evaluate(
+        config_of(linprobe, images, init__path=pretrained, **LINPROBE), workdir
+    )
     return workdir
 
 
@@ -91,7 +96,7 @@ def test_a_run_continues_bit_identically(finetuned, images, tmp_path):
     """Mixing, erasing, dropped paths and RandAugment included; init.path is not needed again."""
     shutil.copytree(finetuned / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
     shutil.copy(finetuned / "init.json", tmp_path)
-    experiment.run(config_of(finetune, images, **FINETUNE), tmp_path)
+    trainer.train_and_evaluate(config_of(finetune, images, **FINETUNE), tmp_path)
     ours, theirs = (weights.read(path).arrays for path in (tmp_path, finetuned))
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
@@ -108,7 +113,7 @@ def test_evaluation_alone_repeats_the_accuracy(finetuned, images, tmp_path):
         overrides = dict(FINETUNE) | dict(steps=0, optim__ema=None, eval__batch_size=batch_size)
         workdir = tmp_path / str(batch_size)
         config = config_of(finetune, images, init__path=str(finetuned), **overrides)
-        experiment.run(config, workdir)
+        trainer.train_and_evaluate(config, workdir)
         summary = summary_of(workdir)
         assert summary["top1"] == summary_of(finetuned)["top1"]
         assert summary["eval_images"] == 37
@@ -128,7 +133,7 @@ def test_a_frozen_encoder_keeps_its_bits(probed, pretrained):
 
 def test_cached_features_make_the_same_probe(probed, images, pretrained, tmp_path):
     overrides = LINPROBE | dict(init__path=pretrained, data__cache_features=True)
-    experiment.run(config_of(linprobe, images, **overrides), tmp_path)
+    trainer.train_and_evaluate(config_of(linprobe, images, **overrides), tmp_path)
     ours, theirs = (weights.read(path).arrays for path in (tmp_path, probed))
     for name in ("head/kernel", "head_norm/mean", "head_norm/var"):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-4, atol=2e-5)
@@ -137,7 +142,7 @@ def test_cached_features_make_the_same_probe(probed, images, pretrained, tmp_pat
 
 def test_the_last_blocks_alone(images, pretrained, tmp_path):
     overrides = FINETUNE | dict(init__path=pretrained, optim__train_last_blocks=1)
-    experiment.run(config_of(finetune, images, **overrides), tmp_path)
+    trainer.train_and_evaluate(config_of(finetune, images, **overrides), tmp_path)
     before = weights.read(pretrained, heads=2, decoder_heads=2).arrays
     after, averaged = (weights.read(tmp_path, ema=ema).arrays for ema in (False, True))
     for name, array in [*after.items(), *averaged.items()]:
@@ -150,12 +155,12 @@ def test_the_last_blocks_alone(images, pretrained, tmp_path):
 
 def test_attentive_probe_is_a_checkpoint_like_any_other(images, pretrained, tmp_path, capsys):
     overrides = LINPROBE | dict(init__path=pretrained, data__cache_features=True)
-    experiment.run(config_of(attentive, images, **overrides), tmp_path / "run")
+    trainer.train_and_evaluate(config_of(attentive, images, **overrides), tmp_path / "run")
     top1 = summary_of(tmp_path / "run")["top1"]
     single = tmp_path / "probe.safetensors"
     convert.main([str(tmp_path / "run"), str(single), "--to", "mae_jax"])
     again = config_of(attentive, images, init__path=str(single), steps=0)
-    experiment.run(again, tmp_path / "again")
+    trainer.train_and_evaluate(again, tmp_path / "again")
     assert summary_of(tmp_path / "again")["top1"] == top1
     with pytest.raises(weights.ConvertError, match="no place for the learned attention"):
         convert.main([str(single), str(tmp_path / "x.safetensors"), "--to", "timm"])
@@ -174,7 +179,7 @@ def test_heads_go_to_other_dialects(finetuned, probed, images, tmp_path):
 
 
 def test_knn_needs_no_head_and_no_training(images, pretrained, tmp_path):
-    experiment.run(config_of(knn, images, init__path=pretrained), tmp_path)
+    trainer.train_and_evaluate(config_of(knn, images, init__path=pretrained), tmp_path)
     summary = summary_of(tmp_path)
     assert 0 <= summary["knn_top1"] <= 1
     assert {f"knn_top1_k{k}" for k in (1, 5, 10, 100, 200)} <= summary.keys()
@@ -183,14 +188,14 @@ def test_knn_needs_no_head_and_no_training(images, pretrained, tmp_path):
 
 def refused(message, config, workdir):
     with pytest.raises(ConfigError, match=message):
-        experiment.run(config, workdir)
+        trainer.train_and_evaluate(config, workdir)
     assert not list((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def test_random_features_only_on_purpose(images, tmp_path):
     config = config_of(linprobe, images, **LINPROBE)
     refused("init.path is not set, so the encoder would be random", config, tmp_path / "a")
-    experiment.run(
+    trainer.train_and_evaluate(
         config_of(linprobe, images, init__path="random", **LINPROBE), tmp_path / "random"
     )
     assert summary_of(tmp_path / "random")["init"] == {"path": "random"}
@@ -211,7 +216,9 @@ def test_another_head_is_replaced_only_when_asked(images, golden, tmp_path):
         config_of(linprobe, images, **plain),
         tmp_path,
     )
-    experiment.run(config_of(linprobe, images, init__new_head=True, **overrides), tmp_path / "new")
+    trainer.train_and_evaluate(
+        config_of(linprobe, images, init__new_head=True, **overrides), tmp_path / "new"
+    )
     fresh = summary_of(tmp_path / "new")["init"]["fresh"]
     assert {"head/bias", "head/kernel", "head_norm/mean"} <= set(fresh)
 
@@ -238,9 +245,9 @@ def test_a_bad_image_is_left_out_of_the_accuracy(finetuned, images, tmp_path, ca
     overrides = FINETUNE | dict(init__path=str(finetuned), steps=0, optim__ema=None)
     config = config_of(finetune, tmp_path / "images", **overrides)
     with pytest.raises(DataError, match="light/3.png is bad"):
-        experiment.run(config, tmp_path / "a")
+        trainer.train_and_evaluate(config, tmp_path / "a")
     config = config_of(finetune, tmp_path / "images", data__on_bad="skip", **overrides)
     with caplog.at_level("WARNING", "mae_jax"):
-        experiment.run(config, tmp_path / "b")
+        trainer.train_and_evaluate(config, tmp_path / "b")
     assert summary_of(tmp_path / "b")["eval_images"] == 36
     assert caplog.text.count("skipped a bad image (1 so far): ") == 1

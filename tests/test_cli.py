@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import (
+from run_helpers import (
     ROOT,
     assert_same_end,
     command,

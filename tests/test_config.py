@@ -20,13 +20,13 @@ from configs import (
     small,
 )
 from mae_jax.data.sources import DataError
-from mae_jax.experiment import ConfigError, build
-from mae_jax.parts import say_hello
-from mae_jax.recipe import judges
-from mae_jax.recipe.data import make_eval_transform
-from mae_jax.recipe.tasks import flops_per_image
-from mae_jax.sizes import SIZES
-from mae_jax.start import FREE, flatten
+from mae_jax.models.variants import VARIANTS
+from mae_jax.train import judges
+from mae_jax.train.build_data import make_eval_transform
+from mae_jax.train.build_model import flops_per_image
+from mae_jax.train.init_state import RESUMABLE_KEYS, flatten
+from mae_jax.train.parts import log_run_summary
+from mae_jax.train.trainer import ConfigError, build
 
 CONFIGS = Path(common.__file__).parent
 PLAIN = {bool, int, float, str, tuple, type(None)}
@@ -68,7 +68,7 @@ def test_recipes_add_no_key_of_their_own():
         ablations.get_config(f"{s},{row}") for s in ablations.SCALES for row in ablations.ROWS
     ]
     for recipe in (pretrain, finetune, linprobe, attentive, scratch, knn):
-        configs += [recipe.get_config(size) for size in SIZES]
+        configs += [recipe.get_config(size) for size in VARIANTS]
     for config in configs:
         assert flatten(config.to_dict()).keys() == known
         assert {type(x) for x in flatten(config.to_dict()).values()} <= PLAIN
@@ -83,7 +83,7 @@ def test_an_unknown_key_is_refused_with_the_closest_one():
 
 def test_free_keys_exist():
     known = flatten(common.base().to_dict())
-    for free in FREE:
+    for free in RESUMABLE_KEYS:
         assert free in known or any(key.startswith(free) for key in known if free.endswith("."))
 
 
@@ -113,7 +113,7 @@ def config_of(folder, **overrides) -> ConfigDict:
 
 def test_a_folder_without_labels_has_no_knn(folder):
     run = build(config_of(folder), folder / "run")
-    assert not judges.can_measure_features(run.config, run.train_source, run.eval_source)
+    assert not judges.features_enabled(run.config, run.train_source, run.eval_source)
     assert len(run.train_source) == 8
     assert run.duration.total_steps == 1000
 
@@ -203,7 +203,7 @@ def test_a_run_knows_that_it_predicts_some_patches(folder, caplog):
         caplog.clear()
         run = build(config_of(folder, decoder__predict_ratio=ratio), folder / "run")
         costs.append(flops_per_image(run.config, run.task))
-        say_hello(run, 0)
+        log_run_summary(run, 0)
         said.append(caplog.messages[0].partition("; ")[2])
     assert costs[0] > costs[1] > costs[2]
     assert said[0] == "16 of 64 patches are visible"

@@ -17,17 +17,17 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import mae_jax
-from mae_jax.checkpoint import Checkpointer
 from mae_jax.convert import __main__ as command
-from mae_jax.convert import mapping, weights
-from mae_jax.convert.files import Found
-from mae_jax.convert.identify import identify
-from mae_jax.convert.info import ConvertError, make_autoencoder
-from mae_jax.convert.layouts import LAYOUTS
-from mae_jax.models.layers import Execution
+from mae_jax.convert import state_dict, weights
+from mae_jax.convert.detect import detect
+from mae_jax.convert.io import RawCheckpoint
+from mae_jax.convert.key_maps import LAYOUTS
+from mae_jax.convert.model_info import ConvertError, make_autoencoder
+from mae_jax.distributed.checkpointer import Checkpointer
+from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
-from mae_jax.models.patches import patchify, resample_position_table
-from mae_jax.sizes import SIZES
+from mae_jax.models.patches import interpolate_pos_embed, patchify
+from mae_jax.models.variants import VARIANTS
 from mae_jax.tasks import masking
 from mae_jax.tasks.pretrain import Pretrain
 
@@ -86,9 +86,9 @@ def test_every_name_and_shape_of_the_paper_s_sizes(golden, tmp_path, file, model
     sets = list(tensors_of(golden, file, model))
     assert sets
     for name, tensors in sets:
-        layout, info, shapes = identify(Found(dict(tensors)), tmp_path)
+        layout, info, shapes = detect(RawCheckpoint(dict(tensors)), tmp_path)
         assert layout.dialect == ("hf" if file.startswith("hf") else "official")
-        assert (info.size_name, info.heads) == (size, SIZES[size].heads)
+        assert (info.size_name, info.heads) == (size, VARIANTS[size].heads)
         full = "full" in file or name == "ViTMAEForPreTraining"
         assert (info.decoder_depth, info.decoder_heads) == ((8, 16) if full else (0, 0))
         count = {
@@ -180,7 +180,7 @@ def test_all_three_layouts_of_huggingface(golden, tmp_path):
     four = weights.read(folder / "pretrained_v4")
     assert_same(weights.read(folder / "pretrained_v5").arrays, four.arrays)
     (in_memory,) = (o for o in LAYOUTS if o.form == "5.x in memory")
-    tensors = mapping.to_theirs(in_memory, dict(four.arrays), four.info.patch)
+    tensors = state_dict.export_state_dict(in_memory, dict(four.arrays), four.info.patch)
     assert "vit.layers.0.attention.q_proj.weight" in tensors
     save_file(tensors, tmp_path / "memory.safetensors")
     found = weights.read(tmp_path / "memory.safetensors", heads=4, decoder_heads=3)
@@ -215,7 +215,7 @@ def test_huggingface_s_forward_pass(golden, folder):
     model, params = mae_jax.load(golden / "hf" / folder)
     io = load_file((golden / "hf" / folder).parent / "io.safetensors")
     patches = patchify(nhwc(io["pixel_values"]), model.info.patch)
-    mask = masking.from_noise(jnp.asarray(io["noise"]), int((io["mask"][0] == 0).sum()))
+    mask = masking.mask_from_noise(jnp.asarray(io["noise"]), int((io["mask"][0] == 0).sum()))
     task = model.task()
     run = jax.jit(task.apply, static_argnums=0)
     assert_close(run("predict", params, patches, *mask), io["logits"])
@@ -226,10 +226,10 @@ def test_huggingface_s_forward_pass(golden, folder):
 
 def outputs_of(model, params, images):
     """The outputs for already normalised images [b, c, h, w]."""
-    from mae_jax.convert.info import make_classifier, variables
+    from mae_jax.convert.model_info import make_classifier, to_variables
 
     patches = patchify(nhwc(images), model.info.patch)
-    return jax.jit(make_classifier(model.info).apply)(variables(params), patches)
+    return jax.jit(make_classifier(model.info).apply)(to_variables(params), patches)
 
 
 def test_timm_s_forward_pass(golden):
@@ -296,11 +296,11 @@ def test_linear_probe_with_its_batch_norm(golden, tmp_path):
 @pytest.mark.parametrize("image_size", [(48, 24), (64, 64)])
 def test_another_image_size_resamples_both_tables(golden, image_size):
     before = weights.read(golden / OFFICIAL, **HEADS)
-    after = weights.with_image_size(before, image_size)
+    after = weights.resize_pos_embed(before, image_size)
     grid = (image_size[0] // 8, image_size[1] // 8)
     for part in ("encoder", "decoder"):
         name = f"{part}/pos_embed/table"
-        expected = resample_position_table(before.arrays[name][0], (4, 4), grid)
+        expected = interpolate_pos_embed(before.arrays[name][0], (4, 4), grid)
         np.testing.assert_array_equal(after.arrays[name][0], expected)
     model, params = mae_jax.load(golden / OFFICIAL, image_size=image_size, **HEADS)
     images = np.zeros((2, *image_size, 3), np.uint8)
@@ -310,7 +310,7 @@ def test_another_image_size_resamples_both_tables(golden, image_size):
 
 
 def test_non_square_weights_travel_and_are_asked_for_where_they_cannot(golden, tmp_path):
-    found = weights.with_image_size(weights.read(golden / OFFICIAL, **HEADS), (48, 24))
+    found = weights.resize_pos_embed(weights.read(golden / OFFICIAL, **HEADS), (48, 24))
     for to in ("official", "hf"):
         with pytest.raises(ConvertError, match="square images only"):
             weights.write(found, tmp_path / to, to)
@@ -356,7 +356,7 @@ def run(tmp_path_factory):
     model = dict(image_size=(16, 24), channels=3, patch=8, width=16, depth=2, heads=2)
     model |= dict(decoder_width=16, decoder_depth=1, decoder_heads=4, mlp_ratio=2.0)
     model |= dict(layer_norm_eps=1e-5, position="sincos")
-    size = SIZES["vit_b16"].__class__(16, 2, 2, 8, 16, 1, 4)
+    size = VARIANTS["vit_b16"].__class__(16, 2, 2, 8, 16, 1, 4)
     mae = make_mae(size, grid=(2, 3), mlp_ratio=2.0, layer_norm_eps=1e-5)
     task = Pretrain(
         model=mae, grid=(2, 3), patch=8, mean=(0.5,) * 3, std=(0.25,) * 3, mask_ratio=0.5
@@ -419,7 +419,7 @@ def _umask():
 def test_a_run_to_huggingface_and_timm(run, tmp_path, caplog):
     workdir, _, _ = run
     before = weights.read(workdir)
-    square = weights.with_image_size(before, (16, 16))
+    square = weights.resize_pos_embed(before, (16, 16))
     weights.write(square, tmp_path / "hf", "hf")
     before, after = square, weights.read(tmp_path / "hf")
     assert_same(after.arrays, before.arrays)
@@ -720,7 +720,7 @@ def test_destinations(golden, tmp_path):
     assert file.read_bytes() == before
     assert (folder / "mine.txt").read_text() == "kept"
     with pytest.raises(ConvertError, match="exists and is a file"):
-        weights.check_free(tmp_path / "folder" / "mine.txt", "mae_jax", overwrite=True)
+        weights.check_destination(tmp_path / "folder" / "mine.txt", "mae_jax", overwrite=True)
     (tmp_path / "b.safetensors").mkdir()
     with pytest.raises(ConvertError, match="exists and is a directory"):
         write(tmp_path / "b.safetensors", overwrite=True)
@@ -800,7 +800,7 @@ def test_predictions_do_not_depend_on_the_way_the_weights_came(golden, tmp_path)
 
 def test_bfloat16_activations(golden):
     model, params = mae_jax.load(golden / "hf/hf_tiny/pretrained_v4", dtype="bfloat16")
-    assert model.execution == Execution(dtype=jnp.dtype("bfloat16"))
+    assert model.execution == ExecutionConfig(dtype=jnp.dtype("bfloat16"))
     assert params["encoder"]["cls_token"].dtype == jnp.float32
     assert make_autoencoder(model.info, model.execution).encoder.execution.dtype == jnp.bfloat16
     with pytest.raises(ConvertError, match="dtype='float64'"):

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from pictures import encoded, fill_folder, photograph
+from image_helpers import encoded, fill_folder, photograph
 from PIL import Image
 
 from mae_jax.data import __main__ as data
 from mae_jax.data.decode import decode
-from mae_jax.data.opening import open_source
+from mae_jax.data.factory import open_source
 from mae_jax.data.sources import DataError
 
 

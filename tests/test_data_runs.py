@@ -5,16 +5,18 @@ import json
 import jax
 import numpy as np
 import pytest
-from pictures import photograph
+from image_helpers import photograph
 from PIL import Image
 
 import mae_jax
 from configs import common
-from mae_jax import experiment, features, reconstruct, sharding
-from mae_jax.checkpoint_reader import CheckpointError
+from mae_jax import features, reconstruct
 from mae_jax.convert import weights
 from mae_jax.data.sources import DataError
-from mae_jax.start import ConfigError
+from mae_jax.distributed import sharding
+from mae_jax.distributed.checkpoint_reader import CheckpointError
+from mae_jax.train import trainer
+from mae_jax.train.init_state import ConfigError
 
 CHANNELS = 5
 TINY = dict(model__image_size=(16, 24), model__patch=8, model__width=16, model__depth=2)
@@ -84,7 +86,7 @@ def run_on_bands(bands, tmp_path_factory):
             compiled.append(fun_name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    experiment.run(config_of(bands, eval__show_channels=(4, 2, 0), **BANDS), workdir)
+    trainer.train_and_evaluate(config_of(bands, eval__show_channels=(4, 2, 0), **BANDS), workdir)
     jax.monitoring.unregister_event_duration_listener(listen)
     return workdir, compiled
 
@@ -152,7 +154,7 @@ def test_many_channels_in_the_commands_and_conversion(trained_on_bands, bands, t
 )
 def test_what_many_channels_cannot_be(bands, tmp_path, overrides, error, message):
     with pytest.raises(error, match=message):
-        experiment.run(config_of(bands, **BANDS | overrides), tmp_path / "run")
+        trainer.train_and_evaluate(config_of(bands, **BANDS | overrides), tmp_path / "run")
 
 
 def test_values_of_another_range_need_their_own_mean(tmp_path):
@@ -160,11 +162,11 @@ def test_values_of_another_range_need_their_own_mean(tmp_path):
     for number in range(8):
         np.save(tmp_path / "data" / f"{number}.npy", np.full((20, 20, 3), 1000.0))
     with pytest.raises(ConfigError, match=r"0.npy has values of float32, which data.mean.*stats"):
-        experiment.run(config_of(tmp_path / "data"), tmp_path / "run")
+        trainer.train_and_evaluate(config_of(tmp_path / "data"), tmp_path / "run")
     for overrides in (dict(data__resize_on="device"), dict(data__augment="randaugment")):
         overrides |= dict(data__mean=(1000.0,) * 3, data__std=(300.0,) * 3)
         with pytest.raises(ConfigError, match="images of uint8"):
-            experiment.run(config_of(tmp_path / "data", **overrides), tmp_path / "run")
+            trainer.train_and_evaluate(config_of(tmp_path / "data", **overrides), tmp_path / "run")
 
 
 def test_a_run_that_turns_images_makes_a_model_that_does(tmp_path):
@@ -173,7 +175,9 @@ def test_a_run_that_turns_images_makes_a_model_that_does(tmp_path):
     (tmp_path / "data").mkdir()
     for number in range(8):
         photograph().save(tmp_path / "data" / f"{number}.jpg", exif=exif)
-    experiment.run(config_of(tmp_path / "data", data__exif=True, steps=3), tmp_path / "run")
+    trainer.train_and_evaluate(
+        config_of(tmp_path / "data", data__exif=True, steps=3), tmp_path / "run"
+    )
     model, _ = mae_jax.load(tmp_path / "run")
     upright = photograph().rotate(270, expand=True)
     upright.save(tmp_path / "upright.png")
@@ -185,21 +189,21 @@ def test_a_run_that_turns_images_makes_a_model_that_does(tmp_path):
 @pytest.fixture(scope="module")
 def on_host(photographs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("on_host")
-    experiment.run(config_of(photographs, data__resize_on="host"), workdir)
+    trainer.train_and_evaluate(config_of(photographs, data__resize_on="host"), workdir)
     return workdir
 
 
 def test_resizing_on_the_device_changes_next_to_nothing(photographs, on_host, tmp_path):
     """Of crops of up to 150 pixels, the larger ones by the host."""
     config = config_of(photographs, data__resize_on="device", data__canvas=100)
-    experiment.run(config, tmp_path)
+    trainer.train_and_evaluate(config, tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(on_host), rtol=2e-3)
     assert (tmp_path / "summary.json").exists()
 
 
 def test_another_batch_size_is_refused_by_name(on_host, photographs):
     with pytest.raises(CheckpointError, match="batch_size"):
-        experiment.run(config_of(photographs, batch_size=4, steps=8), on_host)
+        trainer.train_and_evaluate(config_of(photographs, batch_size=4, steps=8), on_host)
 
 
 def test_arrays(tmp_path):
@@ -209,7 +213,7 @@ def test_arrays(tmp_path):
         images = rng.integers(0, 128, (count, 20, 30, 3)) + 120 * labels[:, None, None, None]
         np.savez(tmp_path / f"{split}.npz", image=images.astype(np.uint8), label=labels)
     config = config_of(tmp_path, data__source="arrays")
-    experiment.run(config, tmp_path / "run")
+    trainer.train_and_evaluate(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn_top1"] > 0.9
 
 
@@ -223,7 +227,7 @@ def test_waiting_is_measured_and_warned_of_once(photographs, tmp_path, caplog, m
         return shard(*arguments)
 
     monkeypatch.setattr(sharding, "shard_batch", slow)
-    experiment.run(config_of(photographs, steps=8, log__every_steps=4), tmp_path)
+    trainer.train_and_evaluate(config_of(photographs, steps=8, log__every_steps=4), tmp_path)
     windows = [row for row in rows(tmp_path) if "data_wait" in row]
     assert max(row["data_wait"] for row in windows) > 0.5
     assert all(0 <= row["data_ready"] <= 2 for row in windows)

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import tifffile
-from pictures import encoded, noise_image, photograph, saved
+from image_helpers import encoded, noise_image, photograph, saved
 from PIL import Image, ImageOps
 
 from mae_jax.data.decode import decode

@@ -3,10 +3,10 @@
 import tempfile
 
 import pytest
-from pictures import encoded, noise_image
+from image_helpers import encoded, noise_image
 
 from benchmarks import end_to_end
-from mae_jax.data.opening import open_source
+from mae_jax.data.factory import open_source
 
 BATCH, FILES = 8, 24
 

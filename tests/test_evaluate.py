@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax import evaluate
-from mae_jax.convert.info import ConvertError
+from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import DataError
-from mae_jax.evals.probe import ProbeRecipe, batch_size_for, probe_scores
-from mae_jax.evals.scores import Score, score_of
+from mae_jax.evaluate import __main__
+from mae_jax.evaluate.metrics import Score, accuracy
+from mae_jax.evaluate.probe import ProbeRecipe, batch_size_for, probe_scores
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def checkpoint(golden):
 
 def run(checkpoint, images, out, *more):
     arguments = ["--checkpoint", checkpoint, "--data", str(images), "--num-heads", "2"]
-    evaluate.main([*arguments, "--out", str(out), *more])
+    __main__.main([*arguments, "--out", str(out), *more])
     return json.loads(out.read_text())
 
 
@@ -144,7 +144,7 @@ def test_the_batch_is_the_papers_at_the_papers_size():
 
 def test_scores():
     ranking = np.array([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [1, 0, 2, 3, 4, 5]])
-    score = score_of(ranking, np.array([0, 0, 0]))
+    score = accuracy(ranking, np.array([0, 0, 0]))
     assert score == Score(1 / 3, 2 / 3, 3)
     # Wilson's interval of 8 in 10, as in any table of it.
     np.testing.assert_allclose(Score(0.8, 1.0, 10).interval, (0.4902, 0.9433), atol=1e-4)

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mae_jax.flops import forward_flops, peak_flops, train_flops
-from mae_jax.models.layers import Execution
+from mae_jax.models.flops import forward_flops, peak_flops, train_flops
+from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
-from mae_jax.sizes import SIZES
+from mae_jax.models.variants import VARIANTS
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from mae_jax.sizes import SIZES
     ],
 )
 def test_paper_sizes(name, patches, values, forward, train):
-    args = (SIZES[name], patches, patches // 4, values)
+    args = (VARIANTS[name], patches, patches // 4, values)
     assert forward_flops(*args) / 1e9 == pytest.approx(forward, abs=1e-3)
     assert train_flops(*args) / 1e9 == pytest.approx(train, abs=5e-3)
 
@@ -25,8 +25,8 @@ def test_paper_sizes(name, patches, values, forward, train):
 @pytest.mark.parametrize("predicted", [147, 74, 1])
 def test_count_agrees_with_xla(predicted):
     """On the forward pass of ViT-B/16, unrolled: XLA counts the body of a loop only once."""
-    size, n, kept = SIZES["vit_b16"], 196, 49
-    model = make_mae(size, grid=(14, 14), execution=Execution(scan_unroll=12))
+    size, n, kept = VARIANTS["vit_b16"], 196, 49
+    model = make_mae(size, grid=(14, 14), execution=ExecutionConfig(scan_unroll=12))
     order = jnp.arange(n)[None]
     args = jnp.zeros((1, n, 768)), order[:, :kept], order[:, kept : kept + predicted]
     params = jax.eval_shape(model.init, jax.random.key(0), *args)
@@ -42,7 +42,7 @@ def test_count_agrees_with_xla(predicted):
 
 
 def test_predicting_all_is_the_papers_form():
-    args = SIZES["vit_b16"], 196, 49, 768
+    args = VARIANTS["vit_b16"], 196, 49, 768
     assert train_flops(*args, predicted=147) == train_flops(*args)
     assert train_flops(*args, predicted=146) < train_flops(*args)
 

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from official import our_names, to_ours
+from official_state_dict import our_names, to_ours
 from safetensors.numpy import load_file
 
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patchify, unpatchify
-from mae_jax.optim import adamw, warmup_cosine
-from mae_jax.sizes import Size
+from mae_jax.models.variants import VitVariant
 from mae_jax.tasks import masking
+from mae_jax.tasks.optimizer import adamw, warmup_cosine
 from mae_jax.tasks.pretrain import Pretrain, patch_statistics
-from mae_jax.trees import differences, named_leaves
+from mae_jax.utils.pytree import diff, flatten
 
 MODELS = [
     "p0_plain",
@@ -32,7 +32,7 @@ MODELS = [
 def make_task(config: dict) -> Pretrain:
     side = config["img_size"] // config["patch_size"]
     channels = config["in_chans"]
-    size = Size(
+    size = VitVariant(
         width=config["embed_dim"],
         depth=config["depth"],
         heads=config["num_heads"],
@@ -78,14 +78,14 @@ def case(request, golden):
         task=task,
         params=params,
         patches=patchify(nhwc(io["images"]), config["patch_size"]),
-        mask=masking.from_noise(jnp.asarray(io["noise"]), config["len_keep"]),
+        mask=masking.mask_from_noise(jnp.asarray(io["noise"]), config["len_keep"]),
         grads=grads.exists() and load_file(grads),
     )
 
 
 def test_parameters_are_the_references(case):
     shapes = jax.eval_shape(case.task.init, jax.random.key(0))
-    assert differences(shapes, case.params) == []
+    assert diff(shapes, case.params) == []
 
 
 def test_mask_is_exact(case):
@@ -140,11 +140,11 @@ def test_loss_and_gradients(case):
     )
     np.testing.assert_allclose(loss, case.io["loss"], atol=2e-6, rtol=2e-6)
     if case.grads:
-        check_gradients(named_leaves(grads), case.grads)
+        check_gradients(flatten(grads), case.grads)
 
 
 def check_gradients(ours, theirs):
-    expected = named_leaves(to_ours(theirs, learned_positions=False))
+    expected = flatten(to_ours(theirs, learned_positions=False))
     assert set(ours) - set(expected) <= {"encoder/pos_embed/table", "decoder/pos_embed/table"}
     for name, theirs in expected.items():
         grad = np.asarray(ours[name])
@@ -190,13 +190,13 @@ def test_training_trajectory(golden):
     kept = masking.len_keep(task.num_patches, task.mask_ratio)
     for i in range(config["opt_steps"]):
         np.testing.assert_allclose(lr(jnp.float32(i)), io["lr"][i], rtol=1e-6, atol=0)
-        mask = masking.from_noise(jnp.asarray(io["noise"][i]), kept)
+        mask = masking.mask_from_noise(jnp.asarray(io["noise"][i]), kept)
         patches = patchify(nhwc(io["images"][i]), task.patch)
         loss, params, opt_state = step(params, opt_state, patches, mask)
         np.testing.assert_allclose(loss, io["losses"][i], atol=2e-5)
 
-    final = named_leaves(to_ours(load_file(folder / "final_state_dict.safetensors"), False))
-    for path, ours in named_leaves(params).items():
+    final = flatten(to_ours(load_file(folder / "final_state_dict.safetensors"), False))
+    for path, ours in flatten(params).items():
         atol = np.full(ours.shape[-1], 1e-5)
         if path.endswith("qkv/bias"):  # AdamW turns the key bias' rounding noise into whole steps
             width = ours.shape[-1] // 3
@@ -211,7 +211,7 @@ def test_initialisers(golden):
     base = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12)
     base |= dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0)
     task = make_task(base | dict(rand_pos=True, ln_eps=1e-6, mask_ratio=0.75, norm_pix_loss=True))
-    params = named_leaves(jax.jit(task.init)(jax.random.key(0)))
+    params = flatten(jax.jit(task.init)(jax.random.key(0)))
     for ours, theirs in our_names(reference).items():
         leaf = np.asarray(params[ours])
         for layer, name in enumerate(theirs):

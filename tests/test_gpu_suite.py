@@ -14,8 +14,8 @@ from benchmarks import gpu_suite, kernels, operations, suite_report, timing, tra
 from benchmarks.kernels import Tokens
 from benchmarks.suite_run import Row, Suite, expected_seconds
 from benchmarks.traces import Interval
-from mae_jax.flops import encoder_flops, forward_flops
-from mae_jax.sizes import SIZES
+from mae_jax.models.flops import encoder_flops, forward_flops
+from mae_jax.models.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 ABOUT = {"platform": "gpu", "device": "a GPU", "tiny": False}
@@ -27,7 +27,7 @@ PATCHES = {"vit_b16": 196, "vit_l16": 196, "vit_h14": 256}
 
 @pytest.mark.parametrize(("name", "patches"), PATCHES.items())
 def test_linears_and_attentions_are_all_that_is_counted(name, patches):
-    size, kept = SIZES[name], patches // 4
+    size, kept = VARIANTS[name], patches // 4
     values = size.patch**2 * 3
     paper = Tokens(patches, kept + 1, patches + 1, patches + 1)
     encoder, decoder, whole = kernels.attentions(size, patches, paper)
@@ -43,7 +43,7 @@ def test_linears_and_attentions_are_all_that_is_counted(name, patches):
 
 def test_our_step_embeds_what_is_kept_and_predicts_what_is_not():
     tokens = kernels.step_tokens(196, 49)
-    found = {each.name: each for each in kernels.linears(SIZES["vit_b16"], tokens)}
+    found = {each.name: each for each in kernels.linears(VARIANTS["vit_b16"], tokens)}
     shape = lambda name: (found[name].tokens, found[name].inputs, found[name].outputs)
     assert shape("patch_embed") == (49, 768, 768)
     assert shape("encoder qkv") == (50, 768, 2304)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mae_jax.evals.extract import Images, extract
-from mae_jax.evals.knn import knn_scores
+from mae_jax.distributed.inference import EvalBatches, extract_features
+from mae_jax.evaluate.knn import knn_scores
 
 
 def reference(bank, labels, queries, k, temperature):
@@ -62,7 +62,7 @@ def test_padding_is_left_out():
             index = np.arange(start, start + 4)
             yield {"image": index[:, None], "label": index % 3, "valid": index < 10}
 
-    features, labels = extract(lambda x: {"a": x * 2.0, "b": -x}, Images(12, batches))
+    features, labels = extract_features(lambda x: {"a": x * 2.0, "b": -x}, EvalBatches(12, batches))
     np.testing.assert_array_equal(features["a"][:, 0], 2 * np.arange(10))
     np.testing.assert_array_equal(features["b"][:, 0], -np.arange(10))
     np.testing.assert_array_equal(labels, np.arange(10) % 3)

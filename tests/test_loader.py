@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import fill_folder, noise_image
+from image_helpers import fill_folder, noise_image
 
-from mae_jax.data.batches import Memory
-from mae_jax.data.loader import ArrayLoader, Loader, ordered_batches
+from mae_jax.data.batches import BufferPool
+from mae_jax.data.loader import ArrayLoader, Loader, eval_batches
 from mae_jax.data.sources import DataError, FolderSource
-from mae_jax.data.transforms import CanvasTransform, EvalTransform, TrainTransform, resize
-from mae_jax.data.workers import WorkerError
+from mae_jax.data.transforms import DeviceResizeTransform, EvalTransform, TrainTransform, resize
+from mae_jax.data.worker_processes import WorkerError
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ class TestLoader:
 
     def test_ordered_batches_cover_everything_once(self, folder):
         source = FolderSource(str(folder), "train")
-        batches = list(ordered_batches(source, EvalTransform((8, 8), 3), 8))
+        batches = list(eval_batches(source, EvalTransform((8, 8), 3), 8))
         assert [batch["valid"].sum() for batch in batches] == [8, 8, 4]
         index = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
         np.testing.assert_array_equal(index, np.arange(20))
@@ -120,7 +120,7 @@ class TestCanvas:
     """Crops that are resized later."""
 
     def loader(self, folder, side, **kwargs):
-        transform = CanvasTransform(TrainTransform((8, 8), 3, (0.2, 1.0)), side)
+        transform = DeviceResizeTransform(TrainTransform((8, 8), 3, (0.2, 1.0)), side)
         source = FolderSource(str(folder), "train")
         defaults = dict(seed=3, batch_size=4, shapes=transform.shapes)
         return Loader(source=source, transform=transform, **(defaults | kwargs))
@@ -154,7 +154,7 @@ class TestCanvas:
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it():
-    memory = Memory()
+    memory = BufferPool()
     first = memory.array((2, 3), np.dtype(np.uint8))
     first[:] = 1
     row = first[1]
@@ -245,17 +245,17 @@ def test_images_of_several_types_are_an_error(tmp_path):
     source = FolderSource(str(tmp_path), "train")
     for batch_size in (4, 2):  # within a batch, and from one to the next
         with pytest.raises(DataError, match=r"2.npy has values of uint16 \[8, 8, 2\], and images"):
-            list(ordered_batches(source, EvalTransform((8, 8), 2), batch_size))
+            list(eval_batches(source, EvalTransform((8, 8), 2), batch_size))
 
 
 def test_labels_that_are_no_class_are_named(folder):
     source = FolderSource(str(folder), "train")
     transform = EvalTransform((8, 8), 3)
     with pytest.raises(DataError, match="zebra/0.png has label 1, which is no class from 0 to 0"):
-        list(ordered_batches(source, transform, 4, num_classes=1))
+        list(eval_batches(source, transform, 4, num_classes=1))
     with pytest.raises(DataError, match="has label 1, which is no class from 0 to 0"):
         take(make_loader(folder, num_classes=1), 20)
-    assert len(list(ordered_batches(source, transform, 4, num_classes=2))) == 5
+    assert len(list(eval_batches(source, transform, 4, num_classes=2))) == 5
 
 
 def test_arrays_come_in_the_order_of_records(folder):

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.models.layers import Execution
+from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
-from mae_jax.sizes import SIZES, Size, get_size
+from mae_jax.models.variants import VARIANTS, VitVariant, get_variant
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.trees import differences
+from mae_jax.utils.pytree import diff
 
-TINY = Size(32, 4, 2, 8, decoder_width=16, decoder_depth=2, decoder_heads=2)
+TINY = VitVariant(32, 4, 2, 8, decoder_width=16, decoder_depth=2, decoder_heads=2)
 
 
-def make_task(execution=Execution(), grid=(3, 4), channels=5, **kwargs):
+def make_task(execution=ExecutionConfig(), grid=(3, 4), channels=5, **kwargs):
     model = make_mae(TINY, grid=grid, channels=channels, execution=execution)
     return Pretrain(
         model=model,
@@ -43,18 +43,18 @@ def plain():
 @pytest.mark.parametrize(
     "execution",
     [
-        Execution(scan_unroll=2),
-        Execution(scan_unroll=100),
-        Execution(remat="full"),
-        Execution(remat="dots"),
-        Execution(remat="full", scan_unroll=4),
+        ExecutionConfig(scan_unroll=2),
+        ExecutionConfig(scan_unroll=100),
+        ExecutionConfig(remat="full"),
+        ExecutionConfig(remat="dots"),
+        ExecutionConfig(remat="full", scan_unroll=4),
     ],
     ids=lambda execution: f"{execution.remat}, unroll {execution.scan_unroll}",
 )
 def test_unrolling_and_remat_change_nothing(plain, execution):
     params, loss, grads = plain
     task = make_task(execution)
-    assert differences(params, jax.eval_shape(task.init, jax.random.key(1))) == []
+    assert diff(params, jax.eval_shape(task.init, jax.random.key(1))) == []
     new_loss, new_grads = loss_and_grads(task, params)
     np.testing.assert_allclose(new_loss, loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, new_grads)
@@ -62,7 +62,7 @@ def test_unrolling_and_remat_change_nothing(plain, execution):
 
 def test_bfloat16_is_close_and_keeps_float32_where_it_matters(plain):
     params, loss, grads = plain
-    task = make_task(Execution(dtype=jnp.bfloat16))
+    task = make_task(ExecutionConfig(dtype=jnp.bfloat16))
     shapes = jax.eval_shape(task.init, jax.random.key(1))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     new_loss, new_grads = loss_and_grads(task, params)
@@ -76,9 +76,9 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_matters(plain):
             assert "bf16" not in line, line
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_paper_sizes_have_the_papers_parameter_counts(name):
-    size = get_size(name)
+    size = get_variant(name)
     side = 224 // size.patch
     task = Pretrain(
         model=make_mae(size, grid=(side, side)),
@@ -119,15 +119,15 @@ def test_images_are_masked_independently_and_the_kept_ones_decide_everything():
 
 def test_bad_model_values():
     with pytest.raises(ValueError, match="does not divide"):
-        make_mae(Size(30, 1, 4, 8), grid=(2, 2))
+        make_mae(VitVariant(30, 1, 4, 8), grid=(2, 2))
     with pytest.raises(ValueError, match="model.position='rotary'"):
         make_mae(TINY, grid=(2, 2), position="rotary")
     with pytest.raises(ValueError, match="model.remat='half'"):
-        Execution(remat="half")
+        ExecutionConfig(remat="half")
     with pytest.raises(ValueError, match="mask.kind='stripes'"):
         make_task(mask="stripes")
     with pytest.raises(ValueError, match="unknown model size 'vit_b32'"):
-        get_size("vit_b32")
+        get_variant("vit_b32")
 
 
 def test_reconstruction_uses_true_or_visible_statistics(plain):

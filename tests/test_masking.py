@@ -72,7 +72,7 @@ def test_grid_refuses_other_ratios_and_odd_grids(grid, kept):
 def test_a_choice_of_masked_patches_is_uniform(kind):
     """Also where the masked patches come in image order; deviations are of 8192 coins: 0.005."""
     mask = masking.SAMPLERS[kind](KEY, 8192, (4, 4), 4)
-    chosen = np.asarray(masking.choose(jax.random.key(8), mask.masked, 3))
+    chosen = np.asarray(masking.sample_patches(jax.random.key(8), mask.masked, 3))
     masked = np.asarray(mask.as_bool())
     assert np.take_along_axis(masked, chosen, axis=1).all()
     picked = np.zeros_like(masked)

@@ -6,10 +6,10 @@ import pytest
 
 from mae_jax.models.patches import (
     bicubic_weights,
+    interpolate_pos_embed,
     patch_grid,
     patchify,
-    resample_position_table,
-    sincos_position_table,
+    sincos_pos_embed_2d,
     unpatchify,
 )
 
@@ -21,7 +21,7 @@ def tables(golden):
 
 @pytest.mark.parametrize(("width", "side"), [(768, 14), (512, 14), (32, 4)])
 def test_sincos_table_is_the_references(tables, width, side):
-    table = sincos_position_table(width, (side, side))
+    table = sincos_pos_embed_2d(width, (side, side))
     np.testing.assert_allclose(table, tables[f"sincos_{width}_{side}"], atol=1e-6)
 
 
@@ -29,12 +29,12 @@ def test_sincos_table_is_the_references(tables, width, side):
 def test_rows_of_larger_sincos_tables(golden, tables, width, side):
     name = f"sincos_{width}_{side}"
     rows = json.loads((golden / "pos_embed" / "pos_embed.json").read_text())[name]["rows_index"]
-    table = sincos_position_table(width, (side, side))
+    table = sincos_pos_embed_2d(width, (side, side))
     np.testing.assert_allclose(table[rows], tables[f"{name}_rows"], atol=1e-6)
 
 
 def test_sincos_table_of_a_wide_grid_encodes_the_column_first():
-    table = sincos_position_table(8, (2, 3))[1:].reshape(2, 3, 8)
+    table = sincos_pos_embed_2d(8, (2, 3))[1:].reshape(2, 3, 8)
     assert (table[0, :, :4] == table[1, :, :4]).all()  # the first half does not know the row
     assert (table[:, 0, 4:] == table[:, 2, 4:]).all()  # the second does not know the column
     np.testing.assert_allclose(table[0, 2, :4], [np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)])
@@ -46,7 +46,7 @@ def test_sincos_table_of_a_wide_grid_encodes_the_column_first():
 )
 def test_resampling_is_torchs_bicubic(tables, name, old, new):
     source = tables[f"interp_{name}_src"][0]
-    ours = resample_position_table(source, (old, old), (new, new))
+    ours = interpolate_pos_embed(source, (old, old), (new, new))
     np.testing.assert_allclose(ours, tables[f"interp_{name}_out"][0], atol=1e-5)
     weights = tables[f"bicubic_1d_{old}to{new}"]
     np.testing.assert_allclose(bicubic_weights(new, old), weights, atol=1e-5)
@@ -55,7 +55,7 @@ def test_resampling_is_torchs_bicubic(tables, name, old, new):
 def test_resampling_a_non_square_grid_keeps_axes_apart():
     rows = np.repeat(np.arange(4.0), 6)[:, None]  # a table that knows only the row
     table = np.concatenate([[[9.0]], rows])
-    resampled = resample_position_table(table, (4, 6), (8, 3))
+    resampled = interpolate_pos_embed(table, (4, 6), (8, 3))
     assert resampled[0] == 9
     cells = resampled[1:].reshape(8, 3)
     np.testing.assert_allclose(cells, np.repeat(cells[:, :1], 3, axis=1))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mae_jax.models.mae import make_mae
-from mae_jax.sizes import Size
+from mae_jax.models.variants import VitVariant
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.trees import named_leaves
+from mae_jax.utils.pytree import flatten
 
-TINY = Size(32, 2, 2, 4, decoder_width=16, decoder_depth=2, decoder_heads=2)
+TINY = VitVariant(32, 2, 2, 4, decoder_width=16, decoder_depth=2, decoder_heads=2)
 ALL = Pretrain(
     model=make_mae(TINY, grid=(4, 6)), grid=(4, 6), patch=4, mean=(0.5,) * 3, std=(0.25,) * 3
 )
@@ -92,7 +92,7 @@ def test_nothing_depends_on_masked_patches_that_are_not_predicted(params, half):
 
 
 def test_every_parameter_learns(half):
-    for name, grad in named_leaves(half[2]).items():
+    for name, grad in flatten(half[2]).items():
         assert np.isfinite(grad).all(), name
         assert np.abs(grad).max() > 1e-7, name
 

@@ -11,16 +11,16 @@ from PIL import Image
 from test_sources import TFRECORDS
 
 from configs import common, finetune, knn, linprobe, pretrain
-from mae_jax.convert.info import ConvertError
+from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import DataError
-from mae_jax.loop import make_feed, make_step
-from mae_jax.optim import adamw, lars
-from mae_jax.parts import build, choose_attention
-from mae_jax.recipe import data, judges, schedule, tasks
-from mae_jax.sharding import make_mesh
-from mae_jax.start import ConfigError, flatten, run_keys
-from mae_jax.training import init_state
-from mae_jax.trees import map_named
+from mae_jax.distributed.sharding import make_mesh
+from mae_jax.tasks.optimizer import adamw, lars
+from mae_jax.tasks.train_step import init_state
+from mae_jax.train import build_data, build_model, judges, schedule
+from mae_jax.train.init_state import ConfigError, flatten, split_rng
+from mae_jax.train.loop import make_prefetcher, make_step
+from mae_jax.train.parts import build, choose_attention
+from mae_jax.utils.pytree import map_with_path
 
 TINY = {
     "batch_size": 8,
@@ -86,11 +86,11 @@ class Parts:
 
     @cached_property
     def train_source(self):
-        return data.make_train_source(self.config, self.folder)
+        return build_data.make_train_source(self.config, self.folder)
 
     @cached_property
     def eval_source(self):
-        return data.make_eval_source(self.config, self.train_source.classes, self.folder)
+        return build_data.make_eval_source(self.config, self.train_source.classes, self.folder)
 
     @property
     def train_images(self):
@@ -102,25 +102,25 @@ class Parts:
 
     @cached_property
     def task(self):
-        return tasks.make_task(self.config, make_mesh(), self.train_source.classes)
+        return build_model.make_task(self.config, make_mesh(), self.train_source.classes)
 
     @property
     def cost(self):
         """Of the encoder and its gradients, per image."""
-        return tasks.flops_per_image(self.config, self.task)
+        return build_model.flops_per_image(self.config, self.task)
 
     @cached_property
     def loader(self):
         classes = getattr(self.task.model, "num_classes", None)
-        return data.make_loader(self.config, self.train_source, classes, np.dtype(np.uint8))
+        return build_data.make_loader(self.config, self.train_source, classes, np.dtype(np.uint8))
 
     @cached_property
     def eval_transform(self):
-        return data.make_eval_transform(self.config)
+        return build_data.make_eval_transform(self.config)
 
     @cached_property
     def duration(self):
-        return schedule.make_duration(self.config, len(self.train_source))
+        return schedule.make_run_length(self.config, len(self.train_source))
 
     @cached_property
     def rates(self):
@@ -351,7 +351,9 @@ OPTIMIZER_ROWS = [
 def second_update(tx):
     """Of gradients that grow: the first update of AdamW knows nothing of its averages."""
     rng = np.random.default_rng(0)
-    draw = lambda size: map_named(lambda _, shape: size * jnp.array(rng.normal(size=shape)), SHAPES)
+    draw = lambda size: map_with_path(
+        lambda _, shape: size * jnp.array(rng.normal(size=shape)), SHAPES
+    )
     params = draw(1.0)
     _, state = tx.update(draw(1.0), tx.init(params), params)
     updates, _ = tx.update(draw(5.0), state, params)
@@ -387,7 +389,7 @@ def test_accumulation_and_the_average_reach_the_step(folder):
     state = jax.jit(lambda key: init_state(run.task, run.tx, key, with_ema=True))(jax.random.key(0))
     state = jax.device_put(state, run.layout.shardings)
     before = np.asarray(state.params["head"]["kernel"])
-    feed = make_feed(run.loader, 0, run.mesh, lambda _: None)
+    feed = make_prefetcher(run.loader, 0, run.mesh, lambda _: None)
     state, _ = make_step(run)(state, next(feed))
     feed.close()
     assert state.batch_stats["head_norm"]["count"] == 2
@@ -399,7 +401,7 @@ def test_accumulation_and_the_average_reach_the_step(folder):
 def test_the_seed_is_that_of_the_first_parameters_and_of_what_is_drawn(folder):
     for seed in (0, 7):
         config = config_of("pretrain", folder, {"seed": seed})
-        for found, expected in zip(run_keys(config), jax.random.split(jax.random.key(seed))):
+        for found, expected in zip(split_rng(config), jax.random.split(jax.random.key(seed))):
             assert found == expected
 
 
@@ -432,7 +434,7 @@ def test_attention_that_does_not_run_here_is_refused(folder):
 def test_a_tfds_data_set_is_found_by_its_name_folder_and_feature(folder, tmp_path):
     changes = {"data.source": "tfds", "data.name": "many_bands", "data.path": str(TFRECORDS)}
     config = config_of("pretrain", folder, changes | {"data.image_feature": "bands"})
-    assert data.make_train_source(config, tmp_path)[0]["image"].shape[-1] > 3
+    assert build_data.make_train_source(config, tmp_path)[0]["image"].shape[-1] > 3
 
 
 def test_evaluation_skips_as_many_bad_images_as_it_may(folder, tmp_path):
@@ -445,7 +447,7 @@ def test_evaluation_skips_as_many_bad_images_as_it_may(folder, tmp_path):
         return Parts(config_of("pretrain", tmp_path, changes | {"eval.pictures": 8}), tmp_path)
 
     def valid(parts):
-        images = data.make_images(parts.config, parts.train_source, make_mesh())
+        images = build_data.make_eval_batches(parts.config, parts.train_source, make_mesh())
         return sum(batch["valid"].sum() for batch in images.read())
 
     assert valid(parts(on_bad="skip", max_bad=4)) == 4
@@ -467,7 +469,7 @@ def test_a_decoder_is_left_out_where_asked(folder, golden):
         config = config_of("pretrain", folder, shape | changes)
         task = Parts(config, folder).task
         arrays = jax.eval_shape(task.init, jax.random.key(0))
-        return tasks.make_warm_start(config, task, arrays, ())
+        return build_model.load_init_weights(config, task, arrays, ())
 
     assert start().fresh == []
     assert {name.split("/")[0] for name in start(encoder_only=True).loaded} == {"encoder"}

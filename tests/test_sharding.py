@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mae_jax import sharding
+from mae_jax.distributed import sharding
 
 
 def spec_of(state, fsdp):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import fill_folder, noise_image
+from image_helpers import fill_folder, noise_image
 
 from mae_jax.data.decode import decode
-from mae_jax.data.memory import ArraySource, InMemory
-from mae_jax.data.opening import open_source
+from mae_jax.data.factory import open_source
+from mae_jax.data.in_memory import ArraySource, InMemory
 from mae_jax.data.sources import DataError, FolderSource
-from mae_jax.data.subsets import draw_shots, evenly_spaced
-from mae_jax.data.tfds_source import TfdsSource
+from mae_jax.data.subsets import evenly_spaced, sample_shots
+from mae_jax.data.tfds import TfdsSource
 
 TFRECORDS = Path(__file__).parent / "tfrecord"
 
@@ -134,15 +134,15 @@ class TestTfds:
         assert "tensorflow" not in sys.modules
 
     def test_train_and_test_crops_do_not_share_pixels(self):
-        from mae_jax.data import embedded
+        from mae_jax.data import demo_dataset
 
-        image = embedded.photograph("cat")
-        border = round(image.width * embedded.TRAIN_SHARE)
-        assert embedded.crops("cat", "train")[0].tobytes()
+        image = demo_dataset.photograph("cat")
+        border = round(image.width * demo_dataset.TRAIN_SHARE)
+        assert demo_dataset.crops("cat", "train")[0].tobytes()
         for split, (left, right) in {"train": (0, border), "test": (border, image.width)}.items():
             strip = np.asarray(image)[:, left:right]
             colours = {tuple(pixel) for pixel in strip.reshape(-1, 3)}
-            for crop in embedded.crops("cat", split)[:20]:
+            for crop in demo_dataset.crops("cat", split)[:20]:
                 assert {tuple(p) for p in np.asarray(crop).reshape(-1, 3)} <= colours
 
     def test_unknown_names_and_splits(self, photo_crops, tmp_path):
@@ -306,7 +306,7 @@ class TestArrays:
 
 def test_shots_are_drawn_of_classes_only():
     labels = [-1, 0, 1, 5, 0, 1, -1, 1]
-    drawn = draw_shots(labels.__getitem__, 8, ("a", "b"), 2, seed=0)
+    drawn = sample_shots(labels.__getitem__, 8, ("a", "b"), 2, seed=0)
     assert sorted(labels[number] for number in drawn) == [0, 0, 1, 1]
     with pytest.raises(DataError, match="3 shots, but class 'a' has only 2 images"):
-        draw_shots(labels.__getitem__, 8, ("a", "b"), 3, seed=0)
+        sample_shots(labels.__getitem__, 8, ("a", "b"), 3, seed=0)

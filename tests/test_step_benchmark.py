@@ -1,4 +1,4 @@
-"""The parts of benchmarks.step that compute: what it runs on real models is in tests/peers."""
+"""The parts of benchmarks.step that compute: what it runs on real models is in tests/interop."""
 
 import json
 import subprocess

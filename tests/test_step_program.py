@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks import counts, program, scaling
-from mae_jax import sharding
-from mae_jax.sizes import Size
+from mae_jax.distributed import sharding
+from mae_jax.models.variants import VitVariant
 
 # As wide as ViT-B, for products to outweigh all else.
 WIDE = scaling.Setup(
-    size=Size(768, 2, 12, 16, decoder_depth=2), fsdp=1, per_device_batch=4, remat="none"
+    size=VitVariant(768, 2, 12, 16, decoder_depth=2), fsdp=1, per_device_batch=4, remat="none"
 )
 DTYPES = list(scaling.DTYPES)
 

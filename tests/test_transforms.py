@@ -4,15 +4,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from pictures import encoded, noise_image, photograph
+from image_helpers import encoded, noise_image, photograph
 from PIL import Image
 
-from mae_jax.data.transforms import (
-    EvalTransform,
-    TrainTransform,
-    random_crop_box,
-    resize,
-)
+from mae_jax.data.transforms import EvalTransform, TrainTransform, random_crop_box, resize
 
 
 class TestTransforms:

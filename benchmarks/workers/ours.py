@@ -24,18 +24,18 @@ from benchmarks import agreement
 from benchmarks.machine import versions
 from benchmarks.workers import ceiling
 from benchmarks.workers.protocol import UnusableError, burst, serve
-from mae_jax import attention_choice
-from mae_jax.attention import Attend
-from mae_jax.convert import configs, mapping
-from mae_jax.convert.info import Info
-from mae_jax.models.layers import Execution
+from mae_jax.convert import hf_timm, state_dict
+from mae_jax.convert.model_info import ModelInfo
+from mae_jax.models import attention_autotune
+from mae_jax.models.attention import AttentionImpl
+from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
-from mae_jax.models.patches import patch_grid, sincos_position_table
-from mae_jax.optim import adamw
-from mae_jax.sizes import SIZES
+from mae_jax.models.patches import patch_grid, sincos_pos_embed_2d
+from mae_jax.models.variants import VARIANTS
+from mae_jax.tasks.optimizer import adamw
 from mae_jax.tasks.pretrain import Params, Pretrain
-from mae_jax.training import TrainState, init_state, jit_step, make_train_step
-from mae_jax.trees import named_leaves
+from mae_jax.tasks.train_step import TrainState, init_state, jit_step, make_train_step
+from mae_jax.utils.pytree import flatten
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "jax-cuda12-plugin")
 PACKAGES += ("jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
@@ -48,22 +48,22 @@ Plan = dict[str, Any]
 def make_task(plan: Plan) -> Pretrain:
     """The paper's pretraining, computed as the flags say, with attention as a run chooses it."""
     dtype = DTYPES[plan["dtype"]]
-    shapes = _make_task(plan, Attend()).attention_shapes
+    shapes = _make_task(plan, AttentionImpl()).attention_shapes
     try:
-        attend = attention_choice.choose(plan["attention"], shapes, dtype)
+        attend = attention_autotune.select_implementation(plan["attention"], shapes, dtype)
     except ValueError as error:
         raise UnusableError(f"--attention {plan['attention']}: {error}") from error
     return _make_task(plan, attend)
 
 
-def _make_task(plan: Plan, attend: Attend) -> Pretrain:
-    execution = Execution(
+def _make_task(plan: Plan, attend: AttentionImpl) -> Pretrain:
+    execution = ExecutionConfig(
         dtype=DTYPES[plan["dtype"]],
         remat=plan["remat"],
         scan_unroll=plan["scan_unroll"],
         attend=attend,
     )
-    size = SIZES[plan["size"]]
+    size = VARIANTS[plan["size"]]
     grid = patch_grid((plan["image_size"],) * 2, size.patch)
     model = make_mae(size, grid=grid, execution=execution)
     pixels = {name: tuple(plan[name]) for name in ("mean", "std")}
@@ -88,10 +88,10 @@ def make_images(plan: Plan) -> list[Array]:
 # What the peers take
 
 
-def make_info(plan: Plan) -> Info:
+def make_info(plan: Plan) -> ModelInfo:
     """What has to be told of the weights beside them."""
-    size = SIZES[plan["size"]]
-    return Info(
+    size = VARIANTS[plan["size"]]
+    return ModelInfo(
         source="mae_jax",
         width=size.width,
         depth=size.depth,
@@ -116,18 +116,18 @@ def write_weights(folder: Path, params: Params, plan: Plan) -> None:
     Peers also keep the position tables, which we compute.
     """
     info = make_info(plan)
-    arrays = named_leaves(params)
+    arrays = flatten(params)
     for part, width in (("encoder", info.width), ("decoder", info.decoder_width)):
-        arrays[f"{part}/pos_embed/table"] = sincos_position_table(width, info.grid)[None]
+        arrays[f"{part}/pos_embed/table"] = sincos_pos_embed_2d(width, info.grid)[None]
     beside = {
-        "hf": configs.hf_config(info),
-        "timm": configs.timm_arguments(info),
-        "official": vars(SIZES[plan["size"]]),
+        "hf": hf_timm.hf_config(info),
+        "timm": hf_timm.timm_model_args(info),
+        "official": vars(VARIANTS[plan["size"]]),
     }
     for dialect in set(plan["peers"].values()):
         (folder / dialect).mkdir()
-        layout = mapping.layout_for(dialect, arrays)
-        tensors = mapping.to_theirs(layout, dict(arrays), info.patch)
+        layout = state_dict.select_layout(dialect, arrays)
+        tensors = state_dict.export_state_dict(layout, dict(arrays), info.patch)
         save_file(tensors, folder / dialect / "model.safetensors", {"format": "pt"})
         (folder / dialect / "config.json").write_text(json.dumps(beside[dialect]))
 
@@ -135,14 +135,14 @@ def write_weights(folder: Path, params: Params, plan: Plan) -> None:
 def read_weights(path: Path, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A peer's weights by our names; tensors that we have no parameter for are passed over."""
     tensors = load_file(path)
-    layout = mapping.recognise(tensors, None, str(path))
+    layout = state_dict.detect_layout(tensors, None, str(path))
     shapes = {name: array.shape for name, array in like.items()}
-    return mapping.to_ours(layout, shapes, tensors)
+    return state_dict.import_state_dict(layout, shapes, tensors)
 
 
 def save_params(path: Path, params: Params) -> None:
     """Writes parameters by our names."""
-    save_file({name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}, path)
+    save_file({name: np.asarray(leaf) for name, leaf in flatten(params).items()}, path)
 
 
 # What is measured

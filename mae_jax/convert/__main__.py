@@ -7,10 +7,11 @@ python -m mae_jax.convert inspect SRC
 from collections import Counter
 from pathlib import Path
 
-from mae_jax import command_line
-from mae_jax.console import print_table
+from mae_jax.convert import cli as convert_cli
 from mae_jax.convert import weights
-from mae_jax.convert.layouts import DIALECTS
+from mae_jax.convert.key_maps import DIALECTS
+from mae_jax.utils import cli
+from mae_jax.utils.console import print_summary_table
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
 
 
 def convert(argv: list[str]) -> None:
-    parser = command_line.make_parser("mae_jax.convert", __doc__)
+    parser = cli.make_parser("mae_jax.convert", __doc__)
     parser.epilog = "`python -m mae_jax.convert inspect SRC` says what a file is."
     parser.add_argument("src", help="a weights file or directory, or a workdir of ours")
     parser.add_argument(
@@ -31,34 +32,34 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace DST where it exists")
     parser.add_argument(
         "--image-size",
-        type=command_line.pair,
+        type=cli.int_pair,
         metavar="H,W",
         help="resample the position tables to images of this size (bicubic, as in the reference)",
     )
     parser.add_argument(
         "--channels",
-        type=command_line.count,
+        type=cli.positive_int,
         help="of images: 1 sums the patch embedding over the old channels; more repeat them in "
         "order, scaled by old / new",
     )
     parser.add_argument("--encoder-only", action="store_true", help="leave the decoder behind")
-    command_line.add_reading(parser)
+    convert_cli.add_format_flags(parser)
     arguments = parser.parse_args(argv)
-    weights.check_free(arguments.dst, arguments.to, overwrite=arguments.overwrite)
-    found = weights.read(arguments.src, **command_line.reading(arguments))
+    weights.check_destination(arguments.dst, arguments.to, overwrite=arguments.overwrite)
+    found = weights.read(arguments.src, **convert_cli.format_kwargs(arguments))
     if arguments.encoder_only:
         found = weights.encoder_only(found)
-    found = weights.adapted(found, channels=arguments.channels, image_size=arguments.image_size)
+    found = weights.adapt(found, channels=arguments.channels, image_size=arguments.image_size)
     weights.write(found, arguments.dst, arguments.to, overwrite=arguments.overwrite)
 
 
 def inspect(argv: list[str]) -> None:
-    parser = command_line.make_parser("mae_jax.convert inspect", "Says what a checkpoint is.")
+    parser = cli.make_parser("mae_jax.convert inspect", "Says what a checkpoint is.")
     parser.add_argument("src", help="a weights file or directory, or a workdir of ours")
-    command_line.add_reading(parser)
+    convert_cli.add_format_flags(parser)
     arguments = parser.parse_args(argv)
-    found = weights.read(arguments.src, need_heads=(), **command_line.reading(arguments))
-    print_table(str(arguments.src), describe(found))
+    found = weights.read(arguments.src, need_heads=(), **convert_cli.format_kwargs(arguments))
+    print_summary_table(str(arguments.src), describe(found))
 
 
 def describe(found: weights.Weights) -> dict[str, str]:
@@ -95,7 +96,7 @@ def describe(found: weights.Weights) -> dict[str, str]:
         "layer_norm_eps": f"{info.layer_norm_eps:g}",
         "dtype": ", ".join(f"{name} ({count} arrays)" for name, count in dtypes.items()),
         "good for": ", ".join(_uses(info)),
-        "converts to": ", ".join(weights.holders(info)),
+        "converts to": ", ".join(weights.compatible_formats(info)),
     }
 
 
@@ -112,13 +113,13 @@ def _numbers(values: tuple[float, ...]) -> str:
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
 
 
-def _preparation(info: weights.Info) -> str:
+def _preparation(info: weights.ModelInfo) -> str:
     if info.resize == "squash":
         return f"whole image resized, {info.interpolation}"
     return f"central {info.crop:.4g} of the sides, {info.interpolation}"
 
 
-def _uses(info: weights.Info) -> list[str]:
+def _uses(info: weights.ModelInfo) -> list[str]:
     uses = ["features"]
     if not info.fc_norm:  # pretraining needs the final norm that such an encoder has lost
         uses.append("warm start")
@@ -131,4 +132,4 @@ def _uses(info: weights.Info) -> list[str]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run_command(main)

@@ -12,10 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mae_jax.convert.info import ConvertError
+from mae_jax.convert.model_info import ConvertError
 
 # Where training programs keep the weights among other things; the first that is there counts.
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 
 def _torch() -> Any:
@@ -40,10 +40,10 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         # Official training checkpoints carry their command line as a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are none of torch's
-            _check_sums(path)
+            _verify_zip_crc(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConvertError(_why_refused(path, str(error))) from error
+        raise ConvertError(_unsafe_pickle_message(path, str(error))) from error
     except OSError as error:
         raise ConvertError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises whatever its readers stumble over
@@ -52,7 +52,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         ) from error
     if not isinstance(content, dict):
         raise ConvertError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    wrapper = next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
     weights, rest = content, {}
     if wrapper:
         weights = content[wrapper]
@@ -62,7 +62,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return {name: _to_numpy(torch, x, f"{path}: {name}") for name, x in tensors.items()}, rest
 
 
-def _check_sums(path: Path) -> None:
+def _verify_zip_crc(path: Path) -> None:
     """BadZipFile where a part of a zip is not what was written; torch does not look."""
     if not zipfile.is_zipfile(path):
         return  # a pickle of before torch 1.6 has no sums
@@ -78,7 +78,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
-def _why_refused(path: Path, message: str) -> str:
+def _unsafe_pickle_message(path: Path, message: str) -> str:
     found = re.search(r"GLOBAL (\S+)", message)
     if found is None:
         return f"{path} is a pickle, but not one of torch.save"

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from mae_jax.convert import files, mapping
-from mae_jax.convert.identify import identify
-from mae_jax.convert.info import ConvertError, Info, for_channels
-from mae_jax.convert.layouts import DIALECTS
-from mae_jax.convert.mapping import Arrays
-from mae_jax.models.patches import patch_grid, resample_position_table
+from mae_jax.convert import io, state_dict
+from mae_jax.convert.detect import detect
+from mae_jax.convert.key_maps import DIALECTS
+from mae_jax.convert.model_info import ConvertError, ModelInfo, expand_stats
+from mae_jax.convert.state_dict import Arrays
+from mae_jax.models.patches import interpolate_pos_embed, patch_grid
 
 log = logging.getLogger("mae_jax")
 
@@ -27,7 +27,7 @@ class Weights:
     """
 
     arrays: Arrays
-    info: Info
+    info: ModelInfo
     layout: str = ""
 
     def count(self, part: str) -> int:
@@ -46,16 +46,16 @@ def read(path: str | Path, *, ema: bool = False, **reading: Any) -> Weights:
       ConvertError: anything is missing, unexpected, of a wrong shape, or cannot be known.
     """
     path = Path(path)
-    found = files.load(path, ema=ema)
-    layout, info, shapes = identify(found, path, **reading)
-    arrays = mapping.to_ours(layout, shapes, found.tensors)
+    found = io.load(path, ema=ema)
+    layout, info, shapes = detect(found, path, **reading)
+    arrays = state_dict.import_state_dict(layout, shapes, found.tensors)
     bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if bad:
         log.warning("%s holds numbers that are not finite in %s", path, ", ".join(bad))
     return Weights(arrays, info, str(layout))
 
 
-def adapted(
+def adapt(
     weights: Weights,
     *,
     channels: int | None = None,
@@ -63,11 +63,11 @@ def adapted(
 ) -> Weights:
     """The same weights for images of another number of channels or another size, where given."""
     if channels is not None:
-        weights = with_channels(weights, channels)
-    return weights if image_size is None else with_image_size(weights, image_size)
+        weights = adapt_input_channels(weights, channels)
+    return weights if image_size is None else resize_pos_embed(weights, image_size)
 
 
-def with_image_size(weights: Weights, image_size: tuple[int, int]) -> Weights:
+def resize_pos_embed(weights: Weights, image_size: tuple[int, int]) -> Weights:
     """The same weights for images of another height and width: position tables are resampled.
 
     As in the reference: bicubic, a = -0.75, without antialiasing.
@@ -80,7 +80,7 @@ def with_image_size(weights: Weights, image_size: tuple[int, int]) -> Weights:
     except ValueError as error:
         raise ConvertError(str(error)) from error
     arrays = {
-        name: resample_position_table(array[0], info.grid, grid)[None]
+        name: interpolate_pos_embed(array[0], info.grid, grid)[None]
         if name.endswith("pos_embed/table")
         else array
         for name, array in weights.arrays.items()
@@ -89,7 +89,7 @@ def with_image_size(weights: Weights, image_size: tuple[int, int]) -> Weights:
     return dataclasses.replace(weights, arrays=arrays, info=info)
 
 
-def with_channels(weights: Weights, channels: int) -> Weights:
+def adapt_input_channels(weights: Weights, channels: int) -> Weights:
     """The same weights for images of another number of channels.
 
     To one channel, kernels of the patch embedding are summed over the old channels: a grey image
@@ -116,7 +116,7 @@ def with_channels(weights: Weights, channels: int) -> Weights:
             head = head.mean(axis=-1, keepdims=True) if channels == 1 else head[..., order]
             head = rearrange(head, "... pixel c -> ... (pixel c)")
             arrays[name] = head.astype(arrays[name].dtype)
-    mean, std = (for_channels(values, channels) for values in (info.mean, info.std))
+    mean, std = (expand_stats(values, channels) for values in (info.mean, info.std))
     info = dataclasses.replace(info, channels=channels, mean=mean, std=std)
     return dataclasses.replace(weights, arrays=arrays, info=info)
 
@@ -134,21 +134,21 @@ def encoder_only(weights: Weights) -> Weights:
     return dataclasses.replace(weights, arrays=arrays, info=info)
 
 
-def check_free(path: Path, dialect: str, *, overwrite: bool) -> None:
+def check_destination(path: Path, dialect: str, *, overwrite: bool) -> None:
     """ConvertError if writing there would replace something that it must not."""
     if dialect not in DIALECTS:
         raise ConvertError(f"dialect={dialect!r}; use one of {', '.join(DIALECTS)}")
-    suffix = files.written_suffix(path)
+    suffix = io.single_file_suffix(path)
     if path.exists() and path.is_file() != bool(suffix):
         kind = "file" if path.is_file() else "directory"
         raise ConvertError(f"{path} exists and is a {kind}: name another")
-    if path.suffix.lower() in files.TORCH_SUFFIXES and not suffix:
+    if path.suffix.lower() in io.TORCH_SUFFIXES and not suffix:
         log.warning("%s becomes a directory: only .safetensors and .pth are single files", path)
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise ConvertError(f"{path} exists: name another, or replace it with --overwrite")
     if path.is_dir():
-        others = {*files.weight_names(path), *(p.name for p in path.glob("*.json"))}
-        others -= {files.weights_name(dialect), *files.CONFIG_NAMES[dialect]}
+        others = {*io.list_weight_files(path), *(p.name for p in path.glob("*.json"))}
+        others -= {io.weights_name(dialect), *io.CONFIG_NAMES[dialect]}
         if others:
             raise ConvertError(
                 f"{path} also holds {', '.join(sorted(others))}, which would be read together with "
@@ -163,7 +163,7 @@ def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool =
       ConvertError: the path exists, or the dialect has no place for a part of the weights.
     """
     path = Path(path)
-    check_free(path, dialect, overwrite=overwrite)
+    check_destination(path, dialect, overwrite=overwrite)
     if dialect == "timm" and weights.info.decoder_depth:
         log.warning(
             "timm has no place for a decoder: its %s parameters are left behind",
@@ -171,17 +171,17 @@ def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool =
         )
         weights = encoder_only(weights)
     info = weights.info
-    if reason := _why_not(info, dialect):
+    if reason := _unsupported_reason(info, dialect):
         raise ConvertError(reason)
-    _warn_of_losses(info, path, dialect)
-    layout = mapping.layout_for(dialect, weights.arrays)
-    tensors = mapping.to_theirs(layout, dict(weights.arrays), info.patch)
-    files.save(path, dialect, tensors, info)
+    _warn_lossy(info, path, dialect)
+    layout = state_dict.select_layout(dialect, weights.arrays)
+    tensors = state_dict.export_state_dict(layout, dict(weights.arrays), info.patch)
+    io.save(path, dialect, tensors, info)
     megabytes = sum(array.nbytes for array in tensors.values()) / 1e6
     log.info("wrote %s: %s, %d tensors, %.1f MB", path, layout, len(tensors), megabytes)
 
 
-def _why_not(info: Info, dialect: str) -> str | None:
+def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
     """Why a dialect's own code could not compute with the weights, if it could not."""
     if dialect == "mae_jax":
         return None
@@ -209,12 +209,12 @@ def _why_not(info: Info, dialect: str) -> str | None:
     return None
 
 
-def holders(info: Info) -> list[str]:
+def compatible_formats(info: ModelInfo) -> list[str]:
     """The dialects that have a place for the weights (timm: without the decoder)."""
-    return [dialect for dialect in DIALECTS if _why_not(info, dialect) is None]
+    return [dialect for dialect in DIALECTS if _unsupported_reason(info, dialect) is None]
 
 
-def _warn_of_losses(info: Info, path: Path, dialect: str) -> None:
+def _warn_lossy(info: ModelInfo, path: Path, dialect: str) -> None:
     """Says what another program that opens the file will take for granted."""
     if dialect in ("official", "timm") and info.layer_norm_eps != 1e-6:
         log.warning(
@@ -234,7 +234,7 @@ def _warn_of_losses(info: Info, path: Path, dialect: str) -> None:
             "it is unknown whether the decoder predicts pixels or normalised pixels; config.json "
             "says norm_pix_loss=false. --target tells"
         )
-    suffix = files.written_suffix(path)
+    suffix = io.single_file_suffix(path)
     if dialect == "hf" and suffix:
         log.warning("transformers opens directories; %s has no config.json beside it", path)
     if dialect in ("hf", "timm") and suffix == ".pth":

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_jax import command_line, console
-from mae_jax.data.checking import Report, check, statistics
-from mae_jax.data.loader import cores
-from mae_jax.data.opening import open_named, splits_of
-from mae_jax.data.sources import CHANGED, DataError, Source
+from mae_jax.data.factory import list_splits, open_any
+from mae_jax.data.loader import available_cpus
+from mae_jax.data.sources import DERIVED_PREFIX, DataError, Source
 from mae_jax.data.subsets import evenly_spaced
-from mae_jax.whole import whole
+from mae_jax.data.validation import ValidationReport, channel_stats, validate_images
+from mae_jax.utils import cli, console
+from mae_jax.utils.atomic import atomic_path
 
 SHOWN = 20  # bad images at most on the screen
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line.make_parser("mae_jax.data", __doc__)
+    parser = cli.make_parser("mae_jax.data", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for function in (check_command, stats_command, prepare_command, cache_command):
         name, text = function.__name__.removesuffix("_command"), str(function.__doc__)
@@ -41,20 +41,22 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 
     def run(arguments: argparse.Namespace) -> None:
         if arguments.out:
-            command_line.check_output("--out", arguments.out, ".txt")
+            cli.check_output("--out", arguments.out, ".txt")
         bad: dict[str, str] = {}
         for split, source in _sources(arguments).items():
-            report = check(source, arguments.channels, cores())
-            console.print_table(f"{arguments.data} {split}".strip(), _described(source, report))
+            report = validate_images(source, arguments.channels, available_cpus())
+            console.print_summary_table(
+                f"{arguments.data} {split}".strip(), _described(source, report)
+            )
             bad |= report.bad
         for key, reason in list(bad.items())[:SHOWN]:
-            print(f"{key}: {command_line.as_flags(reason)}")
+            print(f"{key}: {reason}")
         if len(bad) > SHOWN:
             print(f"... and {len(bad) - SHOWN} more{'' if arguments.out else ': --out lists all'}")
         if arguments.out:
-            with whole(arguments.out) as part:
+            with atomic_path(arguments.out) as part:
                 part.write_text("".join(f"{key}\t{reason}\n" for key, reason in bad.items()))
-            print(f"{arguments.out}: {command_line.images_said(len(bad))}")
+            print(f"{arguments.out}: {cli.pluralize(len(bad), 'image')}")
         if bad:
             sys.exit(1)
 
@@ -65,21 +67,21 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
     """Computes the mean and the standard deviation of every channel, for the config."""
     _add_data(parser, "train, or all of a folder without splits")
     parser.add_argument(
-        "--images", type=command_line.count, help="so many, evenly spaced; all unless given"
+        "--images", type=cli.positive_int, help="so many, evenly spaced; all unless given"
     )
 
     def run(arguments: argparse.Namespace) -> None:
-        if arguments.split is None and splits_of(arguments.data, arguments.data_dir) != [""]:
+        if arguments.split is None and list_splits(arguments.data, arguments.data_dir) != [""]:
             arguments.split = "train"
         (source,) = _sources(arguments).values()
         if arguments.images:
             source = evenly_spaced(source, arguments.images)
-        found = statistics(source, arguments.channels, cores())
+        found = channel_stats(source, arguments.channels, available_cpus())
         rows = [
             (channel, f"{mean:.6g}", f"{std:.6g}")
             for channel, (mean, std) in enumerate(zip(found.mean, found.std))
         ]
-        console.print_rows(f"{len(source)} images", ("channel", "mean", "deviation"), rows)
+        console.print_table(f"{len(source)} images", ("channel", "mean", "deviation"), rows)
         for name, values in vars(found).items():
             print(f"--config.data.{name}='({', '.join(f'{value:.6g}' for value in values)},)'")
 
@@ -92,11 +94,11 @@ def prepare_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="where to; TFDS's own folder unless given")
 
     def run(arguments: argparse.Namespace) -> None:
-        from mae_jax.data.tfds_source import prepare
+        from mae_jax.data.tfds import prepare
 
         builder = prepare(arguments.name, arguments.data_dir)
         counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-        console.print_table(str(builder.data_dir), counts)
+        console.print_summary_table(str(builder.data_dir), counts)
         _say_use(arguments.name, arguments.data_dir)
 
     parser.set_defaults(run=run)
@@ -106,13 +108,13 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
     """Writes a copy with smaller images: faster to read, but other data than the original."""
     _add_data(parser)
     parser.add_argument("dst", type=Path, help="folder for the copy, a TFDS data set")
-    parser.add_argument("--short-side", type=command_line.count, default=320, help="pixels (320)")
-    parser.add_argument("--quality", type=command_line.count, default=90, help="of JPEG (90)")
+    parser.add_argument("--short-side", type=cli.positive_int, default=320, help="pixels (320)")
+    parser.add_argument("--quality", type=cli.positive_int, default=90, help="of JPEG (90)")
     parser.add_argument("--name", help="of the copy (the original's, and the short side)")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad images out")
 
     def run(arguments: argparse.Namespace) -> None:
-        from mae_jax.data.cache import Shrink, Smaller, write_cache
+        from mae_jax.data.downscale import DownscaledDataset, DownscaleJpeg, write_dataset
 
         if arguments.channels not in (1, 3):
             raise DataError("cache writes JPEGs, which are of 1 or 3 channels")
@@ -121,19 +123,19 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
         original = Path(arguments.data).absolute().name if _is_path(arguments) else arguments.data
         name = arguments.name or f"{original}_{arguments.short_side}"
         name = re.sub(r"\W+", "_", name).lower().strip("_")
-        builder = write_cache(
-            Smaller(
+        builder = write_dataset(
+            DownscaledDataset(
                 name,
                 arguments.dst,
                 {split or "train": source for split, source in _sources(arguments).items()},
-                Shrink(arguments.channels, arguments.short_side, arguments.quality),
-                threads=cores(),
+                DownscaleJpeg(arguments.channels, arguments.short_side, arguments.quality),
+                threads=available_cpus(),
                 skip=arguments.skip_bad,
             )
         )
         counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-        console.print_table(str(builder.data_dir), counts)
-        print(f"{CHANGED}a run on it is not one on {arguments.data}.")
+        console.print_summary_table(str(builder.data_dir), counts)
+        print(f"{DERIVED_PREFIX}a run on it is not one on {arguments.data}.")
         _say_use(name, arguments.dst)
 
     parser.set_defaults(run=run)
@@ -143,7 +145,7 @@ def _add_data(parser: argparse.ArgumentParser, split: str = "all there are") -> 
     parser.add_argument("data", help="a folder, or the name of a TFDS data set")
     parser.add_argument("--data-dir", help="where TFDS data sets are; TFDS's own unless given")
     parser.add_argument("--split", help=f"of the data ({split})")
-    parser.add_argument("--channels", type=command_line.count, default=3, help="of images (3)")
+    parser.add_argument("--channels", type=cli.positive_int, default=3, help="of images (3)")
     parser.add_argument("--image-feature", default="image", help="of a TFDS data set (image)")
 
 
@@ -151,12 +153,12 @@ def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
     """The split asked for, or all, by name; "" where a folder has none."""
     splits = [arguments.split]
     if arguments.split is None:
-        splits = splits_of(arguments.data, arguments.data_dir)
+        splits = list_splits(arguments.data, arguments.data_dir)
     found: dict[str, Source] = {}
     for split in splits:
         # The classes of the first split are those of all.
         classes = next(iter(found.values())).classes if found else ()
-        found[split] = open_named(
+        found[split] = open_any(
             arguments.data, arguments.data_dir, split, classes, image=arguments.image_feature
         )
     return found
@@ -166,7 +168,7 @@ def _is_path(arguments: argparse.Namespace) -> bool:
     return Path(arguments.data).is_dir()
 
 
-def _described(source: Source, report: Report) -> dict[str, object]:
+def _described(source: Source, report: ValidationReport) -> dict[str, object]:
     """What a person wants to know of a split, by name."""
     rows: dict[str, object] = {"images": f"{len(report):,}", "bad": f"{len(report.bad):,}"}
     if source.classes:
@@ -198,4 +200,4 @@ def _say_use(name: str, folder: str | Path | None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run_command(main)

@@ -14,7 +14,7 @@ Batch = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Memory:
+class BufferPool:
     """Gives arrays whose memory is used again when nobody holds them any more.
 
     That of a batch is large enough for every allocation to ask the system for it, and clearing it
@@ -35,7 +35,7 @@ class Memory:
         return owner.reshape(shape)
 
 
-def gather(
+def collate(
     examples: Iterable[Example], size: int, source: Source, shapes: Shapes
 ) -> Iterator[Batch]:
     """Batches of `size` examples, each copied to its row as soon as it comes.
@@ -46,7 +46,7 @@ def gather(
     Raises:
       DataError: images are not all of one type, or else not of one shape.
     """
-    memory, batch = Memory(), Batch()
+    memory, batch = BufferPool(), Batch()
     places: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for number, example in enumerate(examples):
         if not places:

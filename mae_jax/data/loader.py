@@ -15,20 +15,20 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
-from mae_jax.data.batches import Batch, Shapes, gather
+from mae_jax.data.batches import Batch, Shapes, collate
 from mae_jax.data.decode import Encoded
-from mae_jax.data.sources import DataError, Record, Source, bad_image
+from mae_jax.data.sources import DataError, Record, Source, bad_image_error
 from mae_jax.data.transforms import Example
-from mae_jax.data.workers import in_workers, read_options, worker_errors
+from mae_jax.data.worker_processes import read_options, to_worker_processes, worker_errors
 
 Transform = Callable[[Encoded, Any], Example]
 T = TypeVar("T")
-SKIP_ADVICE = "Mend or remove it, or set data.on_bad=skip"
+SKIP_HINT = "Mend or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
 
 
 @dataclass(frozen=True)
-class Load:
+class ExampleLoader:
     """Record number -> example, with the next good record in place of a bad one if `skip`.
 
     With `num_classes` a label that is none of theirs is an error, as are `max_bad` bad records and
@@ -38,7 +38,7 @@ class Load:
     source: Source
     transform: Transform
     skip: bool = False
-    advice: str = SKIP_ADVICE
+    advice: str = SKIP_HINT
     num_classes: int | None = None
     max_bad: int = 100
 
@@ -50,7 +50,7 @@ class Load:
                 record, example = self.read(number, rng)
             except DataError as error:
                 if not self.skip:
-                    raise bad_image(self.source, number, error, self.advice) from error
+                    raise bad_image_error(self.source, number, error, self.advice) from error
                 continue
             self._check_label(number, record["label"])
             return {
@@ -111,7 +111,7 @@ class Loader:
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """The batches from a step on: what the transform makes, "label" [b], "index" [b]."""
-        load = Load(
+        load = ExampleLoader(
             self.source,
             self.transform,
             self.skip,
@@ -121,7 +121,7 @@ class Loader:
         examples = _order(len(self.source), self.seed).random_map(load)
         rows = _rows(examples, self.batch_size, start_step, self.host, self.hosts)
         if self.workers:
-            records = in_workers(rows, self.workers, self.threads)
+            records = to_worker_processes(rows, self.workers, self.threads)
         else:
             records = rows.to_iter_dataset(read_options(self.threads))
         iterator = iter(records)
@@ -129,7 +129,7 @@ class Loader:
         try:
             with worker_errors():
                 size = self.batch_size // self.hosts
-                for batch in gather(iterator, size, self.source, self.shapes):
+                for batch in collate(iterator, size, self.source, self.shapes):
                     _note_skipped(load, batch.pop("skipped"), batch["index"], bad)
                     yield batch
         finally:
@@ -137,7 +137,7 @@ class Loader:
 
     def numbers(self, step: int) -> list[int]:
         """Which records the batch of a step has, on all hosts."""
-        return _numbers(len(self.source), self.seed, self.batch_size, step)
+        return _record_indices(len(self.source), self.seed, self.batch_size, step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ class ArrayLoader:
     def numbers(self, step: int) -> list[int]:
         """Which rows the batch of a step has, on all hosts."""
         count = len(next(iter(self.arrays.values())))
-        return _numbers(count, self.seed, self.batch_size, step)
+        return _record_indices(count, self.seed, self.batch_size, step)
 
 
 def _order(count: int, seed: int) -> grain.MapDataset:
@@ -170,7 +170,7 @@ def _order(count: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat(10**9)
 
 
-def _numbers(count: int, seed: int, batch_size: int, step: int) -> list[int]:
+def _record_indices(count: int, seed: int, batch_size: int, step: int) -> list[int]:
     order: Any = _order(count, seed)
     return [int(order[step * batch_size + row]) for row in range(batch_size)]
 
@@ -183,26 +183,28 @@ def _rows(
     A batch is a slice of the global order, and a host's part a slice of the batch: so the global
     batch is the same, row for row, on any number of hosts.
     """
-    place = partial(_place, batch_size=batch_size, host=host, hosts=hosts)
+    place = partial(_global_index, batch_size=batch_size, host=host, hosts=hosts)
     begin = start_step * (batch_size // hosts)
     rows = grain.MapDataset.range(begin, len(dataset) // hosts)
     return rows.map(lambda number: dataset[place(number)])
 
 
-def _place(number: int, batch_size: int, host: int, hosts: int) -> int:
+def _global_index(number: int, batch_size: int, host: int, hosts: int) -> int:
     """Where in the global order a host's row is that it comes to as its `number`-th."""
     per_host = batch_size // hosts
     step, offset = divmod(number, per_host)
     return step * batch_size + host * per_host + offset
 
 
-def _note_skipped(load: Load, skipped: np.ndarray, index: np.ndarray, bad: set[int]) -> None:
+def _note_skipped(
+    load: ExampleLoader, skipped: np.ndarray, index: np.ndarray, bad: set[int]
+) -> None:
     for row in np.flatnonzero(skipped):
         for offset in range(skipped[row]):
-            _note_bad(load, int(index[row] + offset) % len(load.source), bad)
+            _record_bad(load, int(index[row] + offset) % len(load.source), bad)
 
 
-def _note_bad(load: Load, number: int, bad: set[int]) -> None:
+def _record_bad(load: ExampleLoader, number: int, bad: set[int]) -> None:
     """Names a bad record in the log, once; DataError if there are more than may be."""
     if number in bad:
         return
@@ -216,13 +218,13 @@ def _note_bad(load: Load, number: int, bad: set[int]) -> None:
         raise DataError(f"more than data.max_bad={load.max_bad} bad images; the last one was {key}")
 
 
-def ordered_batches(
+def eval_batches(
     source: Source,
     transform: Transform,
     batch_size: int,
     threads: int = 2,
     skip: bool = False,
-    advice: str = SKIP_ADVICE,
+    advice: str = SKIP_HINT,
     max_bad: int = 100,
     num_classes: int | None = None,
     host: int = 0,
@@ -235,26 +237,26 @@ def ordered_batches(
     batch is of all hosts together, and a host yields its rows of it.
     """
     bad: set[int] = set()
-    load = Load(source, transform, skip, advice, num_classes, max_bad)
+    load = ExampleLoader(source, transform, skip, advice, num_classes, max_bad)
     last, per_host = len(source) - 1, batch_size // hosts
     count = -(-len(source) // batch_size) * per_host
-    place = partial(_place, batch_size=batch_size, host=host, hosts=hosts)
-    records = in_order(lambda i: load(min(place(i), last)), count, threads)
-    for number, batch in enumerate(gather(records, per_host, source, {})):
+    place = partial(_global_index, batch_size=batch_size, host=host, hosts=hosts)
+    records = ordered_parallel_map(lambda i: load(min(place(i), last)), count, threads)
+    for number, batch in enumerate(collate(records, per_host, source, {})):
         position = place(number * per_host) + np.arange(per_host)
         valid = (position <= last) & (batch.pop("skipped") == 0)
         for index in position[(position <= last) & ~valid]:
-            _note_bad(load, int(index), bad)
+            _record_bad(load, int(index), bad)
         yield batch | {"valid": valid}
 
 
-def in_order(function: Callable[[int], T], count: int, threads: int) -> Iterator[T]:
+def ordered_parallel_map(function: Callable[[int], T], count: int, threads: int) -> Iterator[T]:
     """function(0), function(1), ... function(count - 1), computed by threads."""
     boxed = grain.MapDataset.range(count).map(lambda number: (function(number),))
     for (result,) in boxed.to_iter_dataset(read_options(threads)):  # it would skip a bare None
         yield result
 
 
-def cores() -> int:
+def available_cpus() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,15 +11,17 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
+from mae_jax.utils.errors import UserError
+
 log = logging.getLogger("mae_jax")
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy", ".npz"}
 SHOWN = 5  # links to nowhere that are named
 
-CHANGED = "CHANGED DATA: "  # how the description of a copy begins that is not the original
+DERIVED_PREFIX = "CHANGED DATA: "  # how the description of a copy begins that is not the original
 
 
-class DataError(Exception):
+class DataError(UserError):
     """The data is not as it should be; the message names the file or record."""
 
 
@@ -54,7 +56,7 @@ class Source(Protocol):
         ...
 
 
-def digest(lines: list[str]) -> str:
+def fingerprint_of(lines: list[str]) -> str:
     """A fingerprint of lines of text."""
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -114,7 +116,9 @@ class FolderSource:
         return printable(self.root / self.files[index])
 
     def fingerprint(self) -> str:
-        return digest([f"{name} {(self.root / name).stat().st_size}" for name in self.files])
+        return fingerprint_of(
+            [f"{name} {(self.root / name).stat().st_size}" for name in self.files]
+        )
 
 
 def printable(path: Path) -> str:
@@ -123,7 +127,7 @@ def printable(path: Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def bad_image(source: Source, number: int, error: DataError | str, advice: str) -> DataError:
+def bad_image_error(source: Source, number: int, error: DataError | str, advice: str) -> DataError:
     """What to raise for a record that is bad, and for which reason."""
     return DataError(f"{source.key(number)} is bad: {error}. {advice}")
 
@@ -217,4 +221,4 @@ class FileSource:
         return printable(self.files[index])
 
     def fingerprint(self) -> str:
-        return digest([f"{file} {file.stat().st_size}" for file in self.files])
+        return fingerprint_of([f"{file} {file.stat().st_size}" for file in self.files])

@@ -41,10 +41,10 @@ def evenly_spaced(source: Source, count: int) -> Subset:
 
 def few_shot(source: Source, shots: int, seed: int) -> Subset:
     """`shots` records of every class; see `draw_shots`."""
-    return Subset(source, draw_shots(source.label, len(source), source.classes, shots, seed))
+    return Subset(source, sample_shots(source.label, len(source), source.classes, shots, seed))
 
 
-def draw_shots(
+def sample_shots(
     label: Callable[[int], int], count: int, classes: Sequence[str], shots: int, seed: int
 ) -> list[int]:
     """Numbers of `shots` records of every class, the first of a random order of all `count`.

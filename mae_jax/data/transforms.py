@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mae_jax.data.augment import RandAugment
 from mae_jax.data.decode import Encoded, Pixels, decode
+from mae_jax.data.randaugment import RandAugment
 
 Box = tuple[int, int, int, int]
 Example = dict[str, np.ndarray]  # what one image contributes to a batch
@@ -54,7 +54,7 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def weak_crop_box(
+def single_try_crop_box(
     rng: np.random.Generator, image_size: tuple[int, int], scale: tuple[float, float]
 ) -> Box:
     """The same for linear probing: one try, its sides cut to the image (BYOL's law).
@@ -115,7 +115,7 @@ class TrainTransform:
     def draw(self, encoded: Encoded, rng: np.random.Generator) -> tuple[Pixels, bool]:
         """The crop, not yet resized, and whether it is to be mirrored."""
         image = decode(encoded, self.channels, self.exif)
-        crop_box = weak_crop_box if self.weak else random_crop_box
+        crop_box = single_try_crop_box if self.weak else random_crop_box
         left, top, right, lower = crop_box(rng, (image.shape[0], image.shape[1]), self.scale)
         return image[top:lower, left:right], self.flip and rng.random() < 0.5
 
@@ -130,8 +130,8 @@ class TrainTransform:
 
 
 @dataclass(frozen=True)
-class CanvasTransform:
-    """The crops and flips of a TrainTransform, to be resized by `mae_jax.pixels.crop_resize`.
+class DeviceResizeTransform:
+    """The crops and flips of a TrainTransform, to be resized by `mae_jax.models.image_ops.crop_resize`.
 
     A crop with a side longer than `side` is resized here instead: resizing an image to the size
     that it has changes nothing.
@@ -158,7 +158,7 @@ class CanvasTransform:
 MAX_ASPECT = 16.0  # of the part of an image that is looked at, if the model's is not larger
 
 
-def usual_crop(image_size: Sequence[int]) -> float:
+def default_crop_ratio(image_size: Sequence[int]) -> float:
     """The reference's `crop` of an EvalTransform, by the model's image size."""
     return 224 / 256 if max(image_size) <= 224 else 1.0
 
@@ -184,7 +184,7 @@ class EvalTransform:
         height, width = self.image_size
         if self.squash:
             return {"image": resize(image, self.image_size, self.interpolation)}
-        image = _without_ends(image, max(MAX_ASPECT, height / width, width / height))
+        image = _limit_aspect_ratio(image, max(MAX_ASPECT, height / width, width / height))
         # Rounded as torchvision's Resize and CenterCrop do it.
         rows, columns = image.shape[:2]
         if height * columns >= width * rows:  # else the height is what the image has more of
@@ -196,7 +196,7 @@ class EvalTransform:
         return {"image": array[top : top + height, left : left + width]}
 
 
-def _without_ends(image: Pixels, aspect: float) -> Pixels:
+def _limit_aspect_ratio(image: Pixels, aspect: float) -> Pixels:
     """A strip without the ends that no crop reaches, which enlarged would fill the memory."""
     height, width = image.shape[:2]
     rows, columns = min(height, math.ceil(aspect * width)), min(width, math.ceil(aspect * height))

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mae_jax.models.layers import Dense, Observed, layer_norm
+from mae_jax.models.layers import Dense, Intermediates, layer_norm
 from mae_jax.models.vit import Encoder
 
 POOLS = ("cls", "mean", "attention")
@@ -109,7 +109,7 @@ class Outputs(NamedTuple):
     tokens: Float[Array, "b t d"]
     pooled: Float[Array, "b *n d"]
     logits: Float[Array, "b classes"] | None
-    observed: Observed | None
+    observed: Intermediates | None
 
 
 class Classifier(nn.Module):

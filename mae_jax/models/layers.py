@@ -11,9 +11,9 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mae_jax.attention import Attend, split_heads
-from mae_jax.models.linear import narrow_linear
-from mae_jax.trees import Tree, from_named, named_leaves
+from mae_jax.models.attention import AttentionImpl, split_heads
+from mae_jax.models.mixed_precision_dense import mixed_precision_dense
+from mae_jax.utils.pytree import Tree, flatten, unflatten
 
 REMAT_POLICIES = {
     "none": None,
@@ -23,7 +23,7 @@ REMAT_POLICIES = {
 
 
 @dataclass(frozen=True)
-class Execution:
+class ExecutionConfig:
     """How a network is computed; none of this changes the layout of its parameters.
 
     dtype: of activations and matmul inputs; parameters, norms and softmax stay float32.
@@ -37,7 +37,7 @@ class Execution:
     remat: str = "none"
     scan_unroll: int = 1
     constrain: Callable[[Array], Array] = lambda x: x
-    attend: Attend = Attend()
+    attend: AttentionImpl = AttentionImpl()
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
@@ -69,22 +69,22 @@ class Dense(nn.Module):
         if self.dtype == jnp.float32:
             y = rows @ kernel + bias
         else:
-            narrow = self.get_variable(NARROW, "kernel", kernel.astype(self.dtype))
-            y = narrow_linear(rows, kernel, bias, narrow)
+            narrow = self.get_variable(LOW_PRECISION, "kernel", kernel.astype(self.dtype))
+            y = mixed_precision_dense(rows, kernel, bias, narrow)
         return rearrange(y, "(b t) y -> b t y", b=x.shape[0])
 
 
-NARROW = "narrow"  # the collection of `narrow_copies`
+LOW_PRECISION = "narrow"  # the collection of `narrow_copies`
 
 
-def narrow_copies(params: Tree, dtype: Any) -> dict[str, Any]:
+def cast_kernels(params: Tree, dtype: Any) -> dict[str, Any]:
     """{"narrow": ...}: every kernel in the type of activations, to apply a network with.
 
     So each is converted once in a step, not at every use and again where blocks are recomputed.
     """
-    leaves = named_leaves(jax.lax.stop_gradient(params))
+    leaves = flatten(jax.lax.stop_gradient(params))
     kernels = {n: x.astype(dtype) for n, x in leaves.items() if n.endswith("/kernel")}
-    return {} if dtype == jnp.float32 else {NARROW: from_named(kernels)}
+    return {} if dtype == jnp.float32 else {LOW_PRECISION: unflatten(kernels)}
 
 
 def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
@@ -93,7 +93,7 @@ def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
     return layer(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
-class Observed(NamedTuple):
+class Intermediates(NamedTuple):
     """What one block does, or with a leading axis what each does.
 
     tokens: that it gives; attention: of the first token, cls, to every one, mean over the heads.
@@ -110,7 +110,7 @@ class Attention(nn.Module):
     """
 
     heads: int
-    execution: Execution
+    execution: ExecutionConfig
     observe: bool
 
     @nn.compact
@@ -152,7 +152,7 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
 
 
-def hidden_width(width: int, mlp_ratio: float) -> int:
+def mlp_dim(width: int, mlp_ratio: float) -> int:
     """Hidden features of an MLP."""
     return int(width * mlp_ratio + 1e-6)  # 29 / 49 * 49 comes out a hair below 29
 
@@ -179,15 +179,15 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float
     layer_norm_eps: float
-    execution: Execution
+    execution: ExecutionConfig
     observe: bool
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t d"], drop_path: DropPath | None
-    ) -> tuple[Float[Array, "b t d"], Observed | None]:
+    ) -> tuple[Float[Array, "b t d"], Intermediates | None]:
         dtype, constrain = self.execution.dtype, self.execution.constrain
-        hidden = hidden_width(x.shape[-1], self.mlp_ratio)
+        hidden = mlp_dim(x.shape[-1], self.mlp_ratio)
         x = constrain(x)
         y = layer_norm("norm1", self.layer_norm_eps, dtype)(x)
         y, attention = Attention(self.heads, self.execution, self.observe, name="attn")(y)
@@ -195,7 +195,7 @@ class Block(nn.Module):
         y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
         y = Mlp(hidden, dtype, name="mlp")(y)
         x = constrain(x + (drop_path(y, 1) if drop_path else y))
-        return x, None if attention is None else Observed(x, attention)
+        return x, None if attention is None else Intermediates(x, attention)
 
 
 def make_blocks(
@@ -203,9 +203,9 @@ def make_blocks(
     heads: int,
     mlp_ratio: float,
     layer_norm_eps: float,
-    execution: Execution,
+    execution: ExecutionConfig,
     observe: bool = False,
-) -> Callable[..., tuple[Float[Array, "b t d"], Observed | None]]:
+) -> Callable[..., tuple[Float[Array, "b t d"], Intermediates | None]]:
     """`depth` blocks as one scanned module named "blocks", its parameters stacked [depth, ...].
 
     It takes tokens [b, t, d] and, where paths are dropped, a `DropPath` with one row per block.
@@ -220,7 +220,7 @@ def make_blocks(
         )
     blocks = nn.scan(
         block,
-        variable_axes={"params": 0, NARROW: 0},
+        variable_axes={"params": 0, LOW_PRECISION: 0},
         split_rngs={"params": True},
         length=depth,
         unroll=min(execution.scan_unroll, depth),

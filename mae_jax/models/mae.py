@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from mae_jax.models.layers import Dense, Execution, layer_norm, make_blocks
-from mae_jax.models.patches import take_patches
-from mae_jax.models.vit import POSITIONS, Encoder, PositionTable, check_width
-from mae_jax.sizes import Size
+from mae_jax.models.layers import Dense, ExecutionConfig, layer_norm, make_blocks
+from mae_jax.models.patches import gather_patches
+from mae_jax.models.variants import VitVariant
+from mae_jax.models.vit import POS_EMBEDS, Encoder, PosEmbed, check_width
 
 
 class Decoder(nn.Module):
@@ -29,7 +29,7 @@ class Decoder(nn.Module):
     mlp_ratio: float = 4.0
     position: str = "sincos"
     layer_norm_eps: float = 1e-6
-    execution: Execution = Execution()
+    execution: ExecutionConfig = ExecutionConfig()
 
     @nn.compact
     def __call__(
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         mask_tokens = jnp.broadcast_to(mask_token.astype(dtype), (*masked.shape, self.width))
         x = jnp.concatenate([x, mask_tokens], axis=1)
 
-        positions = PositionTable(self.position, self.grid, self.width, name="pos_embed")()
+        positions = PosEmbed(self.position, self.grid, self.width, name="pos_embed")()
         places = jnp.concatenate([keep, masked], axis=1) + 1
         places = jnp.pad(places, ((0, 0), (1, 0)))  # row 0 of the table is the cls token's
         x = constrain(x + jnp.take(positions[0], places, axis=0).astype(dtype))
@@ -86,7 +86,7 @@ class MAE(nn.Module):
         `keep` and `masked` have to be all patches together.
         """
         pred = self.decoder(self.encoder(patches, keep), keep, masked, 0)
-        return take_patches(pred, jnp.argsort(jnp.concatenate([keep, masked], axis=1), axis=1))
+        return gather_patches(pred, jnp.argsort(jnp.concatenate([keep, masked], axis=1), axis=1))
 
     def encode(
         self, patches: Float[Array, "b n p"], keep: Int[Array, "b k"] | None = None
@@ -96,7 +96,7 @@ class MAE(nn.Module):
 
 
 def make_mae(
-    size: Size,
+    size: VitVariant,
     *,
     grid: tuple[int, int],
     channels: int = 3,
@@ -104,7 +104,7 @@ def make_mae(
     decoder_mlp_ratio: float | None = None,
     position: str = "sincos",
     layer_norm_eps: float = 1e-6,
-    execution: Execution = Execution(),
+    execution: ExecutionConfig = ExecutionConfig(),
 ) -> MAE:
     """An MAE of a size, for images of `grid` rows and columns of patches.
 
@@ -112,8 +112,8 @@ def make_mae(
     """
     check_width("model.width", size.width, size.heads)
     check_width("model.decoder_width", size.decoder_width, size.decoder_heads)
-    if position not in POSITIONS:
-        raise ValueError(f"model.position={position!r}; use one of {', '.join(POSITIONS)}")
+    if position not in POS_EMBEDS:
+        raise ValueError(f"model.position={position!r}; use one of {', '.join(POS_EMBEDS)}")
     shared: dict[str, Any] = dict(
         grid=grid, position=position, layer_norm_eps=layer_norm_eps, execution=execution
     )

@@ -39,14 +39,14 @@ def unpatchify(
     )
 
 
-def take_patches(
+def gather_patches(
     patches: Shaped[Array, "b n x"], indices: Int[Array, "b i"]
 ) -> Shaped[Array, "b i x"]:
     """Row by row, the patches at `indices`."""
     return jnp.take_along_axis(patches, indices[..., None], axis=1)
 
 
-def sincos_position_table(width: int, grid: tuple[int, int]) -> Float[np.ndarray, "n1 d"]:
+def sincos_pos_embed_2d(width: int, grid: tuple[int, int]) -> Float[np.ndarray, "n1 d"]:
     """MAE's fixed 2-D sine-cosine table, float32; row 0 is the cls token's and is zero.
 
     As in the reference: the first half of the channels encodes the column, the second the row;
@@ -81,7 +81,7 @@ def bicubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
     return weights
 
 
-def resample_position_table(
+def interpolate_pos_embed(
     table: Float[np.ndarray, "old d"], old_grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Float[np.ndarray, "new d"]:
     """The table (cls row first) for another grid of patches; the cls row stays as it is."""

@@ -9,17 +9,17 @@ from jaxtyping import Array, Float, Int
 from mae_jax.models.layers import (
     Dense,
     DropPath,
-    Execution,
-    Observed,
+    ExecutionConfig,
+    Intermediates,
     layer_norm,
     make_blocks,
 )
-from mae_jax.models.patches import sincos_position_table, take_patches
+from mae_jax.models.patches import gather_patches, sincos_pos_embed_2d
 
-POSITIONS = ("sincos", "learned")
+POS_EMBEDS = ("sincos", "learned")
 
 
-class PositionTable(nn.Module):
+class PosEmbed(nn.Module):
     """Position embedding of the cls token (row 0) and every patch, [1, 1 + n, d].
 
     "sincos" is computed and has no parameter; "learned" starts from the same table and trains.
@@ -31,7 +31,7 @@ class PositionTable(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "1 n1 d"]:
-        table = jnp.asarray(sincos_position_table(self.width, self.grid)[None])
+        table = jnp.asarray(sincos_pos_embed_2d(self.width, self.grid)[None])
         if self.kind == "sincos":
             return table
         return self.param("table", lambda _: table)
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
     layer_norm_eps: float = 1e-6
     final_norm: bool = True
     drop_path: float = 0.0
-    execution: Execution = Execution()
+    execution: ExecutionConfig = ExecutionConfig()
 
     def __call__(
         self,
@@ -80,18 +80,20 @@ class Encoder(nn.Module):
         """
         return self._encode(patches, keep, uniforms, observe=False)[0]
 
-    def observe(self, patches: Float[Array, "b n p"]) -> tuple[Float[Array, "b t d"], Observed]:
+    def observe(
+        self, patches: Float[Array, "b n p"]
+    ) -> tuple[Float[Array, "b t d"], Intermediates]:
         """Tokens of every patch, and what each block does; its tokens too take the final norm."""
         return self._encode(patches, None, None, observe=True)
 
     @nn.compact
     def _encode(self, patches: Any, keep: Any, uniforms: Any, *, observe: bool) -> tuple[Any, Any]:
         dtype, constrain = self.execution.dtype, self.execution.constrain
-        positions = PositionTable(self.position, self.grid, self.width, name="pos_embed")()
+        positions = PosEmbed(self.position, self.grid, self.width, name="pos_embed")()
         cls_position, positions = positions[:, :1], positions[:, 1:]
         if keep is not None:
             # Embedding only what is kept gives the same numbers as embedding all and dropping.
-            patches = constrain(take_patches(patches, keep))
+            patches = constrain(gather_patches(patches, keep))
             positions = jnp.take(positions[0], keep, axis=0)
         embed = Dense(self.width, dtype, _uniform_bias(patches.shape[-1]), name="patch_embed")
         x = constrain(embed(patches) + positions.astype(dtype))

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
-from mae_jax.attention import Shape, shape_of
+from mae_jax.models.attention import AttentionShape, attention_shape
 from mae_jax.models.classifier import Classifier, Outputs, Probe
-from mae_jax.models.layers import narrow_copies
+from mae_jax.models.image_ops import normalize
+from mae_jax.models.layers import cast_kernels
 from mae_jax.models.patches import patchify
-from mae_jax.optim import freeze
-from mae_jax.pixels import normalise
 from mae_jax.tasks import mixup
 from mae_jax.tasks.mixup import Mixup
+from mae_jax.tasks.optimizer import stop_frozen_gradients
 
 Params = dict[str, Any]
 Stats = dict[str, Any]
@@ -106,11 +106,11 @@ class Classify:
             )
 
     @property
-    def attention_shapes(self) -> set[Shape]:
+    def attention_shapes(self) -> set[AttentionShape]:
         """Of all that is computed."""
         encoder = self.model.encoder
         rows, columns = encoder.grid
-        return {shape_of(1 + rows * columns, encoder.width, encoder.heads)}
+        return {attention_shape(1 + rows * columns, encoder.width, encoder.heads)}
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters."""
@@ -135,9 +135,9 @@ class Classify:
         targets = mixup.smooth_targets(batch["label"], self.model.num_classes, self.smoothing)
         drawn = {}
         if "image" in batch and (self.erase or self.mixup.active):
-            pixels = normalise(batch["image"], self.mean, self.std)
+            pixels = normalize(batch["image"], self.mean, self.std)
             if self.erase:
-                pixels = mixup.erase(erase_key, pixels, self.erase)
+                pixels = mixup.random_erasing(erase_key, pixels, self.erase)
             if self.mixup.active:
                 mix = self.mixup.draw(mix_key, len(pixels), (pixels.shape[1], pixels.shape[2]))
                 pixels, targets = mixup.mix_images(pixels, mix), mixup.mix_targets(targets, mix)
@@ -152,17 +152,17 @@ class Classify:
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
         """Mean loss of a batch from `draw`, and the statistics after it."""
-        params = dict(freeze(params, self.train_last_blocks))
+        params = dict(stop_frozen_gradients(params, self.train_last_blocks))
         if "pooled" in batch:
             return self._head.loss(params, stats, batch)
         pixels = batch.get("pixels")
         if pixels is None:
-            pixels = normalise(batch["image"], self.mean, self.std)
+            pixels = normalize(batch["image"], self.mean, self.std)
         uniforms = batch.get("uniforms")
         if uniforms is not None:
             uniforms = jnp.moveaxis(uniforms, 0, -1)
         patches = patchify(pixels, self.patch)
-        copies = narrow_copies(params, self.model.encoder.execution.dtype)
+        copies = cast_kernels(params, self.model.encoder.execution.dtype)
         variables = {"params": params, "batch_stats": stats, **copies}
         made, stats = apply_with_stats(
             self.model, variables, patches, train=True, uniforms=uniforms
@@ -188,7 +188,7 @@ class Classify:
 
     def outputs(self, params: Params, stats: Stats, images: Shaped[Array, "b h w c"]) -> Outputs:
         """Everything that the encoder and the head make of whole images, outside training."""
-        patches = patchify(normalise(images, self.mean, self.std), self.patch)
+        patches = patchify(normalize(images, self.mean, self.std), self.patch)
         return self.model.apply({"params": params, "batch_stats": stats}, patches)  # type: ignore[return-value]
 
     def pooled(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b *n d"]:
@@ -203,5 +203,5 @@ class Classify:
         return made.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 
     def _headless(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
-        patches = patchify(normalise(images, self.mean, self.std), self.patch)
+        patches = patchify(normalize(images, self.mean, self.std), self.patch)
         return self.model.clone(num_classes=0).apply({"params": params}, patches)  # type: ignore[return-value]

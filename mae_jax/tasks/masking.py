@@ -41,13 +41,15 @@ def len_keep(num_patches: int, mask_ratio: float) -> int:
     return kept
 
 
-def from_noise(noise: Float[Array, "b n"], kept: int) -> Mask:
+def mask_from_noise(noise: Float[Array, "b n"], kept: int) -> Mask:
     """Keeps the `kept` patches of lowest noise in every row."""
     order = jnp.argsort(noise, axis=1)
     return Mask(order[:, :kept], order[:, kept:])
 
 
-def choose(key: Key[Array, ""], patches: Int[Array, "b m"], count: int) -> Int[Array, "b q"]:
+def sample_patches(
+    key: Key[Array, ""], patches: Int[Array, "b m"], count: int
+) -> Int[Array, "b q"]:
     """Some of the patches of every image: an independent uniform choice, whatever their order."""
     order = jnp.argsort(jax.random.uniform(key, patches.shape), axis=1)
     return jnp.take_along_axis(patches, order[:, :count], axis=1)
@@ -55,7 +57,7 @@ def choose(key: Key[Array, ""], patches: Int[Array, "b m"], count: int) -> Int[A
 
 def random_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:
     """An independent uniform choice for every image (the paper's default)."""
-    return from_noise(jax.random.uniform(key, (batch, grid[0] * grid[1])), kept)
+    return mask_from_noise(jax.random.uniform(key, (batch, grid[0] * grid[1])), kept)
 
 
 def grid_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:
@@ -67,7 +69,7 @@ def grid_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int)
     masked = rearrange(
         masked, "b (y x) (dy dx) -> b (y dy x dx)", y=grid[0] // 2, dy=2, x=grid[1] // 2, dx=2
     )
-    return from_noise(masked.astype(jnp.float32), kept)
+    return mask_from_noise(masked.astype(jnp.float32), kept)
 
 
 def check_grid(grid: tuple[int, int], kept: int) -> None:
@@ -89,7 +91,7 @@ def block_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int
     noise = jax.random.uniform(noise_key, (batch, grid[0] * grid[1]))
     keys = jax.random.split(block_key, batch)
     blocks = jax.vmap(_rectangles, in_axes=(0, None, None))(keys, grid, grid[0] * grid[1] - kept)
-    return from_noise(noise + rearrange(blocks, "b y x -> b (y x)"), kept)
+    return mask_from_noise(noise + rearrange(blocks, "b y x -> b (y x)"), kept)
 
 
 def _rectangles(
@@ -124,7 +126,7 @@ def user_mask(masked: np.ndarray, batch: int, num_patches: int) -> Mask:
     check_user_mask(masked, num_patches)
     rows = np.atleast_2d(masked)
     kept = num_patches - int(rows[0].sum())
-    return from_noise(jnp.asarray(rows[np.arange(batch) % len(rows)], jnp.float32), kept)
+    return mask_from_noise(jnp.asarray(rows[np.arange(batch) % len(rows)], jnp.float32), kept)
 
 
 def check_user_mask(masked: np.ndarray, num_patches: int) -> None:

@@ -27,7 +27,7 @@ class Mix(NamedTuple):
     box: Int[Array, "b 4"]
 
 
-def make_box(
+def cutmix_box(
     share: Float[Array, " b"],
     centre: Int[Array, "b 2"],
     image_size: tuple[int, int],
@@ -87,7 +87,7 @@ class Mixup:
         )
         mixed = jax.random.bernoulli(keys[3], self.prob, (batch,))
         centre = jax.random.randint(keys[4], (batch, 2), 0, jnp.array(image_size))
-        box, own = make_box(paste, centre, image_size)
+        box, own = cutmix_box(paste, centre, image_size)
         mix = Mix(jnp.where(mixed, jnp.where(cut, own, blend), 1.0), cut & mixed, box)
         rows = jnp.arange(batch)
         if self.mode == "batch":
@@ -124,7 +124,7 @@ def _inside(box: Int[Array, "b 4"], image_size: tuple[int, int]) -> Bool[Array, 
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
 
 
-def erase(
+def random_erasing(
     key: Key[Array, ""], pixels: Float[Array, "b h w c"], prob: float
 ) -> Float[Array, "b h w c"]:
     """Random erasing (Zhong et al. 2020): N(0, 1) noise in a box of some of the images.

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from mae_jax.attention import Shape, shape_of
-from mae_jax.models.layers import narrow_copies
+from mae_jax.models.attention import AttentionShape, attention_shape
+from mae_jax.models.image_ops import denormalize, normalize
+from mae_jax.models.layers import cast_kernels
 from mae_jax.models.mae import MAE
-from mae_jax.models.patches import patchify, take_patches, unpatchify
-from mae_jax.pixels import normalise, unnormalise
+from mae_jax.models.patches import gather_patches, patchify, unpatchify
 from mae_jax.tasks import masking
 from mae_jax.tasks.masking import Mask
 
@@ -92,13 +92,13 @@ class Pretrain:
         return max(1, round(self.predict_ratio * self.num_masked))
 
     @property
-    def attention_shapes(self) -> set[Shape]:
+    def attention_shapes(self) -> set[AttentionShape]:
         """Of all that is computed, in training and in evaluation."""
         whole, kept = 1 + self.num_patches, 1 + self.num_kept
         encoder, decoder = self.model.encoder, self.model.decoder
-        shapes = {shape_of(tokens, encoder.width, encoder.heads) for tokens in (whole, kept)}
+        shapes = {attention_shape(tokens, encoder.width, encoder.heads) for tokens in (whole, kept)}
         for tokens in (whole, kept + self.num_predicted):
-            shapes.add(shape_of(tokens, decoder.width, decoder.heads))
+            shapes.add(attention_shape(tokens, decoder.width, decoder.heads))
         return shapes
 
     def init(self, key: Key[Array, ""]) -> Params:
@@ -114,7 +114,7 @@ class Pretrain:
 
     def apply(self, method: str, params: Params, *args: Array) -> Array:
         """Runs a method of the model."""
-        copies = narrow_copies(params, self.model.encoder.execution.dtype)
+        copies = cast_kernels(params, self.model.encoder.execution.dtype)
         return cast(Array, self.model.apply({"params": params, **copies}, *args, method=method))
 
     def draw_mask(self, key: Key[Array, ""], batch: int) -> Mask:
@@ -133,7 +133,7 @@ class Pretrain:
         drawn = batch | mask._asdict()
         if self.num_predicted < self.num_masked:
             key = jax.random.fold_in(key, _CHOICE)
-            drawn["predicted"] = masking.choose(key, mask.masked, self.num_predicted)
+            drawn["predicted"] = masking.sample_patches(key, mask.masked, self.num_predicted)
         return drawn
 
     def loss(
@@ -154,7 +154,7 @@ class Pretrain:
         if predicted is None:
             predicted = mask.masked
         pred = self.apply("__call__", params, patches, mask.keep, predicted)
-        target = take_patches(patches, predicted)
+        target = gather_patches(patches, predicted)
         if self.norm_pix:
             mean, std = patch_statistics(target, self.norm_pix_eps)
             target = (target - mean) / std
@@ -162,7 +162,7 @@ class Pretrain:
 
     def to_patches(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b n p"]:
         """Normalised pixels, cut into patches."""
-        return patchify(normalise(images, self.mean, self.std), self.patch)
+        return patchify(normalize(images, self.mean, self.std), self.patch)
 
     def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Mean of the encoder's patch tokens over the whole, unmasked image, float32."""
@@ -184,12 +184,12 @@ class Pretrain:
             mean, std = patch_statistics(patches, self.norm_pix_eps)
             if stats == "visible":
                 weights = self._nearness(mask.keep)
-                mean, std = (weights @ take_patches(x, mask.keep) for x in (mean, std))
+                mean, std = (weights @ gather_patches(x, mask.keep) for x in (mean, std))
             elif stats != "gt":
                 raise ValueError(f"stats={stats!r}; use 'gt' or 'visible'")
             pred = pred * std + mean
         pixels = unpatchify(pred, self.patch, self.grid)
-        return unnormalise(pixels, self.mean, self.std, images.dtype)
+        return denormalize(pixels, self.mean, self.std, images.dtype)
 
     def _nearness(self, keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
         """Weights of the kept patches for every patch: a Gaussian of one patch, summing to 1."""

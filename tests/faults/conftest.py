@@ -1,7 +1,7 @@
 """The runs that all tests of faults compare with."""
 
 import pytest
-from tiny_runs import run, write_tiny
+from run_helpers import run, write_tiny
 
 
 @pytest.fixture(scope="session")

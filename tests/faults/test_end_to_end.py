@@ -3,7 +3,7 @@
 import json
 import tempfile
 
-from pictures import encoded, noise_image
+from image_helpers import encoded, noise_image
 
 from benchmarks import end_to_end
 from configs import common

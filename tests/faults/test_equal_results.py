@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax import sharding
-from mae_jax.digests import digests
+from mae_jax.distributed import sharding
+from mae_jax.distributed.checksums import checksums
 from mae_jax.models.classifier import Classifier
-from mae_jax.models.layers import Execution
+from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
+from mae_jax.models.variants import VitVariant
 from mae_jax.models.vit import Encoder
-from mae_jax.optim import adamw, warmup_cosine
-from mae_jax.sizes import Size
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.mixup import Mixup
+from mae_jax.tasks.optimizer import adamw, warmup_cosine
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.training import init_state, make_train_step
+from mae_jax.tasks.train_step import init_state, make_train_step
 
-SIZE = Size(64, 2, 2, 8, decoder_width=32, decoder_depth=2, decoder_heads=2)
+SIZE = VitVariant(64, 2, 2, 8, decoder_width=32, decoder_depth=2, decoder_heads=2)
 LEARNING_RATE = warmup_cosine(peak=1e-2, warmup_steps=2, total_steps=20)
 KEY = jax.random.key(5)
 STEPS, ROWS, CLASSES = 5, 16, 7
@@ -57,7 +57,7 @@ def batch_of(step):
 
 def make(name, mesh, **execution):
     """A task, its optimizer, and how its state lies on a mesh."""
-    task = TASKS[name](Execution(constrain=sharding.batch_constraint(mesh), **execution))
+    task = TASKS[name](ExecutionConfig(constrain=sharding.batch_constraint(mesh), **execution))
     tx = adamw(LEARNING_RATE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
     init = lambda key: init_state(task, tx, key)
     shapes = jax.eval_shape(init, KEY)
@@ -68,7 +68,7 @@ def train(name, mesh, accumulate=1, **execution):
     """Losses, and the digest of the first state."""
     task, tx, init, _, shardings = make(name, mesh, **execution)
     state = jax.jit(init, out_shardings=shardings)(KEY)
-    first = digests(vars(state))
+    first = checksums(vars(state))
     step = make_train_step(task, tx, LEARNING_RATE, KEY, accumulate=accumulate)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     losses = []
@@ -151,8 +151,8 @@ def test_no_device_holds_all_of_a_first_state():
 def test_gathered_and_put_back():
     mesh = sharding.make_mesh(4)
     arrays = {"a": np.arange(4096.0).reshape(8, 512), "b": np.float32(3)}
-    there = sharding.put(arrays, sharding.state_shardings(arrays, mesh, min_bytes=1024))
+    there = sharding.device_put_tree(arrays, sharding.state_shardings(arrays, mesh, min_bytes=1024))
     assert not there["a"].sharding.is_fully_replicated
-    jax.tree.map(np.testing.assert_array_equal, sharding.everywhere(there), arrays)
-    again = sharding.put({"a": jnp.ones(3)}, {"a": there["b"].sharding})
+    jax.tree.map(np.testing.assert_array_equal, sharding.gather_to_host(there), arrays)
+    again = sharding.device_put_tree({"a": jnp.ones(3)}, {"a": there["b"].sharding})
     np.testing.assert_array_equal(again["a"], np.ones(3))

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny_runs import ROOT, environment, losses, processes_of, run, start, wait_for
+from run_helpers import ROOT, environment, losses, processes_of, run, start, wait_for
 
 from mae_jax.convert import weights
 

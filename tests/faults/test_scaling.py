@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import cluster, hlo, scaling
 from benchmarks.hlo import Collective, Shape
-from mae_jax.sizes import Size
+from mae_jax.models.variants import VitVariant
 
 PROGRAM = """HloModule jit_f, is_scheduled=true, entry_computation_layout={()->f32[]}, num_partitions=8
 
@@ -138,7 +138,7 @@ def test_predicted_seconds_of_collectives():
 
 
 TINY = scaling.Setup(
-    size=Size(64, 3, 2, 8, decoder_width=32, decoder_depth=2, decoder_heads=2),
+    size=VitVariant(64, 3, 2, 8, decoder_width=32, decoder_depth=2, decoder_heads=2),
     fsdp=4,
     per_device_batch=24,
     image_size=40,

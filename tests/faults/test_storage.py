@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from tiny_runs import assert_same_end, command, environment, run, start, wait_for
+from run_helpers import assert_same_end, command, environment, run, start, wait_for
 
 SMALL = ["--config.eval.pictures_every_epochs=-1.0", "--config.model.width=64"]
 SMALL += ["--config.eval.knn_every_epochs=-1.0"]

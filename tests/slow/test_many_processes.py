@@ -10,7 +10,16 @@ import time
 
 import numpy as np
 import pytest
-from tiny_runs import assert_same_end, lines, losses, processes_of, run, start, wait_for, write_tiny
+from run_helpers import (
+    assert_same_end,
+    lines,
+    losses,
+    processes_of,
+    run,
+    start,
+    wait_for,
+    write_tiny,
+)
 
 EACH = "--config.log.every_steps=1"
 ROUNDS = 20

@@ -1,0 +1,233 @@
+"""Names and layouts of weights in every dialect: one table of rows per layout.
+
+A row says which array of ours (named as in models/) is made of which of theirs, and how. Names
+with {i} stand for one array per block; ours are stacked [depth, ...].
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from einops import rearrange
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """ours = forward(*theirs); theirs = inverse(ours, patch), patch being its side in pixels."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    forward: Callable[..., np.ndarray]
+    inverse: Callable[[np.ndarray, int], Sequence[np.ndarray]]
+
+    def names(self, depth: int) -> list[tuple[str, ...]]:
+        """Their names, block by block for a stacked row."""
+        if not self.stacked:
+            return [self.theirs]
+        return [tuple(name.format(i=i) for name in self.theirs) for i in range(depth)]
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.theirs[0]
+
+
+def _same(ours: str, theirs: str) -> KeyMap:
+    return KeyMap(ours, (theirs,), lambda x: x, lambda x, _: (x,))
+
+
+def _linear(ours: str, theirs: str) -> list[KeyMap]:
+    """torch's Linear keeps its matrix as (outputs, inputs)."""
+    kernel = KeyMap(
+        f"{ours}/kernel", (f"{theirs}.weight",), lambda w: w.T, lambda kernel, _: (kernel.T,)
+    )
+    return [kernel, _same(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def _norm(ours: str, theirs: str) -> list[KeyMap]:
+    return [_same(f"{ours}/scale", f"{theirs}.weight"), _same(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def _patch_embed(ours: str, theirs: str) -> list[KeyMap]:
+    """A convolution's (d, channel, row, column) is our matrix over (row, column, channel)."""
+    kernel = KeyMap(
+        f"{ours}/kernel",
+        (f"{theirs}.weight",),
+        lambda w: rearrange(w, "d c r s -> (r s c) d"),
+        lambda kernel, patch: (rearrange(kernel, "(r s c) d -> d c r s", r=patch, s=patch),),
+    )
+    return [kernel, _same(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def _split_qkv(ours: str, theirs: Sequence[str]) -> list[KeyMap]:
+    """Three projections side by side are our one."""
+    return [
+        KeyMap(
+            f"{ours}/kernel",
+            tuple(f"{name}.weight" for name in theirs),
+            lambda *weights: np.concatenate([w.T for w in weights], axis=1),
+            lambda kernel, _: [part.T for part in np.split(kernel, 3, axis=1)],
+        ),
+        KeyMap(
+            f"{ours}/bias",
+            tuple(f"{name}.bias" for name in theirs),
+            lambda *biases: np.concatenate(biases),
+            lambda bias, _: np.split(bias, 3),
+        ),
+    ]
+
+
+def _timm_blocks(ours: str, theirs: str) -> list[KeyMap]:
+    return [
+        *_norm(f"{ours}/norm1", f"{theirs}.{{i}}.norm1"),
+        *_linear(f"{ours}/attn/qkv", f"{theirs}.{{i}}.attn.qkv"),
+        *_linear(f"{ours}/attn/proj", f"{theirs}.{{i}}.attn.proj"),
+        *_norm(f"{ours}/norm2", f"{theirs}.{{i}}.norm2"),
+        *_linear(f"{ours}/mlp/fc1", f"{theirs}.{{i}}.mlp.fc1"),
+        *_linear(f"{ours}/mlp/fc2", f"{theirs}.{{i}}.mlp.fc2"),
+    ]
+
+
+def _hf4_blocks(ours: str, theirs: str) -> list[KeyMap]:
+    block = f"{theirs}.{{i}}"
+    attention = [f"{block}.attention.attention.{name}" for name in ("query", "key", "value")]
+    return [
+        *_norm(f"{ours}/norm1", f"{block}.layernorm_before"),
+        *_split_qkv(f"{ours}/attn/qkv", attention),
+        *_linear(f"{ours}/attn/proj", f"{block}.attention.output.dense"),
+        *_norm(f"{ours}/norm2", f"{block}.layernorm_after"),
+        *_linear(f"{ours}/mlp/fc1", f"{block}.intermediate.dense"),
+        *_linear(f"{ours}/mlp/fc2", f"{block}.output.dense"),
+    ]
+
+
+def _hf5_blocks(ours: str, theirs: str) -> list[KeyMap]:
+    block = f"{theirs}.{{i}}"
+    attention = [f"{block}.attention.{name}_proj" for name in ("q", "k", "v")]
+    return [
+        *_norm(f"{ours}/norm1", f"{block}.layernorm_before"),
+        *_split_qkv(f"{ours}/attn/qkv", attention),
+        *_linear(f"{ours}/attn/proj", f"{block}.attention.o_proj"),
+        *_norm(f"{ours}/norm2", f"{block}.layernorm_after"),
+        *_linear(f"{ours}/mlp/fc1", f"{block}.mlp.fc1"),
+        *_linear(f"{ours}/mlp/fc2", f"{block}.mlp.fc2"),
+    ]
+
+
+TIMM_ENCODER = [
+    _same("encoder/cls_token", "cls_token"),
+    _same("encoder/pos_embed/table", "pos_embed"),
+    *_patch_embed("encoder/patch_embed", "patch_embed.proj"),
+    *_timm_blocks("encoder/blocks", "blocks"),
+    *_norm("encoder/norm", "norm"),
+    *_norm("fc_norm", "fc_norm"),
+]
+OFFICIAL_DECODER = [
+    _same("decoder/mask_token", "mask_token"),
+    _same("decoder/pos_embed/table", "decoder_pos_embed"),
+    *_linear("decoder/embed", "decoder_embed"),
+    *_timm_blocks("decoder/blocks", "decoder_blocks"),
+    *_norm("decoder/norm", "decoder_norm"),
+    *_linear("decoder/head", "decoder_pred"),
+]
+OFFICIAL_PROBE = [
+    _same("head_norm/mean", "head.0.running_mean"),
+    _same("head_norm/var", "head.0.running_var"),
+    _same("head_norm/count", "head.0.num_batches_tracked"),
+    *_linear("head", "head.1"),
+]
+
+
+def _hf_encoder(prefix: str, blocks: list[KeyMap]) -> list[KeyMap]:
+    return [
+        _same("encoder/cls_token", f"{prefix}embeddings.cls_token"),
+        _same("encoder/pos_embed/table", f"{prefix}embeddings.position_embeddings"),
+        *_patch_embed("encoder/patch_embed", f"{prefix}embeddings.patch_embeddings.projection"),
+        *blocks,
+        *_norm("encoder/norm", f"{prefix}layernorm"),
+    ]
+
+
+def _hf_decoder(blocks: list[KeyMap]) -> list[KeyMap]:
+    return [
+        _same("decoder/mask_token", "decoder.mask_token"),
+        _same("decoder/pos_embed/table", "decoder.decoder_pos_embed"),
+        *_linear("decoder/embed", "decoder.decoder_embed"),
+        *blocks,
+        *_norm("decoder/norm", "decoder.decoder_norm"),
+        *_linear("decoder/head", "decoder.decoder_pred"),
+    ]
+
+
+def _hf4(decoder_blocks: str) -> list[KeyMap]:
+    return [
+        *_hf_encoder("vit.", _hf4_blocks("encoder/blocks", "vit.encoder.layer")),
+        *_hf_decoder(_hf4_blocks("decoder/blocks", decoder_blocks)),
+        *_linear("head", "classifier"),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One way in which a dialect names its arrays; `form` tells it from the dialect's others."""
+
+    dialect: str
+    form: str
+    rows: Sequence[KeyMap]
+
+    @cached_property
+    def _ours(self) -> dict[str, str]:
+        return {theirs: row.ours for row in self.rows for theirs in row.theirs}
+
+    def match(self, name: str) -> tuple[str, int] | None:
+        """Our name for one of theirs, and its block (0 where it has none)."""
+        if name in self._ours:
+            return self._ours[name], 0
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        ours = number and self._ours.get(f"{name[: number.start()]}{{i}}{name[number.end() :]}")
+        return (ours, int(number[0])) if number and ours else None
+
+    def first_of(self, ours: str) -> str:
+        """Their name of the first array that ours is made of, in block 0."""
+        return next(row.theirs[0].format(i=0) for row in self.rows if row.ours == ours)
+
+    def __str__(self) -> str:
+        return f"{self.dialect} ({self.form})" if self.form else self.dialect
+
+
+_OFFICIAL_NAMES = [*TIMM_ENCODER, *OFFICIAL_DECODER, *OFFICIAL_PROBE]
+ATTENTION_POOL = ("query", "key/kernel", "key/bias", "value/kernel", "value/bias")
+_OUR_NAMES = [row.ours for row in _OFFICIAL_NAMES]
+_OUR_NAMES += [f"attention_pool/{name}" for name in ATTENTION_POOL]  # nobody else's
+
+# In a dialect the first layout that has a place for everything is the one that is written.
+LAYOUTS = (
+    Layout("mae_jax", "", [_same(name, name) for name in _OUR_NAMES]),
+    Layout("official", "", [*TIMM_ENCODER, *OFFICIAL_DECODER, *_linear("head", "head")]),
+    Layout("official", "linear probe", [*TIMM_ENCODER, *OFFICIAL_PROBE]),
+    Layout("timm", "", [*TIMM_ENCODER, *_linear("head", "head")]),
+    Layout(
+        "hf",
+        "base model",
+        _hf_encoder("", _hf4_blocks("encoder/blocks", "encoder.layer")),
+    ),
+    Layout("hf", "", _hf4("decoder.decoder_layers")),
+    # save_pretrained of transformers 5 misnames the decoder's layers.
+    Layout("hf", "as saved by 5.x", _hf4("decoder.decoder_encoder.layer")),
+    Layout(
+        "hf",
+        "5.x in memory",
+        [
+            *_hf_encoder("vit.", _hf5_blocks("encoder/blocks", "vit.layers")),
+            *_hf_decoder(_hf5_blocks("decoder/blocks", "decoder.decoder_layers")),
+            *_linear("head", "classifier"),
+        ],
+    ),
+    Layout(
+        "hf",
+        "5.x in memory, base model",
+        _hf_encoder("", _hf5_blocks("encoder/blocks", "layers")),
+    ),
+)
+DIALECTS = tuple(dict.fromkeys(layout.dialect for layout in LAYOUTS))

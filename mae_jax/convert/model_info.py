@@ -1,0 +1,242 @@
+"""What has to be known of a checkpoint beside its arrays, and the network that it makes."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax.models.classifier import POOLS, Classifier
+from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD
+from mae_jax.models.layers import ExecutionConfig
+from mae_jax.models.mae import MAE, make_mae
+from mae_jax.models.patches import patch_grid
+from mae_jax.models.variants import VARIANTS, VitVariant
+from mae_jax.models.vit import Encoder, check_width
+from mae_jax.utils.errors import UserError
+from mae_jax.utils.pytree import flatten
+
+TARGETS = ("pixels", "normalized", "unknown")
+
+
+class ConvertError(UserError):
+    """A checkpoint cannot be read, converted or written; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a checkpoint is, and how its images are prepared.
+
+    source: the dialect that the weights first came from.
+    heads: 0 where unknown; decoder_depth: 0 without decoder; num_classes: 0 without a head.
+    image_size: height and width, pixels.
+    pool, fc_norm, head_norm: as in `Classifier`.
+    target: what the decoder predicts, "pixels", "normalized" or "unknown".
+    mask_ratio: share of patches hidden in pretraining, the paper's where unknown.
+    resize: "crop" takes the central `crop` of the sides, "squash" the whole image whatever its
+      aspect; interpolation: "bicubic" or "bilinear".
+    mean, std: per channel, as `mae_jax.models.image_ops` takes them; exif: images are turned as it tells.
+    """
+
+    source: str
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    decoder_width: int = 0
+    decoder_depth: int = 0
+    decoder_heads: int = 0
+    decoder_mlp_ratio: float = 4.0
+    patch: int
+    image_size: tuple[int, int]
+    channels: int
+    layer_norm_eps: float
+    pool: str = "cls"
+    fc_norm: bool = False
+    head_norm: bool = False
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    target: str = "unknown"
+    norm_pix_eps: float = 1e-6
+    mask_ratio: float = 0.75
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str = "crop"
+    crop: float = 0.875
+    interpolation: str = "bicubic"
+    exif: bool = False
+
+    def __post_init__(self):
+        """ValueError for values that nothing could be computed with."""
+        kinds = (("source", str), ("fc_norm", bool), ("head_norm", bool), ("exif", bool))
+        for name, kind in kinds:
+            _check(name, vars(self)[name], isinstance(vars(self)[name], kind), kind.__name__)
+        counts = ("width", "depth", "patch", "channels")
+        for name in (*counts, "heads", "num_classes", *_DECODER):
+            value = vars(self)[name]
+            least = 1 if name in counts else 0
+            _check(name, value, type(value) is int and value >= least, f"a number from {least} up")
+        for name in ("mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "crop"):
+            value = vars(self)[name]
+            good = isinstance(value, (int, float)) and 0 < value < math.inf
+            _check(name, value, good, "a positive number")
+        _check("crop", self.crop, self.crop <= 1, "at most 1")
+        good = isinstance(self.norm_pix_eps, (int, float)) and 0 <= self.norm_pix_eps < math.inf
+        _check("norm_pix_eps", self.norm_pix_eps, good, "a number from 0 up")
+        good = isinstance(self.mask_ratio, (int, float)) and 0 <= self.mask_ratio < 1
+        _check("mask_ratio", self.mask_ratio, good, "a number from 0 up, below 1")
+        size = self.image_size
+        good = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)
+        _check("image_size", size, good, "height and width")
+        for name, allowed in _CHOICES.items():
+            _check(name, vars(self)[name], vars(self)[name] in allowed, f"one of {allowed}")
+        for name, low in (("mean", -math.inf), ("std", 0)):
+            values = vars(self)[name]
+            good = isinstance(values, tuple) and len(values) == self.channels
+            good = good and all(isinstance(x, (int, float)) and low < x < math.inf for x in values)
+            _check(name, values, good, f"a number for each of {self.channels} channels")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return patch_grid(self.image_size, self.patch)
+
+    @property
+    def size_name(self) -> str:
+        """As in sizes.py, or "custom"."""
+        known = {(s.width, s.depth, s.patch): name for name, s in VARIANTS.items()}
+        return known.get((self.width, self.depth, self.patch), "custom")
+
+    def to_json(self) -> str:
+        """One line of JSON, for the metadata of a file."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+_DECODER = ("decoder_width", "decoder_depth", "decoder_heads")
+_CHOICES = {
+    "pool": POOLS,
+    "target": TARGETS,
+    "resize": ("crop", "squash"),
+    "interpolation": ("bicubic", "bilinear"),
+}
+
+
+def _check(name: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value!r}, which is not {wanted}")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(ModelInfo)}
+REQUIRED = {name for name, field in FIELDS.items() if field.default is dataclasses.MISSING}
+
+# What files of a dialect leave unsaid. A layer_norm_eps of 1e-12 is transformers' own default.
+_COMMON: dict[str, Any] = dict(
+    layer_norm_eps=1e-6,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    norm_pix_eps=1e-6,
+    resize="crop",
+    crop=0.875,
+    interpolation="bicubic",
+)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mae_jax": _COMMON,
+    "official": _COMMON | dict(pool="cls"),
+    "timm": _COMMON | dict(crop=0.9, pool="cls"),
+    "hf": _COMMON | dict(layer_norm_eps=1e-12, resize="squash", crop=1.0, interpolation="bilinear"),
+}
+
+
+def metadata_from_json(text: str, where: str) -> dict[str, Any]:
+    """Fields of an `Info` from `Info.to_json`; keys of later versions are ignored."""
+    try:
+        facts = json.loads(text)
+        facts = {name: value for name, value in facts.items() if name in FIELDS}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ConvertError(f"{where}: its mae_jax metadata is damaged: {error}") from error
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+
+
+def expand_stats(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Means or deviations for another number of channels: their mean for one, else cyclic."""
+    if channels == 1 and len(values) > 1:
+        return (float(np.mean(values)),)
+    return tuple(values[i % len(values)] for i in range(channels))
+
+
+def _size(info: ModelInfo) -> VitVariant:
+    return VitVariant(
+        width=info.width,
+        depth=info.depth,
+        heads=info.heads or 1,  # has no influence on shapes
+        patch=info.patch,
+        decoder_width=info.decoder_width,
+        decoder_depth=info.decoder_depth,
+        decoder_heads=info.decoder_heads or 1,
+    )
+
+
+def make_autoencoder(info: ModelInfo, execution: ExecutionConfig = ExecutionConfig()) -> MAE:
+    """The MAE of a checkpoint with a decoder; its position tables are parameters."""
+    return make_mae(
+        _size(info),
+        grid=info.grid,
+        channels=info.channels,
+        mlp_ratio=info.mlp_ratio,
+        decoder_mlp_ratio=info.decoder_mlp_ratio,
+        position="learned",
+        layer_norm_eps=info.layer_norm_eps,
+        execution=execution,
+    )
+
+
+def make_classifier(info: ModelInfo, execution: ExecutionConfig = ExecutionConfig()) -> Classifier:
+    """The encoder of a checkpoint with whatever comes after it."""
+    check_width("width", info.width, info.heads or 1)
+    encoder = Encoder(
+        info.width,
+        info.depth,
+        info.heads or 1,
+        info.grid,
+        mlp_ratio=info.mlp_ratio,
+        position="learned",
+        layer_norm_eps=info.layer_norm_eps,
+        final_norm=not info.fc_norm,
+        execution=execution,
+    )
+    return Classifier(
+        encoder,
+        num_classes=info.num_classes,
+        pool=info.pool,
+        fc_norm=info.fc_norm,
+        head_norm=info.head_norm,
+    )
+
+
+def to_variables(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of all arrays as the collections that flax takes."""
+    statistics = {name: tree for name, tree in params.items() if name == "head_norm"}
+    return {
+        "params": {name: tree for name, tree in params.items() if name not in statistics},
+        "batch_stats": statistics,
+    }
+
+
+def expected_shapes(info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape of every array that the checkpoint has to have."""
+    num_patches = info.grid[0] * info.grid[1]
+    patches = jnp.zeros((1, num_patches, info.patch**2 * info.channels))
+    if info.decoder_depth:
+        order = jnp.arange(num_patches)[None]
+        arguments = (make_autoencoder(info), patches, order[:, :1], order[:, 1:])
+    else:
+        arguments = (make_classifier(info), patches)
+    network, *inputs = arguments
+    shapes: Any = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    tree = {**shapes["params"], **shapes.get("batch_stats", {})}
+    return {name: leaf.shape for name, leaf in flatten(tree).items()}

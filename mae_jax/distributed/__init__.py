@@ -1,0 +1,1 @@
+"""Processes of a run, sharding over devices, inference over datasets, verified checkpoints."""

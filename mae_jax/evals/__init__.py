@@ -1,1 +1,0 @@
-"""Judges of a representation; none of them changes it."""

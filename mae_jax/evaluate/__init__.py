@@ -1,0 +1,1 @@
+"""Evaluation of frozen features: k-NN, linear and attentive probes, reconstruction figures."""

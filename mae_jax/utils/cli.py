@@ -1,0 +1,108 @@
+"""Command-line plumbing that all commands share: argument types, output paths, exit codes."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mae_jax.utils import console
+from mae_jax.utils.compilation import enable_compilation_cache
+from mae_jax.utils.errors import UserError
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return int(text)
+
+
+def uint32(text: str) -> int:
+    """Parse an integer from 0 to 2^32 - 1, as a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def int_pair(text: str) -> tuple[int, int]:
+    """Parse "224" or "224,160" as height and width, or rows and columns."""
+    numbers = int_list(text)
+    if len(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one integer nor two")
+    return numbers[0], numbers[-1]
+
+
+def int_list(text: str) -> list[int]:
+    """Parse "3,6,9" as a list of integers >= 1."""
+    return [positive_int(part) for part in text.split(",")]
+
+
+def index_list(text: str) -> list[int]:
+    """Parse "3,2,1" as a list of integers >= 0."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers >= 0")
+    return [int(part) for part in parts]
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number > 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
+    return number
+
+
+def make_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser described by the first line of a module's docstring."""
+    description = str(doc).splitlines()[0]
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, allow_abbrev=False
+    )
+
+
+def check_output(flag: str, path: Path, suffix: str) -> None:
+    """Raise UserError, before any work is done, unless a file of that name can be written."""
+    if path.suffix != suffix:
+        raise UserError(f"{flag} {path} must end in {suffix}")
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a directory")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"{flag} {path}: {parent} is a file, not a directory")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} {path}: no write permission in {parent}")
+
+
+def pluralize(count: int, noun: str) -> str:
+    """Return "1 image", "2 images"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def run_command(main: Callable[[list[str]], None], flags: Mapping[str, str] | None = None) -> None:
+    """Run a command; bad input prints one sentence and exits with code 2.
+
+    Args:
+      flags: flag of the command by config key, for errors that name the key.
+    """
+    console.setup_logging()
+    enable_compilation_cache()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that partial output is removed
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error.as_flag(flags or {})}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
