@@ -15,7 +15,7 @@ demo: $(VENV)/.demo  ## pretrain on real photographs in a few minutes, with pict
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-faults: $(VENV)/.dev  ## kill, stop, starve and damage real runs (docs/reliability.md)
+test-faults: $(VENV)/.dev  ## kill, stop, starve and damage real runs (docs/fault_tolerance.md)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults $(ARGS)
 
 test-slow: $(VENV)/.dev  ## more of the same, and programs for hundreds of devices; half an hour

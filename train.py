@@ -6,7 +6,7 @@ Exit codes: 0 finished, or stopped on request with everything saved; 2 bad confi
 3 halted by losses that are not finite numbers; 1 anything else.
 
 With --distributed, or where JAX_COORDINATOR_ADDRESS, SLURM or Open MPI say so, this is one process
-of several that train together (docs/scaling.md).
+of several that train together (docs/distributed.md).
 """
 
 import sys

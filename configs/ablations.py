@@ -5,7 +5,7 @@
 
 Before the comma stands the scale: `vit_l16` is the paper's (800 epochs of ImageNet), `demo` takes
 two minutes on two CPU cores; after it a row of ROWS. `python -m benchmarks.ablations` runs all of
-the demo's and measures them; docs/results.md has what came out. Not here: Table 1c (mask tokens in
+the demo's and measures them; docs/reports/ablations.md has what came out. Not here: Table 1c (mask tokens in
 the encoder), of 1d the PCA and dVAE targets, of 1e fixed-size crops and colour jitter. Not the
 paper's: the rows that predict only a part of the masked patches.
 """

@@ -155,7 +155,7 @@ def _data() -> ConfigDict:
     data.canvas = 512  # pixels: larger crops are resized on the host all the same
     data.in_memory = False  # decode all images once and keep them, for sets of small images
     data.workers = 0  # processes that read images; 0: threads of the main one, which cost less as
-    # long as its Python keeps up (docs/images.md)
+    # long as its Python keeps up (docs/data.md)
     data.threads = optional(int)  # per process; None: as many as cores, in all
     data.on_bad = "raise"  # or "skip": the next good image instead, counted and named
     data.max_bad = 100  # different bad images that a process skips before it gives up
