@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own; `make help` lists what there is.
+# All targets run in a virtual environment; `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])'))
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
@@ -6,22 +6,22 @@ BIN = $(VENV)/bin
 
 .PHONY: help demo test test-faults test-slow test-torch lint clean
 
-help:  ## show this list
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-demo: $(VENV)/.demo  ## pretrain on real photographs in a few minutes, with pictures and a table
+demo: $(VENV)/.demo  ## pretrain on real photographs in a few minutes; figures and a table of accuracies
 	$(BIN)/python train.py --config configs/demo.py --workdir runs/demo
 
-test: $(VENV)/.dev  ## run the tests
+test: $(VENV)/.dev  ## run the unit tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-faults: $(VENV)/.dev  ## kill, stop, starve and damage real runs (docs/fault_tolerance.md)
+test-faults: $(VENV)/.dev  ## kill, suspend, starve and corrupt real runs (docs/fault_tolerance.md)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults $(ARGS)
 
-test-slow: $(VENV)/.dev  ## more of the same, and programs for hundreds of devices; half an hour
+test-slow: $(VENV)/.dev  ## more fault tolerance tests, and programs for hundreds of devices; half an hour
 	$(BIN)/python -m pytest tests/slow $(ARGS)
 
-test-torch: .venv-torch/.peers  ## run the tests against torch, transformers and timm themselves
+test-torch: .venv-torch/.peers  ## run the interoperability tests against torch, transformers and timm
 	HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/interop $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
@@ -29,7 +29,7 @@ lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
-clean:  ## remove the virtual environments and the demo's run
+clean:  ## remove the virtual environments and the demo's workdir
 	rm -rf .venv .venv-py* .venv-torch runs/demo
 
 $(VENV)/bin/python:
@@ -43,8 +43,8 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev$(CUDA)]'
 	touch $@
 
-# torchvision would break transformers beside the CPU build of torch, and timm insists on it: the
-# two lie in a folder of their own, which only the tests of timm look into.
+# timm requires torchvision, which breaks transformers with the CPU build of torch: both go into a
+# separate folder, which only the timm tests use.
 .venv-torch/.peers: pyproject.toml
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 transformers --editable '.[demo,dev]'

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs N processes of one run on this machine, each with a GPU of its own where there are any:
+# Launch N processes of one run on this host, with one GPU per process if there are GPUs:
 #
 #     scripts/launch_local.sh N train.py --config ... --workdir ...
 #
-# Ctrl-C and SIGTERM reach all of them. When one fails the others mostly end by themselves, and are
-# ended after 45 seconds; the exit code is that of the first that failed.
+# Ctrl-C and SIGTERM are forwarded to all processes. If one fails, the others usually exit by
+# themselves, and are killed after 45 seconds. The exit code is that of the first that failed.
 set -u
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
   echo "usage: scripts/launch_local.sh N train.py --config ... --workdir ..." >&2
@@ -21,7 +21,7 @@ if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
   gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l)
 fi
 if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$count" ]; then
-  echo "$count processes need a GPU each, and there are $gpus" >&2
+  echo "error: $count processes need one GPU each, but there are only $gpus GPUs" >&2
   exit 2
 fi
 
@@ -44,7 +44,7 @@ while [ "${#left[@]}" -gt 0 ]; do
     status=$?
     unset "left[$id]"
     [ "$status" -eq 0 ] && continue
-    echo "process $id of $count ended with code $status" >&2
+    echo "process $id of $count exited with code $status" >&2
     if [ "$code" -eq 0 ]; then
       code=$status
       failed=$SECONDS

@@ -84,8 +84,8 @@ def test_one_that_dies_takes_the_other_down(tiny, straight, tmp_path, victim):
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 60
     assert process.returncode not in (0, 2, 3)
-    assert f"process {victim} of 2 ended with code 137" in output
-    assert f"process {1 - victim} of 2 ended with code" in output
+    assert f"process {victim} of 2 exited with code 137" in output
+    assert f"process {1 - victim} of 2 exited with code" in output
     run(tiny, tmp_path, EACH)
     assert_same_losses(tmp_path, straight)
 
@@ -124,4 +124,4 @@ def test_processes_that_do_not_belong_together(tiny, tmp_path):
         )
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("error: process 1 has another " + what) == 1
-        assert "process 1 of 2 ended with code 2" in done.stderr
+        assert "process 1 of 2 exited with code 2" in done.stderr
