@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mae_jax.utils.errors import UserError
+
 log = logging.getLogger("mae_jax")
 
 ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -45,10 +47,10 @@ def initialize(wanted: bool) -> None:
     who: dict[str, Any] = {}
     if "JAX_NUM_PROCESSES" in given or "JAX_PROCESS_ID" in given:
         if missing := sorted(set(ENV_VARS) - set(given)):
-            raise ValueError(f"{' and '.join(given)} need {' and '.join(missing)} beside them")
+            raise UserError(f"{' and '.join(given)} need {' and '.join(missing)} beside them")
         who = {"num_processes": _number(ENV_VARS[1], 1), "process_id": _number(ENV_VARS[2], 0)}
         if who["process_id"] >= who["num_processes"]:
-            raise ValueError(
+            raise UserError(
                 f"JAX_PROCESS_ID={who['process_id']} is not below JAX_NUM_PROCESSES="
                 f"{who['num_processes']}: processes are counted from 0"
             )
@@ -66,7 +68,7 @@ def initialize(wanted: bool) -> None:
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
     except (ValueError, ImportError) as error:
-        raise ValueError(
+        raise UserError(
             f"--distributed: nothing says which processes belong together ({error}). Start them "
             "with scripts/launch_local.sh, srun or mpirun, or set " + ", ".join(ENV_VARS)
         ) from error
@@ -86,7 +88,7 @@ def _check_address(address: str, *, is_there: bool) -> None:
     """ValueError unless it is HOST:PORT; where it `is_there`, unless the port is free."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(
+        raise UserError(
             f"JAX_COORDINATOR_ADDRESS={address!r} is not HOST:PORT, as in 10.0.0.1:8476"
         )
     if not is_there:
@@ -94,7 +96,7 @@ def _check_address(address: str, *, is_there: bool) -> None:
     try:
         socket.create_server(("", int(port))).close()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{ENV_VARS[0]}={address}: port {port} cannot be used on this machine "
             f"({error.strerror}): choose another, the same for all processes"
         ) from error
@@ -103,7 +105,7 @@ def _check_address(address: str, *, is_there: bool) -> None:
 def _number(name: str, least: int) -> int:
     text = os.environ[name]
     if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{name}={text!r} is not a number from {least} up")
+        raise UserError(f"{name}={text!r} is not a number from {least} up")
     return int(text)
 
 
@@ -162,7 +164,7 @@ def _allgather_bytes(mine: bytes) -> list[bytes]:
 
 
 def assert_equal_across_processes(values: Mapping[str, str]) -> None:
-    """ValueError, on every process, unless all have the same text under each name."""
+    """Raise UserError, on every process, unless all have the same text under each name."""
     if jax.process_count() == 1:
         return
     mine = b"".join(sha256(text.encode()).digest() for text in values.values())
@@ -172,7 +174,7 @@ def assert_equal_across_processes(values: Mapping[str, str]) -> None:
     differs = (found != found[0]).any(axis=2)
     if differs.any():
         number, which = np.argwhere(differs)[0]
-        error = ValueError(
+        error = UserError(
             f"process {number} has another {list(values)[which]} than process 0: all processes of "
             "a run need the same command, the same data and the same workdir"
         )

@@ -1,6 +1,6 @@
 """The train step and the loop around it. Everything that observes the loop is handed in."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,7 +24,7 @@ class Task(Protocol):
         """Fresh parameters."""
         ...
 
-    def draw(self, key: Key[Array, ""], batch: Batch) -> Batch:
+    def sample(self, key: Key[Array, ""], batch: Batch) -> Batch:
         """The batch with all that is random about its loss, for all of its rows at once."""
         ...
 
@@ -33,7 +33,7 @@ class Task(Protocol):
         ...
 
     def loss(self, params: PyTree, stats: PyTree, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
-        """The mean loss of the rows of a batch from `draw`, and the statistics after it."""
+        """The mean loss of the rows of a batch from `sample`, and the statistics after it."""
         ...
 
 
@@ -74,22 +74,22 @@ def make_train_step(
     learning_rate: optax.Schedule,
     key: Key[Array, ""],
     *,
-    prepare: Callable[[Batch], Batch] = lambda batch: batch,
-    accumulate: int = 1,
+    preprocess: Callable[[Batch], Batch] = lambda batch: batch,
+    grad_accum_steps: int = 1,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step on one batch, to be jitted.
 
     What is drawn is a function of (key, step, row of the global batch), so it does not depend on
-    devices, on accumulation or on interruptions. `prepare` makes of a batch, as the loader gives
-    it, one as the task takes it. `accumulate` computes the same mean gradient in that many smaller
+    devices, on accumulation or on interruptions. `preprocess` makes of a batch, as the loader gives
+    it, one as the task takes it. `grad_accum_steps` computes the same mean gradient in that many smaller
     parts. Where the loss or the gradients are not finite numbers, the parameters and all that
     belongs to them stay as they are.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = task.draw(jax.random.fold_in(key, state.step), prepare(batch))
-        loss, stats, grads = _loss_and_grads(task.loss, state, batch, accumulate)
+        batch = task.sample(jax.random.fold_in(key, state.step), preprocess(batch))
+        loss, stats, grads = _loss_and_grads(task.loss, state, batch, grad_accum_steps)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -145,18 +145,18 @@ def _loss_and_grads(
     loss: Callable[[PyTree, PyTree, Batch], tuple[Float[Array, ""], PyTree]],
     state: TrainState,
     batch: Batch,
-    parts: int,
+    num_microbatches: int,
 ) -> tuple[Float[Array, ""], PyTree, PyTree]:
     """Mean loss, statistics and mean gradient of a batch, computed in `parts` equal slices.
 
     Running statistics see one slice after the other, as the reference's do.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
-    if parts == 1:
+    if num_microbatches == 1:
         (value, stats), grads = value_and_grad(state.params, state.batch_stats, batch)
         return value, stats, grads
-    # Slice i takes rows i, i + parts, ...: so every device keeps the rows that it has.
-    slices = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=parts), batch)
+    # Slice i takes rows i, i + num_microbatches, ...: so every device keeps the rows that it has.
+    slices = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=num_microbatches), batch)
 
     def add(carry, part):
         total, stats = carry
@@ -165,81 +165,5 @@ def _loss_and_grads(
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
     (total, stats), _ = jax.lax.scan(add, (zeros, state.batch_stats), slices)
-    value, grads = jax.tree.map(lambda x: x / parts, total)
+    value, grads = jax.tree.map(lambda x: x / num_microbatches, total)
     return value, stats, grads
-
-
-@dataclass(frozen=True)
-class Hook:
-    """Calls `run(step, state)` after every `every` steps."""
-
-    every: int
-    run: Callable[[int, TrainState], object]
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """Is told of every step, one step late, so that the device never waits for the host."""
-
-    def waiting(self, step: int) -> Any:
-        """A context in which the loop waits for the data of a step."""
-        ...
-
-    def computing(self, step: int) -> Any:
-        """A context in which a step is sent to the devices, and the one before it is awaited."""
-        ...
-
-    def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Step number `step` (from 1) is done and had these metrics."""
-        ...
-
-    def paused(self, step: int) -> Any:
-        """A context in which the loop does other things than training, after a step."""
-        ...
-
-
-def fit(
-    state: TrainState,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    batches: Iterator[Batch],
-    *,
-    total_steps: int,
-    hooks: Sequence[Hook],
-    observer: Observer,
-    check: Callable[[int, Mapping[str, float]], bool],
-    should_stop: Callable[[int], bool],
-) -> TrainState:
-    """Trains until `total_steps`, until asked to stop, or until `check` forbids to go on.
-
-    `check` is asked about the metrics of every step; hooks see only states that passed it.
-    """
-    start = int(state.step)
-    late: list[tuple[int, Metrics]] = []
-
-    def observe() -> bool:
-        passed = True
-        for step, metrics in late:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            passed = check(step, values)
-            observer.step_done(step, values)
-        late.clear()
-        return passed
-
-    for step in range(start + 1, total_steps + 1):
-        with observer.waiting(step):
-            batch = next(batches)
-        with observer.computing(step):
-            state, metrics = train_step(state, batch)
-            passed = observe()
-        late.append((step, metrics))
-        stopping = should_stop(step)
-        due = [hook for hook in hooks if step % hook.every == 0]
-        if due and passed and not stopping:  # whoever asked to stop may not wait for evaluations
-            passed = observe()
-            with observer.paused(step):
-                for hook in due if passed else ():
-                    hook.run(step, state)
-        if stopping or not passed:
-            break
-    observe()
-    return state

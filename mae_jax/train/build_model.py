@@ -1,134 +1,114 @@
-"""What is trained, and which parameters it starts from."""
+"""Build the objective, the optimizer and the learning rate schedule of a run."""
 
-import dataclasses
-import math
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from mae_jax.convert import weights
 from mae_jax.distributed import sharding
 from mae_jax.models import flops
 from mae_jax.models.attention import AttentionImpl
-from mae_jax.models.classifier import POOLS, Classifier
+from mae_jax.models.classifier import Classifier
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_grid
 from mae_jax.models.variants import VitVariant
-from mae_jax.models.vit import POS_EMBEDS, Encoder, check_width
+from mae_jax.models.vit import Encoder, check_width
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.mixup import Mixup
+from mae_jax.tasks.optimizer import adamw, lars, warmup_cosine
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.train import Config, warm_start
-from mae_jax.train.warm_start import WarmStart
-
-TASKS = ("pretrain", "classify")
+from mae_jax.train.config import Config
+from mae_jax.utils.errors import UserError
 
 
 def make_variant(config: Config) -> VitVariant:
-    """Widths, depths and heads; ValueError for those that cannot be."""
-    size = VitVariant(
-        **{field.name: config.model[field.name] for field in dataclasses.fields(VitVariant)}
+    """Return widths, depths, heads and patch size of the model."""
+    model = config.model
+    return VitVariant(
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        patch=model.patch,
+        decoder_width=model.decoder_width,
+        decoder_depth=model.decoder_depth,
+        decoder_heads=model.decoder_heads,
     )
-    for name, value in (*vars(size).items(), ("channels", config.model.channels)):
-        if value < 1:
-            raise ValueError(f"model.{name}={value} must be at least 1")
-    if not 1 <= config.model.mlp_ratio * min(size.width, size.decoder_width) < math.inf:
-        raise ValueError(f"model.mlp_ratio={config.model.mlp_ratio} leaves nothing of an MLP")
-    return size
 
 
 def make_task(
     config: Config,
     mesh: jax.sharding.Mesh,
     classes: tuple[str, ...],
-    attend: AttentionImpl = AttentionImpl(),
+    attention: AttentionImpl = AttentionImpl(),
 ) -> Pretrain | Classify:
-    """The task; `classes` are those of the training data."""
-    if config.task not in TASKS:
-        raise ValueError(f"task={config.task!r}; use one of {', '.join(TASKS)}")
+    """Return the objective with its model.
+
+    Args:
+      classes: names of the classes in the training data.
+      attention: see `attention_autotune.select_implementation`.
+
+    Raises:
+      UserError: a config value does not fit the model or the data.
+    """
     model = config.model
-    if model.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"model.dtype={model.dtype!r}; use 'float32' or 'bfloat16'")
-    if len(model.image_size) != 2:
-        raise ValueError(f"model.image_size={tuple(model.image_size)} is not a height and a width")
-    mean, std = (tuple(config.data[key])[: model.channels] for key in ("mean", "std"))
-    if len(mean) != model.channels or len(std) != model.channels:
-        raise ValueError(
-            f"data.mean and data.std need a value for each of {model.channels} channels: "
-            "python -m mae_jax.data stats computes them"
-        )
-    if not all(math.isfinite(x) for x in mean) or not all(0 < x < math.inf for x in std):
-        raise ValueError(f"data.mean={mean} and data.std={std}: numbers, those of data.std above 0")
     execution = ExecutionConfig(
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
         scan_unroll=model.scan_unroll,
-        constrain=sharding.batch_constraint(mesh),
-        attend=attend,
+        shard_activations=sharding.batch_constraint(mesh),
+        attention=attention,
     )
     if config.task == "classify":
-        task = _make_classify(config, execution, mean, std, len(classes))
-        _check_cache(config, task)
-        return task
-    if config.optim.train_last_blocks is not None or config.data.cache_features:
-        raise ValueError(
-            "optim.train_last_blocks and data.cache_features are for task='classify': pretraining "
-            "trains everything"
-        )
-    return _make_pretrain(config, execution, mean, std)
+        return _make_classify(config, execution, len(classes))
+    return _make_pretrain(config, execution)
 
 
-def _make_pretrain(
-    config: Config, execution: ExecutionConfig, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Pretrain:
-    model, size = config.model, make_variant(config)
-    grid = patch_grid(tuple(model.image_size), size.patch)
+def _make_pretrain(config: Config, execution: ExecutionConfig) -> Pretrain:
+    model, variant = config.model, make_variant(config)
+    grid = patch_grid((model.image_size[0], model.image_size[1]), variant.patch)
     mae = make_mae(
-        size,
+        variant,
         grid=grid,
         channels=model.channels,
         mlp_ratio=model.mlp_ratio,
-        position=model.position,
+        pos_embed=model.position,
         layer_norm_eps=model.layer_norm_eps,
         execution=execution,
     )
+    mean, std = config.pixel_stats
     return Pretrain(
         model=mae,
         grid=grid,
-        patch=size.patch,
+        patch=variant.patch,
         mean=mean,
         std=std,
         mask=config.mask.kind,
         mask_ratio=config.mask.ratio,
-        user_mask=make_user_mask(config),
+        user_mask=load_user_mask(config.mask.path),
         predict_ratio=config.decoder.predict_ratio,
         norm_pix=config.target.norm_pix,
         norm_pix_eps=config.target.norm_pix_eps,
     )
 
 
-def _make_classify(
-    config: Config,
-    execution: ExecutionConfig,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    num_classes: int,
-) -> Classify:
-    model, classify, size = config.model, config.classify, make_variant(config)
-    _check_head(config, num_classes)
-    check_width("model.width", size.width, size.heads)
-    if model.position not in POS_EMBEDS:
-        raise ValueError(f"model.position={model.position!r}; use one of {', '.join(POS_EMBEDS)}")
+def _make_classify(config: Config, execution: ExecutionConfig, num_classes: int) -> Classify:
+    model, classify, variant = config.model, config.classify, make_variant(config)
+    if classify.num_classes is not None and classify.num_classes < num_classes:
+        raise classify.error(
+            "num_classes",
+            f"is less than the {num_classes} classes of the dataset: leave it out to use these",
+        )
+    check_width("model.width", variant.width, variant.heads)
     encoder = Encoder(
-        size.width,
-        size.depth,
-        size.heads,
-        patch_grid(tuple(model.image_size), size.patch),
+        variant.width,
+        variant.depth,
+        variant.heads,
+        patch_grid((model.image_size[0], model.image_size[1]), variant.patch),
         mlp_ratio=model.mlp_ratio,
-        position=model.position,
+        pos_embed=model.position,
         layer_norm_eps=model.layer_norm_eps,
         final_norm=not classify.fc_norm,
         drop_path=classify.drop_path,
@@ -142,9 +122,10 @@ def _make_classify(
         head_norm=classify.head_norm,
         head_init_std=classify.head_init_std,
     )
+    mean, std = config.pixel_stats
     return Classify(
         model=network,
-        patch=size.patch,
+        patch=variant.patch,
         mean=mean,
         std=std,
         train_last_blocks=config.optim.train_last_blocks,
@@ -160,95 +141,121 @@ def _make_classify(
     )
 
 
-def _check_head(config: Config, num_classes: int) -> None:
-    """ValueError for heads that cannot be."""
-    classify = config.classify
-    if classify.pool not in POOLS:
-        raise ValueError(f"classify.pool={classify.pool!r}; use one of {', '.join(POOLS)}")
-    if classify.pool == "attention" and classify.fc_norm:
-        raise ValueError("classify.pool='attention' takes patches after the final norm: no fc_norm")
-    if classify.num_classes is not None and classify.num_classes < num_classes:
-        raise ValueError(
-            f"classify.num_classes={classify.num_classes} is less than the {num_classes} classes "
-            "of the data set: leave it out, and it is as many"
-        )
-    if not classify.head and config.steps != 0:
-        raise ValueError("classify.head=False leaves nothing to train: it needs steps=0")
-    if not classify.head and config.eval.knn_every_epochs < 0:
-        raise ValueError(
-            "classify.head=False with eval.knn_every_epochs below 0 leaves nothing to measure"
-        )
-    if classify.head_init_std < 0:
-        raise ValueError(f"classify.head_init_std={classify.head_init_std} must be at least 0")
+def load_user_mask(path: str | None) -> np.ndarray | None:
+    """Load the mask of mask.kind='user'.
 
-
-def _check_cache(config: Config, task: Classify) -> None:
-    """ValueError if features are to be computed once although they would change."""
-    fixed = config.data.augment == "none" and task.train_last_blocks == 0 and not task.random
-    if config.data.cache_features and not fixed:
-        raise ValueError(
-            "data.cache_features=True computes the features of each image once: it needs a frozen "
-            "encoder (optim.train_last_blocks=0) and images that do not change (data.augment=none, "
-            "classify.mixup, cutmix, erase and drop_path 0.0)"
-        )
-
-
-def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
-    """Of one training step."""
-    size, mlp_ratio = make_variant(config), config.model.mlp_ratio
-    values = size.patch**2 * config.model.channels
-    if isinstance(task, Pretrain):
-        shape = task.num_patches, task.num_kept, values
-        return flops.train_flops(size, *shape, mlp_ratio, predicted=task.num_predicted)
-    if config.data.cache_features:
-        return 0.0
-    rows, columns = task.model.encoder.grid
-    if task.train_last_blocks == 0:
-        return flops.encoder_flops(size, rows * columns, rows * columns, values, mlp_ratio)
-    return flops.finetune_flops(size, rows * columns, values, mlp_ratio)
-
-
-def make_user_mask(config: Config) -> np.ndarray | None:
-    if config.mask.path is None:
+    Raises:
+      UserError: the file cannot be read as one .npy array.
+    """
+    if path is None:
         return None
     try:
-        mask = np.load(config.mask.path)
+        mask = np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"mask.path={config.mask.path!r} cannot be read: {error}") from error
+        raise UserError(f"cannot be read: {error}", key="mask.path", value=path) from error
     if not isinstance(mask, np.ndarray):
-        raise ValueError(f"mask.path={config.mask.path!r} is an .npz; save one array as .npy")
+        raise UserError("is an .npz; save one array as .npy", key="mask.path", value=path)
     return mask
 
 
-def load_init_weights(
-    config: Config, task: Pretrain | Classify, arrays: Any, classes: tuple[str, ...]
-) -> WarmStart:
-    """Fresh arrays, parameters and statistics, with those of init.path in their place."""
-    init, model = config.init, config.model
-    classifies = isinstance(task, Classify)
-    if init.encoder_only or classifies:
-        found = weights.read(init.path, ema=init.ema, heads=model.heads, need_heads=("encoder",))
-        found = weights.encoder_only(found)
-    else:
-        heads = dict(heads=model.heads, decoder_heads=model.decoder_heads)
-        found = weights.read(init.path, ema=init.ema, **heads)
-    now: dict[str, Any] = {
-        "layer_norm_eps": model.layer_norm_eps,
-        "mean": task.mean,
-        "std": task.std,
-    }
+def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
+    """Return the model FLOPs of one training step per image, as the paper counts them."""
+    variant, mlp_ratio = make_variant(config), config.model.mlp_ratio
+    patch_values = variant.patch**2 * config.model.channels
     if isinstance(task, Pretrain):
-        now["target"] = "normalized" if task.norm_pix else "pixels"
-    found = warm_start.adapt(
-        found,
-        image_size=tuple(model.image_size),
-        channels=model.channels,
-        position=model.position,
-        final_norm=not classifies or task.model.encoder.final_norm,
+        return flops.train_flops(
+            variant,
+            task.num_patches,
+            task.num_kept,
+            patch_values,
+            mlp_ratio,
+            predicted=task.num_predicted,
+        )
+    if config.data.cache_features:
+        return 0.0
+    rows, columns = task.model.encoder.grid
+    num_patches = rows * columns
+    if task.train_last_blocks == 0:
+        return flops.encoder_flops(variant, num_patches, num_patches, patch_values, mlp_ratio)
+    return flops.finetune_flops(variant, num_patches, patch_values, mlp_ratio)
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Lengths in optimizer steps; an epoch has as many full batches as the dataset."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: float
+
+    def steps(self, epochs: float) -> int | None:
+        """Convert an interval in epochs to steps; None for 0, which means at the end only."""
+        return max(1, round(epochs * self.steps_per_epoch)) if epochs > 0 else None
+
+
+def make_run_length(config: Config, num_images: int) -> RunLength:
+    """Return the length of a run.
+
+    Raises:
+      UserError: there are no steps, or the warm-up is not shorter than the run.
+    """
+    optim = config.optim
+    per_epoch = max(num_images // config.batch_size, 1)
+    total = round(config.epochs * per_epoch) if config.steps is None else config.steps
+    name, warmup = "warmup_steps", optim.warmup_steps
+    if warmup is None:
+        name, warmup = "warmup_epochs", optim.warmup_epochs * per_epoch
+    evaluates_only = config.steps == 0 and config.task == "classify"
+    if total < 1 and not evaluates_only:
+        raise UserError(f"the run has {total} steps: set epochs or steps")
+    if total > 0 and not 0 <= warmup < total:
+        raise optim.error(
+            name, f"is a warm-up of {warmup:g} steps, which must be shorter than the run's {total}"
+        )
+    if (first := config.log.profile_from) is not None and first > total:
+        raise config.log.error("profile_from", f"is beyond the {total} steps of the run")
+    return RunLength(per_epoch, total, warmup)
+
+
+def peak_learning_rate(config: Config) -> float:
+    """Return the learning rate after warm-up, by linear scaling (Goyal et al. 2017)."""
+    return config.optim.base_lr * config.batch_size / 256
+
+
+def make_learning_rate(config: Config, length: RunLength) -> optax.Schedule:
+    """Return the learning rate by step: linear warm-up, then a cosine."""
+    if length.total_steps == 0:  # evaluation only
+        return optax.constant_schedule(0.0)
+    return warmup_cosine(
+        peak=peak_learning_rate(config),
+        minimum=config.optim.min_lr,
+        warmup_steps=length.warmup_steps,
+        total_steps=length.total_steps,
     )
-    if init.new_head:
-        found = warm_start.drop_head(found)
-    elif classifies:
-        warm_start.check_head(found, arrays, task.model.pool, classes)
-    warm_start.warn_mismatched_settings(init.path, found.info, now)
-    return warm_start.merge(arrays, found)
+
+
+def make_optimizer(
+    config: Config, learning_rate: optax.Schedule, train_last_blocks: int | None
+) -> optax.GradientTransformation:
+    """Return the optimizer; `train_last_blocks` as in Classify."""
+    optim = config.optim
+    no_weight_decay = () if optim.decay_embeddings else ("cls_token", "pos_embed")
+    if optim.name == "lars":
+        return lars(
+            learning_rate,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            no_weight_decay=no_weight_decay,
+            train_last_blocks=train_last_blocks,
+        )
+    return adamw(
+        learning_rate,
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        no_weight_decay=no_weight_decay,
+        clip_norm=optim.clip_norm,
+        layer_decay=optim.layer_decay,
+        train_last_blocks=train_last_blocks,
+    )

@@ -1,12 +1,10 @@
 """What a run is judged by: evaluators while it trains, and a summary at its end."""
 
-import json
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,22 +12,28 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from mae_jax.data.loader import eval_batches
+from mae_jax.data.sources import Source
+from mae_jax.data.subsets import evenly_spaced
 from mae_jax.distributed import processes, sharding
 from mae_jax.distributed.inference import EvalBatches, extract_features
-from mae_jax.evaluate.figures import ReconstructionFigure, save_png
+from mae_jax.evaluate.figures import ReconstructionFigure, check_display_channels, save_png
 from mae_jax.evaluate.knn import knn_scores
 from mae_jax.evaluate.metrics import Score, accuracy, top_k
 from mae_jax.evaluate.probe import probe_scores
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.tasks.train_step import Hook, TrainState
-from mae_jax.train.metrics_writer import MetricsLogger
+from mae_jax.tasks.train_step import TrainState
+from mae_jax.train.build_data import make_eval_batches, make_eval_transform
+from mae_jax.train.build_model import RunLength
+from mae_jax.train.config import Config
+from mae_jax.train.loop import Hook
+from mae_jax.train.metrics_writer import MetricsWriter
+from mae_jax.train.report import RANDOM_ENCODERS, print_summary
 from mae_jax.utils.atomic import write_json
-from mae_jax.utils.console import print_summary_table
 
 log = logging.getLogger("mae_jax.run")
 
-RANDOM_ENCODERS = 3  # whose mean accuracy is the baseline
 Results = dict[str, Any]
 
 
@@ -62,7 +66,7 @@ class ReconstructionEvaluator:
     """Reconstructions of the same images, in pictures/step_*.png."""
 
     pictures: ReconstructionFigure
-    run_log: MetricsLogger
+    writer: MetricsWriter
     folder: Path
     every: int | None
 
@@ -71,10 +75,10 @@ class ReconstructionEvaluator:
         made = self.pictures.reconstruct(state.params)
         if not processes.is_main():
             return {}
-        picture = self.pictures.draw(made)
+        picture = self.pictures.render(made)
         path = self.folder / f"step_{step:07d}.png"
         save_png(path, picture)
-        self.run_log.image(step, "reconstruction", picture)
+        self.writer.write_image(step, "reconstruction", picture)
         return {"pictures": str(path)}
 
     finish = run
@@ -144,7 +148,7 @@ class FeatureEvaluator:
     every: int | None
     linear: bool = False
     baseline_key: Key[Array, ""] | None = None
-    note: Callable[[str], None] = lambda _: None  # is told what is being done
+    heartbeat: Callable[[str], None] = lambda _: None
 
     def run(self, step: int, state: TrainState) -> Results:
         """k-NN accuracy of the encoder."""
@@ -184,7 +188,7 @@ class FeatureEvaluator:
         queries, labels = extract_features(features, self.queries)
         found: Results = {}
         for kind in kinds:
-            self.note(f"looking for nearest neighbours{kind}")
+            self.heartbeat(f"looking for nearest neighbours{kind}")
             scores = knn_scores(
                 bank[kind],
                 bank_labels,
@@ -198,7 +202,7 @@ class FeatureEvaluator:
             found |= {f"knn_top1_k{k}{kind}": scores[k].top1 for k in ks[1:]}
         if linear:
             for kind in kinds:
-                self.note(f"training a linear probe{kind}")
+                self.heartbeat(f"training a linear probe{kind}")
                 train, test = {kind: bank[kind]}, {kind: queries[kind]}
                 scores = probe_scores(
                     train, bank_labels, test, labels, num_classes=self.num_classes
@@ -222,11 +226,11 @@ class Evaluation:
     All processes evaluate together, and have the same results; the main one writes them.
     """
 
-    run_log: MetricsLogger
+    writer: MetricsWriter
     workdir: Path
     evaluators: Sequence[Evaluator]
     total_steps: int
-    note: Callable[[str], None] = lambda _: None  # is told what is being done
+    heartbeat: Callable[[str], None] = lambda _: None
 
     def hooks(self) -> list[Hook]:
         """One for each evaluator that runs while the run goes on."""
@@ -238,21 +242,21 @@ class Evaluation:
                 return  # the last evaluation comes in any case
             found = _numbers(evaluator.run(step, state))
             if found:
-                self.run_log.scalars(step, found)
+                self.writer.write_scalars(step, found)
                 text = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
                 log.info("step %d: %s", step, text)
 
         return run
 
-    def finish(self, step: int, state: TrainState, more: Mapping[str, Any]) -> None:
+    def evaluate_final(self, step: int, state: TrainState, more: Mapping[str, Any]) -> None:
         """The last evaluation: summary.json, which takes `more` too, and its table."""
         found: Results = {}
         for evaluator in self.evaluators:
-            self.note(f"evaluating: {type(evaluator).__name__}")
+            self.heartbeat(f"evaluating: {type(evaluator).__name__}")
             found |= evaluator.finish(step, state)
         if numbers := _numbers(found):
-            self.run_log.scalars(step, numbers)
-        rates, losses = (self.run_log.column(name) for name in ("images_per_second", "loss"))
+            self.writer.write_scalars(step, numbers)
+        rates, losses = (self.writer.history(name) for name in ("images_per_second", "loss"))
         summary = {
             **found,
             "final_loss": losses[-1] if losses else None,
@@ -269,34 +273,75 @@ def _numbers(results: Results) -> dict[str, float]:
     return {name: value for name, value in results.items() if isinstance(value, float)}
 
 
-def read_summary(workdir: Path, step: int) -> dict[str, Any] | None:
-    """The summary in a workdir, if it is of that step."""
-    try:
-        summary = json.loads((workdir / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return summary if isinstance(summary, dict) and summary.get("steps") == step else None
+def make_evaluators(
+    config: Config,
+    task: Pretrain | Classify,
+    *,
+    train_source: Source,
+    eval_source: Source | None,
+    length: RunLength,
+    mesh: jax.sharding.Mesh,
+    writer: MetricsWriter,
+    workdir: Path,
+    init_key: Key[Array, ""],
+    heartbeat: Callable[[str], None],
+) -> list[Evaluator]:
+    """The evaluators of a run, none of which has to know what the run trains.
 
-
-def print_summary(summary: Mapping[str, Any]) -> None:
-    """A short table of what a run came to."""
-    kinds = {
-        "": "this encoder",
-        "_random_init": f"random encoder (mean of {RANDOM_ENCODERS})",
-        "_pixels": "raw pixels",
+    `heartbeat` is called for every batch.
+    """
+    evaluators: list[Evaluator] = []
+    alone = length.total_steps == 0  # without a training loop, which has a progress bar
+    images = partial(make_eval_batches, config, mesh=mesh, show=alone, heartbeat=heartbeat)
+    every = {
+        "accuracy": length.steps(config.eval.accuracy_every_epochs),
+        "knn": length.steps(config.eval.knn_every_epochs),
+        "pictures": length.steps(config.eval.pictures_every_epochs),
     }
-    names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, averaged parameters"}
-    measures = {"knn_top1": "k-NN top-1", "linear_top1": "linear probe top-1"}
-    of_k = [name for name in summary if re.fullmatch(r"knn_top1_k\d+", name)]
-    measures |= {name: f"k-NN top-1, k = {name.removeprefix('knn_top1_k')}" for name in of_k}
-    for measure, label in measures.items():
-        names |= {f"{measure}{kind}": f"{label}, {text}" for kind, text in kinds.items()}
-    names |= {"final_loss": "final loss", "images_per_second": "images per second"}
-    rows = {label: summary[name] for name, label in names.items() if summary.get(name) is not None}
-    if interval := summary.get("top1_interval"):
-        rows["95 % interval of top-1"] = f"{interval[0]:.3f} to {interval[1]:.3f}"
-        rows["images evaluated"] = summary["eval_images"]
-    if "pictures" in summary:
-        rows["pictures"] = summary["pictures"]
-    steps = summary["steps"]
-    print_summary_table(f"After {steps} steps" if steps else "Without training", rows)
+    if isinstance(task, Pretrain):
+        pictures = _make_pictures(config, task, eval_source or train_source)
+        folder = workdir / "pictures"
+        evaluators.append(ReconstructionEvaluator(pictures, writer, folder, every["pictures"]))
+    elif task.model.num_classes and eval_source is not None:
+        read = images(eval_source, num_classes=task.model.num_classes)
+        evaluators.append(AccuracyEvaluator(task, read, mesh, every["accuracy"]))
+    if features_enabled(config, train_source, eval_source):
+        assert eval_source is not None
+        classes = len(train_source.classes)
+        bank = evenly_spaced(train_source, config.eval.knn_bank)
+        queries = evenly_spaced(eval_source, config.eval.knn_queries)
+        evaluators.append(
+            FeatureEvaluator(
+                task=task,
+                bank=images(bank, num_classes=classes),
+                queries=images(queries, num_classes=classes),
+                num_classes=classes,
+                ks=tuple(config.eval.knn_k),
+                temperature=config.eval.knn_temperature,
+                mesh=mesh,
+                every=every["knn"],
+                linear=config.eval.linear,
+                baseline_key=init_key if config.eval.baselines else None,
+                heartbeat=heartbeat,
+            )
+        )
+    return evaluators
+
+
+def features_enabled(config: Config, train_source: Source, eval_source: Source | None) -> bool:
+    """Whether k-NN is asked for, and has labels and images to measure it on."""
+    wanted = config.eval.knn_every_epochs >= 0
+    labelled = bool(train_source.classes and eval_source is not None and eval_source.classes)
+    return wanted and labelled
+
+
+def _make_pictures(config: Config, task: Pretrain, source: Source) -> ReconstructionFigure:
+    # Pictures show the same images under the same masks over the whole run.
+    source = evenly_spaced(source, config.eval.pictures)
+    skip, max_bad = config.data.on_bad == "skip", config.data.max_bad
+    transform = make_eval_transform(config)
+    batches = eval_batches(source, transform, len(source), skip=skip, max_bad=max_bad)
+    batch = next(iter(batches))
+    mask = task.sample_mask(jax.random.key(0), len(source))
+    show = check_display_channels(config.eval.show_channels, config.model.channels)
+    return ReconstructionFigure(task, np.asarray(batch["image"]), mask, config.eval.stats, show)

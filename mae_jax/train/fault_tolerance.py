@@ -1,4 +1,4 @@
-"""Stopping on request without losing work, on numbers that cannot be trained on, and on silence."""
+"""Graceful shutdown on preemption, NaN/Inf guard and hang watchdog."""
 
 import faulthandler
 import logging
@@ -19,31 +19,32 @@ from jax.experimental import multihost_utils
 
 log = logging.getLogger("mae_jax.run")
 
-SPIKE_STEPS = 128  # over which the usual loss is known ...
-SPIKE_FROM = 32  # ... from so many on
-NAMED = 3  # images that the log names of a batch
+SPIKE_WINDOW = 128  # steps over which mean and deviation of the loss are known ...
+SPIKE_MIN_STEPS = 32  # ... once there are this many
+MAX_LOGGED = 3  # images of a batch that the log names
+EXIT_GRACE_S = 15  # seconds for the other processes, which fail with this one, to dump their stacks
 
 
 class NonFiniteError(Exception):
-    """Losses or gradients stopped being finite numbers; the message says what to do."""
+    """Loss or gradients were NaN/Inf for too many consecutive steps; the message has remedies."""
 
 
 class PreemptionHandler:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours at the next step boundary.
+    """Turns SIGTERM and Ctrl-C into a request to stop, which the loop honors after the step.
 
-    A second signal quits at once. Where a run has several processes, a signal to any of them stops
-    all after the same step. jax sees to that, and SIGTERM is then its own: only a second Ctrl-C
-    quits at once.
+    A second signal exits at once. In a run of several processes, a signal to any of them stops all
+    of them after the same step. jax coordinates that and handles SIGTERM itself, so only a second
+    Ctrl-C exits at once there.
     """
 
     def __init__(self):
         self.requested = False
-        self._agreed = False  # by all processes
+        self._synced = False  # all processes know of it
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "PreemptionHandler":
-        self._several = jax.process_count() > 1
-        numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
+        self._multi_process = jax.process_count() > 1
+        numbers = [signal.SIGINT] if self._multi_process else [signal.SIGINT, signal.SIGTERM]
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
@@ -52,10 +53,10 @@ class PreemptionHandler:
             signal.signal(number, handler)
 
     def __call__(self, step: int) -> bool:
-        """Whether to stop after a step; all processes have to ask about every one."""
-        if self._several:
-            self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(step)
-            return self._agreed
+        """Return whether to stop after a step; every process must ask about every step."""
+        if self._multi_process:
+            self._synced = self._synced or multihost_utils.reached_preemption_sync_point(step)
+            return self._synced
         return self.requested
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -66,20 +67,20 @@ class PreemptionHandler:
         # Not through a logger: the signal may have interrupted one that holds its lock.
         os.write(
             sys.stderr.fileno(),
-            f"\n{name}: saving, then stopping; again to quit at once\n".encode(),
+            f"\n{name}: saving, then stopping; send it again to exit at once\n".encode(),
         )
-        if self._several:
+        if self._multi_process:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 class NonFiniteGuard:
-    """Looks at the numbers of every step; those of a skipped one are no finite numbers.
+    """Counts skipped (NaN/Inf) steps, flags loss spikes, and decides when to abort.
 
     Args:
-      max_bad_steps: skipped in a row, after which it is no use to go on.
-      spike_sigmas: deviations above the mean of the last steps that make a loss a spike; 0: never.
-      images: of a step, by name.
-      note_skipped, note_spike: are told of a step what is known of it.
+      max_bad_steps: consecutive skipped steps after which to abort.
+      spike_sigmas: standard deviations above the recent mean that make a loss a spike; 0: never.
+      image_names: returns the names of a step's images.
+      on_skip, on_spike: called with the step and its values.
     """
 
     def __init__(
@@ -87,65 +88,75 @@ class NonFiniteGuard:
         *,
         max_bad_steps: int,
         spike_sigmas: float,
-        images: Callable[[int], list[str]],
-        note_skipped: Callable[[int, Mapping[str, Any]], None],
-        note_spike: Callable[[int, Mapping[str, float]], None],
+        image_names: Callable[[int], list[str]],
+        on_skip: Callable[[int, Mapping[str, Any]], None],
+        on_spike: Callable[[int, Mapping[str, float]], None],
     ):
-        self._most, self._sigmas, self._images = max_bad_steps, spike_sigmas, images
-        self._note_skipped, self._note_spike = note_skipped, note_spike
-        self._losses: deque[float] = deque(maxlen=SPIKE_STEPS)
-        self.bad_in_a_row = 0
-        self.halted = False  # once too many steps in a row were skipped, whatever comes after
+        self._max_bad_steps, self._sigmas, self._image_names = (
+            max_bad_steps,
+            spike_sigmas,
+            image_names,
+        )
+        self._on_skip, self._on_spike = on_skip, on_spike
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.consecutive_bad = 0
+        self.aborted = False  # once set, it stays
 
     def check(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether to go on after a step with such metrics."""
+        """Return whether to continue after a step with these metrics."""
         if metrics["skipped"]:
-            self.bad_in_a_row += 1
-            self.halted |= self.bad_in_a_row >= self._most
-            self._tell_skipped(step, metrics)
+            self.consecutive_bad += 1
+            self.aborted |= self.consecutive_bad >= self._max_bad_steps
+            self._log_skip(step, metrics)
         else:
-            self.bad_in_a_row = 0
+            self.consecutive_bad = 0
             self._flag_spike(step, metrics["loss"])
-        return not self.halted
+        return not self.aborted
 
-    def _tell_skipped(self, step: int, metrics: Mapping[str, float]) -> None:
-        images = self._images(step)
-        numbers = {name: str(metrics[name]) for name in ("loss", "grad_norm")}
+    def _log_skip(self, step: int, metrics: Mapping[str, float]) -> None:
+        images = self._image_names(step)
+        values = {name: str(metrics[name]) for name in ("loss", "grad_norm")}
+        more = f" and {len(images) - MAX_LOGGED} more" * (len(images) > MAX_LOGGED)
         log.warning(
-            "step %d is skipped (%d in a row, of at most %d): loss %s, grad_norm %s, images %s",
+            "skipped step %d (NaN/Inf, %d consecutive, at most %d): loss %s, grad_norm %s, "
+            "images %s",
             step,
-            self.bad_in_a_row,
-            self._most,
-            *numbers.values(),
-            ", ".join(images[:NAMED])
-            + (f" and {len(images) - NAMED} more" * (len(images) > NAMED)),
+            self.consecutive_bad,
+            self._max_bad_steps,
+            *values.values(),
+            ", ".join(images[:MAX_LOGGED]) + more,
         )
-        self._note_skipped(step, {**numbers, "images": images})
+        self._on_skip(step, {**values, "images": images})
 
     def _flag_spike(self, step: int, loss: float) -> None:
-        if self._sigmas and len(self._losses) >= SPIKE_FROM:
+        if self._sigmas and len(self._losses) >= SPIKE_MIN_STEPS:
             mean, deviation = np.mean(self._losses), np.std(self._losses)
             if loss > mean + self._sigmas * deviation:
-                text = "the loss jumps at step %d: %.4f, after %.4f on average of the last %d steps"
+                text = "loss spike at step %d: %.4f, after a mean of %.4f over the last %d steps"
                 log.warning(text, step, loss, mean, len(self._losses))
-                self._note_spike(step, {"loss_spike": loss})
+                self._on_spike(step, {"loss_spike": loss})
         self._losses.append(loss)
 
 
 class Watchdog:
-    """Ends the process with code 1 when nothing has been noted for too long: it hangs.
+    """Exits the process with code 1 if it makes no progress for too long.
 
-    Before that it writes the stacks of all threads to stderr and to `folder`. 0 minutes: never.
+    Before that it dumps the stacks of all threads to stderr and to stacks_<process>.txt.
+
+    Args:
+      minutes: without a heartbeat before the process exits; 0: never.
+      folder: where the stacks are written.
+      clock: returns seconds.
     """
 
-    def __init__(self, minutes: float, folder: Path):
-        self._limit, self._folder = 60 * minutes, folder
+    def __init__(self, minutes: float, folder: Path, clock: Callable[[], float] = time.monotonic):
+        self._limit, self._folder, self._clock = 60 * minutes, folder, clock
         self._ended = threading.Event()
-        self.note("starting")
+        self.heartbeat("starting")
 
-    def note(self, doing: str) -> None:
-        """Says what is being done from now on."""
-        self._doing, self._noted = doing, time.monotonic()
+    def heartbeat(self, activity: str) -> None:
+        """Report progress, and what is being done next."""
+        self._activity, self._last_heartbeat = activity, self._clock()
 
     def __enter__(self) -> "Watchdog":
         if self._limit > 0:
@@ -155,13 +166,18 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
 
+    @property
+    def expired(self) -> bool:
+        """Return whether the last heartbeat is too old."""
+        return self._limit > 0 and self._clock() - self._last_heartbeat > self._limit
+
     def _watch(self) -> None:
         while not self._ended.wait(min(self._limit / 10, 5.0)):
-            if time.monotonic() - self._noted > self._limit:
-                self._give_up()
+            if self.expired:
+                self._dump_and_exit()
 
-    def _give_up(self) -> None:
-        # Whatever hangs may be the disk, or hold the interpreter: then this ends the process.
+    def _dump_and_exit(self) -> None:
+        # The disk may hang, or a thread hold the interpreter: then this exits the process.
         faulthandler.dump_traceback_later(60, exit=True)
         process = jax.process_index()
         path = self._folder / f"stacks_{process}.txt"
@@ -172,12 +188,12 @@ class Watchdog:
             path = Path("the lines above")
         faulthandler.dump_traceback(sys.stderr)
         print(
-            f"error: process {process} of {jax.process_count()} has made no progress for "
-            f"{self._limit / 60:g} minutes (health.hang_minutes). What it was at: {self._doing}. "
-            f"Stacks of all threads: {path}. The same command continues from the last checkpoint",
+            f"error: process {process} of {jax.process_count()} made no progress for "
+            f"{self._limit / 60:g} minutes (health.hang_minutes) while {self._activity}. "
+            f"Stacks of all threads: {path}. The same command resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
         if jax.process_count() > 1:
-            time.sleep(15)  # for the others, which fall with this one, to say what they were at
+            time.sleep(EXIT_GRACE_S)
         os._exit(1)

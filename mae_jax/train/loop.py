@@ -1,142 +1,208 @@
-"""The training loop of a run, and what becomes of it when its numbers go wrong."""
+"""The training loop, and rollback or abort on NaN/Inf."""
 
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
 
-from mae_jax.data.batches import Batch
+from mae_jax.data.batches import Batch as HostBatch
 from mae_jax.data.loader import ArrayLoader, Loader
 from mae_jax.data.prefetch import DevicePrefetcher
 from mae_jax.distributed import processes, sharding
 from mae_jax.distributed.checkpointer import Checkpointer, CheckpointSaveError
-from mae_jax.distributed.inference import extract_features
-from mae_jax.tasks.classify import Classify
-from mae_jax.tasks.train_step import Hook, TrainState, fit, jit_step, make_train_step
-from mae_jax.train import build_data
-from mae_jax.train.evaluators import with_sharded_inputs
-from mae_jax.train.fault_tolerance import (
-    NonFiniteError,
-    NonFiniteGuard,
-    PreemptionHandler,
-    Watchdog,
-)
-from mae_jax.train.init_state import split_rng
-from mae_jax.train.metrics_writer import MetricsLogger
-from mae_jax.train.parts import RunSetup
+from mae_jax.tasks.train_step import Batch, Metrics, TrainState
+from mae_jax.train.fault_tolerance import NonFiniteError, NonFiniteGuard, PreemptionHandler
+from mae_jax.train.progress import MetricsLogger
 
 log = logging.getLogger("mae_jax.run")
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Calls `run(step, state)` after every `every` steps."""
+
+    every: int
+    run: Callable[[int, TrainState], object]
+
+
+class LoopObserver(Protocol):
+    """Sees every step, one step late, so that the devices never wait for the host."""
+
+    def waiting(self, step: int) -> AbstractContextManager[None]:
+        """Return a context in which the loop waits for the data of a step."""
+        ...
+
+    def computing(self, step: int) -> AbstractContextManager[None]:
+        """Return a context that dispatches a step and awaits the one before it."""
+        ...
+
+    def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Handle the metrics of a finished step, counted from 1."""
+        ...
+
+    def paused(self, step: int) -> AbstractContextManager[None]:
+        """Return a context in which the loop saves or evaluates after a step."""
+        ...
+
+
+def fit(
+    state: TrainState,
+    train_step: TrainStep,
+    batches: Iterator[Batch],
+    *,
+    total_steps: int,
+    hooks: Sequence[Hook],
+    observer: LoopObserver,
+    check: Callable[[int, Mapping[str, float]], bool],
+    should_stop: Callable[[int], bool],
+) -> TrainState:
+    """Train until `total_steps`, until `should_stop(step)`, or until `check` fails.
+
+    `check(step, metrics)` sees every step; hooks run only for states that passed it.
+    """
+    pending: list[tuple[int, Metrics]] = []  # steps whose metrics have not been read
+
+    def observe() -> bool:
+        passed = True
+        for step, metrics in pending:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            passed = check(step, values)
+            observer.step_done(step, values)
+        pending.clear()
+        return passed
+
+    for step in range(int(state.step) + 1, total_steps + 1):
+        with observer.waiting(step):
+            batch = next(batches)
+        with observer.computing(step):
+            state, metrics = train_step(state, batch)
+            passed = observe()
+        pending.append((step, metrics))
+        stopping = should_stop(step)
+        due = [hook for hook in hooks if step % hook.every == 0]
+        if due and passed and not stopping:  # a preempted run has no time for evaluation
+            passed = observe()
+            with observer.paused(step):
+                for hook in due if passed else ():
+                    hook.run(step, state)
+        if stopping or not passed:
+            break
+    observe()
+    return state
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """The loop of a run, and what becomes of it when its numbers go wrong."""
+    """Trains with checkpoints and evaluation, and rolls back or aborts on NaN/Inf.
 
-    run: RunSetup
-    run_log: MetricsLogger
+    Args:
+      example_name: name of the training image with an index, for logs.
+      guard_options: max_bad_steps and spike_sigmas of the `NonFiniteGuard`.
+      meta: metadata of the checkpoints.
+    """
+
+    loader: Loader | ArrayLoader
+    example_name: Callable[[int], str]
+    train_step: TrainStep
+    total_steps: int
+    eval_hooks: Sequence[Hook]
+    logger: MetricsLogger
     checkpointer: Checkpointer
-    meta: dict[str, Any]
-    judges: Sequence[Hook]
-    stop: PreemptionHandler
-    watchdog: Watchdog
+    checkpoint_every: int
+    meta: Mapping[str, Any]
+    should_stop: PreemptionHandler
+    guard_options: Mapping[str, Any]
+    rollbacks: int
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    shardings: TrainState
 
-    def to_the_end(self, state: TrainState, start: Callable[[], TrainState]) -> TrainState:
-        """The state at the end of the run, or when asked to stop.
+    def train(self, state: TrainState, restore: Callable[[], TrainState]) -> TrainState:
+        """Return the state at the end of the run, or when the run is preempted.
 
-        Where too many steps in a row are skipped, and as often as health.rollbacks allows, the
-        state from `start` goes on with the data after those steps.
+        After too many consecutive skipped steps, and up to `rollbacks` times, training continues
+        from the state of `restore` with the data after those steps.
 
         Raises:
-          NonFiniteError: they are too many, and the state has been dumped.
+          NonFiniteError: no rollback is left; the state has been dumped.
         """
-        left = self.run.config.health.rollbacks
-        loader: Loader | ArrayLoader | None = self.run.loader
-        assert loader is not None
-        if self.run.config.data.cache_features:
-            loader = _cached(self.run, state, self.watchdog)
-        step = make_step(self.run)
+        rollbacks = self.rollbacks
         while True:
-            guard = self._make_guard(loader, int(state.position) - int(state.step))
-            state = self._fit(state, step, loader, guard)
-            if not guard.halted:
+            guard = self._make_guard(offset=int(state.position) - int(state.step))
+            state = self._fit(state, guard)
+            if not guard.aborted:
                 return state
             self.checkpointer.wait()
-            if not left:
-                self._halt(state, guard.bad_in_a_row)
-            left -= 1
+            if not rollbacks:
+                self._abort(state, guard.consecutive_bad)
+            rollbacks -= 1
             position = int(state.position)
             del state  # there may not be room for two
-            state = start()
+            state = restore()
             log.warning(
-                "going back to step %d, and on with the batches from number %d; rollbacks left: %d",
+                "rolling back to step %d, continuing with batch %d; rollbacks left: %d",
                 int(state.step),
                 position,
-                left,
+                rollbacks,
             )
-            self.run_log.rewind(int(state.step))
-            moved = sharding.device_put_tree(np.int32(position), self.run.layout.shardings.position)
+            self.logger.rewind(int(state.step))
+            moved = sharding.device_put_tree(np.int32(position), self.shardings.position)
             state = dataclasses.replace(state, position=moved)
 
-    def _fit(
-        self,
-        state: TrainState,
-        step: Callable[..., Any],
-        loader: Loader | ArrayLoader,
-        guard: NonFiniteGuard,
-    ) -> TrainState:
-        def save(number: int, state: TrainState) -> None:
-            if guard.bad_in_a_row:
-                log.warning("no checkpoint of step %d, amid skipped ones", number)
+    def _fit(self, state: TrainState, guard: NonFiniteGuard) -> TrainState:
+        def save(step: int, state: TrainState) -> None:
+            if guard.consecutive_bad:
+                log.warning("no checkpoint at step %d, since it was skipped", step)
             else:
-                self.checkpointer.save(number, vars(state), self.meta)
+                self.checkpointer.save(step, vars(state), self.meta)
 
-        def check(number: int, metrics: Any) -> bool:
+        def check(step: int, metrics: Mapping[str, float]) -> bool:
             self.checkpointer.check()
-            return guard.check(number, metrics)
+            return guard.check(step, metrics)
 
-        every = self.run.config.checkpoint.every_steps
-        note_ready = self.run_log.batches_ready
-        feed = make_prefetcher(loader, int(state.position), self.run.mesh, note_ready)
-        with closing(feed) as batches:
+        prefetcher = make_prefetcher(
+            self.loader, int(state.position), self.mesh, self.logger.batches_ready
+        )
+        with closing(prefetcher) as batches:
             return fit(
                 state,
-                step,
+                self.train_step,
                 batches,
-                total_steps=self.run.duration.total_steps,
-                hooks=[Hook(every, save), *self.judges],
-                observer=self.run_log,
+                total_steps=self.total_steps,
+                hooks=[Hook(self.checkpoint_every, save), *self.eval_hooks],
+                observer=self.logger,
                 check=check,
-                should_stop=self.stop,
+                should_stop=self.should_stop,
             )
 
-    def _make_guard(self, loader: Loader | ArrayLoader, offset: int) -> NonFiniteGuard:
-        """`offset`: by how much the number of a step's batch is ahead of it."""
-        health, name = self.run.config.health, self.run.train_source.key
-        if isinstance(loader, ArrayLoader):
-            name = "row {} of the features".format
+    def _make_guard(self, offset: int) -> NonFiniteGuard:
+        """Return a guard for steps whose batch has index step - 1 + offset."""
 
-        def names(step: int) -> list[str]:
-            return [name(number) for number in loader.numbers(step - 1 + offset)]
+        def image_names(step: int) -> list[str]:
+            indices = self.loader.numbers(step - 1 + offset)
+            return [self.example_name(index) for index in indices]
 
         return NonFiniteGuard(
-            max_bad_steps=health.max_bad_steps,
-            spike_sigmas=health.spike_sigmas,
-            images=names,
-            note_skipped=self.run_log.skipped,
-            note_spike=self.run_log.scalars,
+            **self.guard_options,
+            image_names=image_names,
+            on_skip=self.logger.writer.write_skipped,
+            on_spike=self.logger.writer.write_scalars,
         )
 
-    def _halt(self, state: TrainState, bad_in_a_row: int) -> NoReturn:
-        folder, images = self.run.workdir / "halted", self.run.workdir / "skipped.jsonl"
+    def _abort(self, state: TrainState, consecutive_bad: int) -> NoReturn:
+        folder, skipped = self.workdir / "halted", self.workdir / "skipped.jsonl"
         with processes.raise_together():
             if processes.is_main():
-                shutil.rmtree(folder, ignore_errors=True)  # of an earlier halt
+                shutil.rmtree(folder, ignore_errors=True)  # from an earlier abort
         dumped = f"{folder} holds the state"
         try:
             with Checkpointer(folder, 1) as dump:
@@ -144,61 +210,28 @@ class Trainer:
         except CheckpointSaveError as error:
             dumped = f"the state could not be dumped ({error})"
         raise NonFiniteError(
-            "the loss or the gradients are no finite numbers, "
-            f"{bad_in_a_row} time(s) in a row, up to step "
-            f"{int(state.step)}. These steps changed nothing; {dumped}, {images} names the images. "
-            "The same command goes back to the last checkpoint, or begins anew where there is "
-            "none; if it comes to this again, lower optim.base_lr, set optim.clip_norm=1.0, or let "
-            "health.rollbacks=1 go round these images"
+            f"loss or gradients were NaN/Inf for {consecutive_bad} consecutive step(s), up to step "
+            f"{int(state.step)}. These steps changed nothing; {dumped}, {skipped} names the "
+            "images. The same command resumes from the last checkpoint, or starts over if there is "
+            "none; if it aborts again, lower optim.base_lr, set optim.clip_norm=1.0, or let "
+            "health.rollbacks=1 skip these images"
         )
-
-
-def make_step(run: RunSetup) -> Callable[..., Any]:
-    """The jitted train step of a run, which donates its state."""
-    step = make_train_step(
-        run.task,
-        run.tx,
-        run.learning_rate,
-        split_rng(run.config)[1],
-        prepare=build_data.make_device_preprocess(run.config, run.mesh, run.on_device),
-        accumulate=run.config.accumulate,
-        ema_decay=run.config.optim.ema,
-    )
-    return jit_step(step, run.layout.shardings)
 
 
 def make_prefetcher(
     loader: Loader | ArrayLoader,
     position: int,
     mesh: jax.sharding.Mesh,
-    note_ready: Callable[[int], None],
-) -> DevicePrefetcher[dict[str, jax.Array]]:
-    """The loader's batches from a number on, split over the devices; `note_ready` as in Feed."""
+    on_ready: Callable[[int], None],
+) -> DevicePrefetcher[Batch]:
+    """Return the loader's batches from an index on, sharded over the devices.
 
-    def put(batch: Batch) -> dict[str, jax.Array]:
+    Args:
+      on_ready: as in DevicePrefetcher.
+    """
+
+    def put(batch: HostBatch) -> Batch:
         inputs = {name: rows for name, rows in batch.items() if name != "index"}
         return sharding.shard_batch(inputs, mesh)
 
-    return DevicePrefetcher(loader.batches(position), put, note_ready)
-
-
-def _cached(run: RunSetup, state: TrainState, watchdog: Watchdog) -> ArrayLoader:
-    """The features of all training images, in the order that the images would have come in."""
-    task, config = run.task, run.config
-    assert isinstance(task, Classify)
-    classes = task.model.num_classes
-    images = build_data.make_eval_batches(
-        config, run.train_source, run.mesh, num_classes=classes, show=True, note=watchdog.note
-    )
-    log.info("computing the features of %d images once", images.count)
-    pooled = with_sharded_inputs(jax.jit(task.pooled), run.mesh, state.params)
-    found, labels = extract_features(lambda images: {"pooled": pooled(images)}, images)
-    log.info("they take %.1f MB of memory", found["pooled"].nbytes / 1e6)
-    arrays = {"pooled": found["pooled"], "label": labels}
-    return ArrayLoader(
-        arrays=arrays,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    return DevicePrefetcher(loader.batches(position), put, on_ready)

@@ -1,4 +1,4 @@
-"""Parameters for a run from a checkpoint of any dialect, and what became of each array."""
+"""Warm start: the parameters of a checkpoint of any format in the model of a run."""
 
 import dataclasses
 import logging
@@ -12,148 +12,195 @@ from mae_jax.convert import weights
 from mae_jax.convert.model_info import ConvertError, ModelInfo
 from mae_jax.convert.weights import Weights
 from mae_jax.models.patches import sincos_pos_embed_2d
+from mae_jax.tasks.classify import Classify
+from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.train.config import Config
 from mae_jax.utils.pytree import diff, flatten, unflatten
 
 log = logging.getLogger("mae_jax")
 
+HEAD_PARTS = ("head", "head_norm", "attention_pool")
+
 
 @dataclass(frozen=True)
 class WarmStart:
-    """params: of the whole model. The lists hold names of arrays.
+    """Parameters of the full model, and the names of its arrays by origin.
 
-    loaded: taken from the checkpoint; fresh: as they were initialised; unused: the checkpoint has
-    them, the model does not.
+    loaded: from the checkpoint; missing: not in the checkpoint, so freshly initialized;
+    unexpected: in the checkpoint, but not in the model.
     """
 
     params: dict[str, Any]
     loaded: list[str]
-    fresh: list[str]
-    unused: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+
+def load_init_weights(
+    config: Config, task: Pretrain | Classify, arrays: Mapping[str, Any], classes: tuple[str, ...]
+) -> WarmStart:
+    """Load init.path into a tree of parameters and statistics.
+
+    Args:
+      arrays: freshly initialized.
+      classes: names of the classes in the data.
+
+    Raises:
+      ConvertError: the checkpoint cannot be read, or does not fit the model.
+    """
+    init, model = config.init, config.model
+    path = str(init.path)
+    classifies = isinstance(task, Classify)
+    if init.encoder_only or classifies:
+        checkpoint = weights.read(path, ema=init.ema, heads=model.heads, need_heads=("encoder",))
+        checkpoint = weights.encoder_only(checkpoint)
+    else:
+        heads = dict(heads=model.heads, decoder_heads=model.decoder_heads)
+        checkpoint = weights.read(path, ema=init.ema, **heads)
+    settings: dict[str, Any] = {
+        "layer_norm_eps": model.layer_norm_eps,
+        "mean": task.mean,
+        "std": task.std,
+    }
+    if isinstance(task, Pretrain):
+        settings["target"] = "normalized" if task.norm_pix else "pixels"
+    checkpoint = adapt(
+        checkpoint,
+        image_size=(model.image_size[0], model.image_size[1]),
+        channels=model.channels,
+        position=model.position,
+        final_norm=not classifies or task.model.encoder.final_norm,
+    )
+    if init.new_head:
+        checkpoint = drop_head(checkpoint)
+    elif classifies:
+        check_head(checkpoint, arrays, task.model.pool, classes)
+    warn_mismatched_settings(path, checkpoint.info, settings)
+    return merge(arrays, checkpoint)
 
 
 def adapt(
-    found: Weights,
+    checkpoint: Weights,
     *,
     image_size: tuple[int, int],
     channels: int,
     position: str,
     final_norm: bool = True,
 ) -> Weights:
-    """The checkpoint for the model of a run: of its image size, channels and kind of positions.
+    """Adapt a checkpoint to the image size, channels and positional embedding of a model.
 
     Raises:
-      ConvertError: sine-cosine positions are wanted and the checkpoint's are others; or the model
-        needs the encoder's final norm and the checkpoint has lost it in fine-tuning.
+      ConvertError: the model has fixed sine-cosine positions and the checkpoint other ones; or the
+        model needs the encoder's final norm, which fine-tuning with fc_norm removed.
     """
-    if found.info.fc_norm and final_norm:
+    if checkpoint.info.fc_norm and final_norm:
         raise ConvertError(
-            "it is fine-tuned with fc_norm, and so has no final norm, which this model needs: "
-            "start from the pretrained checkpoint that it came from, or evaluate it as it is with "
+            "it was fine-tuned with fc_norm, so it has no final norm, which this model needs: "
+            "start from the pretrained checkpoint that it came from, or evaluate it with "
             "python -m mae_jax.evaluate"
         )
     if position == "sincos":  # computed, not a parameter
-        found = _without_tables(found)
-    return weights.adapt(found, channels=channels, image_size=image_size)
+        checkpoint = _without_sincos_tables(checkpoint)
+    return weights.adapt(checkpoint, channels=channels, image_size=image_size)
 
 
-def _without_tables(found: Weights) -> Weights:
-    arrays = dict(found.arrays)
+def _without_sincos_tables(checkpoint: Weights) -> Weights:
+    arrays = dict(checkpoint.arrays)
     for name in [name for name in arrays if name.endswith("pos_embed/table")]:
         table = arrays.pop(name)[0]
-        sincos = sincos_pos_embed_2d(table.shape[1], found.info.grid).astype(table.dtype)
+        sincos = sincos_pos_embed_2d(table.shape[1], checkpoint.info.grid).astype(table.dtype)
         if not np.allclose(table.astype(np.float32), sincos.astype(np.float32), atol=1e-5):
             raise ConvertError(
-                f"{name} of the checkpoint is not the sine-cosine table; to keep it, train it on "
-                "with --config.model.position=learned"
+                f"{name} of the checkpoint is not the sine-cosine table; to keep and train it, set "
+                "--config.model.position=learned"
             )
-    return dataclasses.replace(found, arrays=arrays)
+    return dataclasses.replace(checkpoint, arrays=arrays)
 
 
-HEAD_PARTS = ("head", "head_norm", "attention_pool")
-
-
-def _part(name: str) -> str:
+def _top_module(name: str) -> str:
     return name.split("/")[0]
 
 
-def drop_head(found: Weights) -> Weights:
-    """The same weights without a classification head."""
-    arrays = {name: x for name, x in found.arrays.items() if _part(name) not in HEAD_PARTS}
-    return dataclasses.replace(found, arrays=arrays)
+def drop_head(checkpoint: Weights) -> Weights:
+    """Return the weights without a classification head."""
+    arrays = {n: x for n, x in checkpoint.arrays.items() if _top_module(n) not in HEAD_PARTS}
+    return dataclasses.replace(checkpoint, arrays=arrays)
 
 
-def merge(params: Mapping[str, Any], found: Weights) -> WarmStart:
-    """A tree of fresh arrays with the checkpoint's in their place; its encoder must be whole.
+def merge(params: Mapping[str, Any], checkpoint: Weights) -> WarmStart:
+    """Replace the arrays of a tree by those of a checkpoint, which must have the full encoder.
 
     Raises:
-      ConvertError: lists every array that is missing from the encoder or of another shape.
+      ConvertError: lists every array that the encoder lacks or that has another shape.
     """
-    leaves = flatten(params)
-    loaded = [name for name in leaves if name in found.arrays]
-    fresh = [name for name in leaves if name not in found.arrays]
-    unused = [name for name in found.arrays if name not in leaves]
-    needed = {
-        name: x for name, x in leaves.items() if name in loaded or name.startswith("encoder/")
-    }
-    wrong = diff(needed, {name: found.arrays[name] for name in loaded})
-    if wrong:
-        advice = ""
-        if any(" encoder/" in line for line in wrong):
-            model = {name: vars(found.info)[name] for name in ("width", "depth", "heads", "patch")}
-            flags = " ".join(f"--config.model.{name}={value}" for name, value in model.items())
-            advice = f"\nThe encoder of the checkpoint is that of {flags}"
-        elif any(" decoder/" in line for line in wrong):
-            advice = (
-                "\nIf only the decoder is another, --config.init.encoder_only=True leaves it out"
-            )
-        if all(_part(line.split()[1]) in HEAD_PARTS for line in wrong):
-            advice = "\n--config.init.new_head=True begins with a new head"
-        listed = "\n  ".join(wrong)
-        raise ConvertError(f"it does not fit the model of this run:\n  {listed}{advice}")
-    merged = leaves | {name: found.arrays[name].astype(leaves[name].dtype) for name in loaded}
-    return WarmStart(unflatten(merged), loaded, fresh, unused)
+    leaves, arrays = flatten(params), checkpoint.arrays
+    loaded = [name for name in leaves if name in arrays]
+    required = {n: x for n, x in leaves.items() if n in arrays or n.startswith("encoder/")}
+    if mismatches := diff(required, {name: arrays[name] for name in loaded}):
+        listed = "\n  ".join(mismatches)
+        hint = _mismatch_hint(mismatches, checkpoint.info)
+        raise ConvertError(f"it does not fit the model of this run:\n  {listed}{hint}")
+    merged = leaves | {name: arrays[name].astype(leaves[name].dtype) for name in loaded}
+    missing = [name for name in leaves if name not in arrays]
+    unexpected = [name for name in arrays if name not in leaves]
+    return WarmStart(unflatten(merged), loaded, missing, unexpected)
+
+
+def _mismatch_hint(mismatches: list[str], info: ModelInfo) -> str:
+    """Return the flags with which a checkpoint fits, from lines of `diff`."""
+    modules = {_top_module(line.split()[1]) for line in mismatches}
+    if "encoder" in modules:
+        sizes = {name: vars(info)[name] for name in ("width", "depth", "heads", "patch")}
+        flags = " ".join(f"--config.model.{name}={value}" for name, value in sizes.items())
+        return f"\nThe checkpoint's encoder has {flags}"
+    if "decoder" in modules:
+        return "\nIf only the decoder differs, --config.init.encoder_only=True ignores it"
+    if modules <= {*HEAD_PARTS}:
+        return "\n--config.init.new_head=True starts with a new head"
+    return ""
 
 
 def check_head(
-    found: Weights, params: Mapping[str, Any], pool: str, classes: tuple[str, ...]
+    checkpoint: Weights, params: Mapping[str, Any], pool: str, classes: tuple[str, ...]
 ) -> None:
-    """ConvertError if model and checkpoint have heads of different kinds; warns of other classes.
+    """Raise ConvertError if the heads of model and checkpoint differ in kind.
+
+    Other class names only log a warning.
 
     Args:
-      params: of the model; pool: what its head takes; classes: what they are called in the data.
+      params: of the model; pool: what its head takes; classes: their names in the data.
     """
-    ours, theirs = ({_part(name) for name in names} for names in (params, found.arrays))
+    ours, theirs = ({_top_module(name) for name in names} for names in (params, checkpoint.arrays))
     if "head" not in ours or "head" not in theirs:
         return
     kinds = [
-        f"{' and '.join(sorted(parts & {*HEAD_PARTS, 'fc_norm'}))} over {pooled}"
-        for parts, pooled in ((theirs, found.info.pool), (ours, pool))
+        f"{' and '.join(sorted(modules & {*HEAD_PARTS, 'fc_norm'}))} over {pooled}"
+        for modules, pooled in ((theirs, checkpoint.info.pool), (ours, pool))
     ]
     if kinds[0] != kinds[1]:
         raise ConvertError(
-            f"its head is {kinds[0]}, this model's {kinds[1]}: --config.init.new_head=True begins "
+            f"its head is {kinds[0]}, this model's {kinds[1]}: --config.init.new_head=True starts "
             "with a new head"
         )
-    names = found.info.class_names
-    if names and names != classes:
-        log.warning("the head of the checkpoint names its classes otherwise than the data set does")
+    if checkpoint.info.class_names and checkpoint.info.class_names != classes:
+        log.warning("the class names of the checkpoint's head differ from the dataset's")
 
 
-def log_init_report(path: str, start: WarmStart) -> None:
-    """Logs what became of every array."""
-    log.info("warm start from %s: %d arrays loaded", path, len(start.loaded))
+def log_init_report(path: str, warm: WarmStart) -> None:
+    """Log which arrays were loaded, missing and unexpected."""
+    log.info("warm start from %s: %d arrays loaded", path, len(warm.loaded))
     for what, names in (
-        ("loaded", start.loaded),
-        ("initialised anew", start.fresh),
-        ("not used", start.unused),
+        ("loaded", warm.loaded),
+        ("missing, freshly initialized", warm.missing),
+        ("unexpected, not used", warm.unexpected),
     ):
         if names:
             log.info("  %s: %s", what, ", ".join(names))
 
 
-def warn_mismatched_settings(path: str, info: ModelInfo, now: Mapping[str, Any]) -> None:
-    """Warns of what was otherwise when the checkpoint was trained than it is `now`, by field."""
-    for name, value in now.items():
+def warn_mismatched_settings(path: str, info: ModelInfo, settings: Mapping[str, Any]) -> None:
+    """Warn of settings that differ from those that the checkpoint was trained with, by field."""
+    for name, value in settings.items():
         before = vars(info)[name]
         if before not in (value, "unknown"):
             log.warning("%s was trained with %s=%s, this run has %s", path, name, before, value)

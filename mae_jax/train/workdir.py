@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and the same folder for all of its processes."""
+"""The workdir of a run: locked by one run at a time, and shared by all of its processes."""
 
 import fcntl
 import os
@@ -12,15 +12,15 @@ from mae_jax.utils.errors import UserError
 
 
 class WorkdirError(UserError):
-    """A workdir cannot be used; the message says why and what to do."""
+    """A workdir cannot be used; the message has the reason and the remedy."""
 
 
 @contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Creates a workdir and holds it for this run alone.
+    """Create a workdir and lock it for this run.
 
     Raises:
-      WorkdirError: another run has it, it cannot be written, or not all processes see the same.
+      WorkdirError: another run holds it, it is not writable, or the processes see different ones.
     """
     with ExitStack() as stack:
         with processes.raise_together():
@@ -32,10 +32,10 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
             owner = ""
         try:
             processes.assert_equal_across_processes({f"workdir {workdir}": owner})
-        except ValueError as error:
+        except UserError as error:
             raise WorkdirError(
-                f"{error}. It has to be on a disk that all hosts share, since checkpoints are "
-                "written by all of them"
+                f"{error}. It must be on a disk that all hosts share, because all of them write "
+                "checkpoints"
             ) from error
         yield
 
@@ -46,7 +46,7 @@ def _lock(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(_lock_file(workdir), "ab+", buffering=0)  # noqa: SIM115
     except OSError as error:
-        raise WorkdirError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
+        raise _not_writable(workdir, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,10 +59,12 @@ def _lock(workdir: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             os.fsync(file.fileno())
         except OSError as error:
-            raise WorkdirError(
-                f"cannot write to the workdir {workdir}: {error.strerror}"
-            ) from error
+            raise _not_writable(workdir, error) from error
         yield
+
+
+def _not_writable(workdir: Path, error: OSError) -> WorkdirError:
+    return WorkdirError(f"cannot write to the workdir {workdir}: {error.strerror}")
 
 
 def _lock_file(workdir: Path) -> Path:

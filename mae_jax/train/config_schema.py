@@ -1,0 +1,145 @@
+"""Typed config keys: declaration, validation, and conversion to and from a ConfigDict."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+
+from ml_collections import ConfigDict, config_dict
+
+from mae_jax.utils.errors import UserError
+
+INF = math.inf
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    low: float = -INF,
+    above: float = -INF,
+    high: float = INF,
+    below: float = INF,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a config key. Bounds hold for numbers, and for each element of a tuple.
+
+    Values that the model, the objective or the data pipeline check themselves (such as mask.ratio,
+    whose bounds depend on the patch grid) have no bounds here.
+
+    Args:
+      low, high: inclusive bounds; above, below: exclusive bounds.
+      choices: the allowed strings.
+    """
+    bounds = {"low": low, "above": above, "high": high, "below": below}
+    metadata = {"meaning": meaning, "bounds": bounds, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Config keys with a common prefix, which check themselves when constructed."""
+
+    prefix: ClassVar[str] = ""
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            if field.metadata:
+                _check(f"{self.prefix}{field.name}", getattr(self, field.name), field, hints)
+
+    def error(self, name: str, problem: str) -> UserError:
+        """Return the error of a key of this group."""
+        return UserError(problem, key=f"{self.prefix}{name}", value=getattr(self, name))
+
+
+G = TypeVar("G", bound=Group)
+
+
+def _check(key: str, value: Any, field: dataclasses.Field, hints: dict[str, Any]) -> None:
+    """Raise UserError unless a value has the declared type and lies within the bounds."""
+    hint, metadata = hints[field.name], field.metadata
+    if value is None and type(None) in get_args(hint):
+        return
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise UserError(f"must be one of {', '.join(metadata['choices'])}", key=key, value=value)
+    elements = value if isinstance(value, tuple) else (value,)
+    kind = _scalar_type(hint)
+    if isinstance(value, tuple) and not value:
+        raise UserError("must not be empty", key=key, value=value)
+    for element in elements:
+        if type(element) is not kind:
+            example = f"({kind(1)},)" if isinstance(value, tuple) else repr(kind(1))
+            wanted = f"must be of type {kind.__name__}, as in {example}"
+            raise UserError(wanted, key=key, value=value)
+        if isinstance(element, int | float) and not _within(element, **metadata["bounds"]):
+            raise UserError(f"must be {_bounds_text(metadata['bounds'])}", key=key, value=value)
+
+
+def _scalar_type(hint: Any) -> type:
+    """Return int of `int`, `int | None`, `tuple[int, int]` and `tuple[int, ...]`."""
+    args = [arg for arg in get_args(hint) if arg not in (type(None), ...)]
+    return _scalar_type(args[0]) if args else hint
+
+
+def _within(value: float, *, low: float, above: float, high: float, below: float) -> bool:
+    """Return False for NaN, and for infinity where there is a bound."""
+    inside = low <= value <= high and (above < value or above == -INF)
+    inside = inside and (value < below or below == INF)
+    bounded = (low, above, high, below) != (-INF, -INF, INF, INF)
+    return inside and not (bounded and math.isinf(value))
+
+
+def _bounds_text(bounds: dict[str, float]) -> str:
+    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    given = [f"{words[name]} {bound:g}" for name, bound in bounds.items() if not math.isinf(bound)]
+    return " and ".join(given) or "a finite number"
+
+
+def to_config_dict(group: Group) -> ConfigDict:
+    """Return a ConfigDict of all keys; optional ones without a value become placeholders."""
+    result, hints = ConfigDict(), get_type_hints(type(group))
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if isinstance(value, Group):
+            value = to_config_dict(value)
+        elif value is None:
+            value = config_dict.placeholder(_scalar_type(hints[field.name]))
+        result[field.name] = value
+    return result
+
+
+def group_from_dict(group: type[G], values: dict[str, Any]) -> G:
+    """Return a group of keys with the values of a nested dict.
+
+    Raises:
+      UserError: a key is unknown, or a value has the wrong type or is out of bounds.
+    """
+    arguments, hints = {}, get_type_hints(group)
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError("is not a config key", key=f"{group.prefix}{name}", value=value)
+        if isinstance(value, dict):
+            value = group_from_dict(hints[name], value)
+        elif _scalar_type(hints[name]) is float:  # as in crop_scale=(0, 1)
+            value = _as_float(value)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return group(**arguments)
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_as_float(element) for element in value)
+    return float(value) if type(value) is int else value
+
+
+def as_json(group: Group) -> dict[str, Any]:
+    """Return the nested dict of values that config.json and checkpoints hold."""
+    return _json_value(dataclasses.asdict(group))
+
+
+def _json_value(value: Any) -> Any:
+    """Return a value as JSON would read it back: sorted, with lists for tuples."""
+    if isinstance(value, dict):
+        return {name: _json_value(value[name]) for name in sorted(value)}
+    return list(value) if isinstance(value, tuple) else value
