@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise ConvertError(str(error)) from error
     images = model.read_images(arguments.images)
-    mask = task.draw_mask(jax.random.key(arguments.seed), len(images))
+    mask = task.sample_mask(jax.random.key(arguments.seed), len(images))
     picture = ReconstructionFigure(task, np.asarray(images), mask, arguments.stats, show).run(
         params
     )

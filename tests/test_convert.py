@@ -219,7 +219,7 @@ def test_huggingface_s_forward_pass(golden, folder):
     task = model.task()
     run = jax.jit(task.apply, static_argnums=0)
     assert_close(run("predict", params, patches, *mask), io["logits"])
-    assert_close(run("encode", params, patches, mask.keep), io["encoder_last_hidden_state"])
+    assert_close(run("encode", params, patches, mask.ids_keep), io["encoder_last_hidden_state"])
     loss = jax.jit(task.loss_of_patches)(params, patches, mask)
     np.testing.assert_allclose(loss, io["loss"], atol=2e-6, rtol=2e-6)
 
@@ -398,7 +398,7 @@ def test_a_run_by_any_of_its_folders(run):
 def test_a_run_reconstructs_as_it_did_in_training(run):
     workdir, task, params = run
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8))
-    mask = task.draw_mask(jax.random.key(3), 2)
+    mask = task.sample_mask(jax.random.key(3), 2)
     model, loaded = mae_jax.load(workdir)
     found, expected = (
         np.int32(pictures)

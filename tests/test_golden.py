@@ -46,7 +46,7 @@ def make_task(config: dict) -> Pretrain:
         grid=(side, side),
         channels=channels,
         mlp_ratio=config["mlp_ratio"],
-        position="learned" if config["rand_pos"] else "sincos",
+        pos_embed="learned" if config["rand_pos"] else "sincos",
         layer_norm_eps=config["ln_eps"],
     )
     return Pretrain(
@@ -92,7 +92,7 @@ def test_mask_is_exact(case):
     assert masking.len_keep(case.task.num_patches, case.config["mask_ratio"]) == len(
         case.io["ids_keep"][0]
     )
-    np.testing.assert_array_equal(case.mask.keep, case.io["ids_keep"])
+    np.testing.assert_array_equal(case.mask.ids_keep, case.io["ids_keep"])
     np.testing.assert_array_equal(case.mask.as_bool(), case.io["mask"].astype(bool))
     order = jnp.concatenate(case.mask, axis=1)
     np.testing.assert_array_equal(jnp.argsort(order, axis=1), case.io["ids_restore"])
@@ -114,7 +114,7 @@ def test_latent_and_prediction(case):
         apply = lambda method, *args: case.task.model.apply(  # noqa: E731
             {"params": params}, patches, *args, method=method
         )
-        return apply("encode", mask.keep), apply("predict", *mask), apply("__call__", *mask)
+        return apply("encode", mask.ids_keep), apply("predict", *mask), apply("__call__", *mask)
 
     tolerance = dict(atol=2e-5, rtol=1e-5)
     latent, pred, masked_only = run(case.params, case.patches, case.mask)
@@ -122,7 +122,7 @@ def test_latent_and_prediction(case):
     np.testing.assert_allclose(pred, case.io["pred"], **tolerance)
     # A tanh GELU moves the prediction by 2e-4 of its maximum: this is what catches it.
     assert np.abs(pred - case.io["pred"]).max() <= 5e-5 * np.abs(case.io["pred"]).max()
-    picked = jnp.take_along_axis(pred, case.mask.masked[..., None], axis=1)
+    picked = jnp.take_along_axis(pred, case.mask.ids_masked[..., None], axis=1)
     np.testing.assert_allclose(masked_only, picked, atol=1e-6, rtol=1e-6)
 
 

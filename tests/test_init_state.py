@@ -22,7 +22,7 @@ LEARNED = ADAPT | dict(position="learned")
 
 
 def fresh(size=SIZE, position="sincos", grid=(4, 4)):
-    model = make_mae(size, grid=grid, position=position)
+    model = make_mae(size, grid=grid, pos_embed=position)
     task = Pretrain(model=model, grid=grid, patch=8, mean=(0.5,) * 3, std=(0.5,) * 3)
     return jax.jit(task.init)(jax.random.key(0))
 

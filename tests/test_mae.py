@@ -28,7 +28,7 @@ def make_task(execution=ExecutionConfig(), grid=(3, 4), channels=5, **kwargs):
 
 def loss_and_grads(task, params):
     images = jax.random.randint(jax.random.key(2), (6, 24, 32, 5), 0, 256, jnp.int32)
-    batch = task.draw(jax.random.key(3), {"image": images.astype(jnp.uint8)})
+    batch = task.sample(jax.random.key(3), {"image": images.astype(jnp.uint8)})
     (loss, _), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, {}, batch)
     return loss, grads
 
@@ -108,7 +108,7 @@ def test_images_are_masked_independently_and_the_kept_ones_decide_everything():
     params = jax.jit(task.init)(jax.random.key(1))
     images = jax.random.randint(jax.random.key(2), (2, 24, 32, 5), 0, 256, jnp.int32)
     patches = task.to_patches(images.astype(jnp.uint8))
-    mask = task.draw_mask(jax.random.key(3), 2)
+    mask = task.sample_mask(jax.random.key(3), 2)
     hidden = mask.as_bool()[..., None]
     pred = task.apply("predict", params, patches, *mask)
     scrambled = jnp.where(hidden, 17.0, patches)
@@ -121,7 +121,7 @@ def test_bad_model_values():
     with pytest.raises(ValueError, match="does not divide"):
         make_mae(VitVariant(30, 1, 4, 8), grid=(2, 2))
     with pytest.raises(ValueError, match="model.position='rotary'"):
-        make_mae(TINY, grid=(2, 2), position="rotary")
+        make_mae(TINY, grid=(2, 2), pos_embed="rotary")
     with pytest.raises(ValueError, match="model.remat='half'"):
         ExecutionConfig(remat="half")
     with pytest.raises(ValueError, match="mask.kind='stripes'"):
@@ -134,7 +134,7 @@ def test_reconstruction_uses_true_or_visible_statistics(plain):
     """True ones change with what is masked, those of visible patches do not."""
     task = make_task(norm_pix=True)
     params, *_ = plain
-    mask = task.draw_mask(jax.random.key(3), 1)
+    mask = task.sample_mask(jax.random.key(3), 1)
     hidden = mask.as_bool().reshape(3, 4).repeat(8, axis=0).repeat(8, axis=1)[..., None]
     image = np.linspace(20, 220, 24 * 32).reshape(24, 32, 1).repeat(5, axis=-1)
     images = jnp.array([image, np.where(hidden, image / 2, image), np.full_like(image, 90)])

@@ -12,8 +12,8 @@ KEY = jax.random.key(7)
 
 def assert_partition(mask, batch, grid, kept):
     n = grid[0] * grid[1]
-    assert mask.keep.shape == (batch, kept)
-    assert mask.masked.shape == (batch, n - kept)
+    assert mask.ids_keep.shape == (batch, kept)
+    assert mask.ids_masked.shape == (batch, n - kept)
     everything = np.sort(np.concatenate(mask, axis=1), axis=1)
     np.testing.assert_array_equal(everything, np.tile(np.arange(n), (batch, 1)))
 
@@ -72,7 +72,7 @@ def test_grid_refuses_other_ratios_and_odd_grids(grid, kept):
 def test_a_choice_of_masked_patches_is_uniform(kind):
     """Also where the masked patches come in image order; deviations are of 8192 coins: 0.005."""
     mask = masking.SAMPLERS[kind](KEY, 8192, (4, 4), 4)
-    chosen = np.asarray(masking.sample_patches(jax.random.key(8), mask.masked, 3))
+    chosen = np.asarray(masking.sample_patches(jax.random.key(8), mask.ids_masked, 3))
     masked = np.asarray(mask.as_bool())
     assert np.take_along_axis(masked, chosen, axis=1).all()
     picked = np.zeros_like(masked)

@@ -62,10 +62,12 @@ def test_copies_are_the_kernels_alone_and_change_nothing(arrays):
     assert cast_kernels(params, jnp.float32) == {}
     copies = cast_kernels(params, jnp.bfloat16)
     assert jax.tree.map(lambda c: c.dtype, copies) == {
-        "narrow": {"dense": {"kernel": jnp.bfloat16}}
+        "low_precision": {"dense": {"kernel": jnp.bfloat16}}
     }
     alone = dense.apply({"params": params["dense"]}, x)
-    given = dense.apply({"params": params["dense"], "narrow": copies["narrow"]["dense"]}, x)
+    given = dense.apply(
+        {"params": params["dense"], "low_precision": copies["low_precision"]["dense"]}, x
+    )
     np.testing.assert_array_equal(alone, given)
-    twice = {"kernel": 2 * copies["narrow"]["dense"]["kernel"]}  # so they are what is used
-    assert (dense.apply({"params": params["dense"], "narrow": twice}, x) != alone).any()
+    twice = {"kernel": 2 * copies["low_precision"]["dense"]["kernel"]}  # so they are what is used
+    assert (dense.apply({"params": params["dense"], "low_precision": twice}, x) != alone).any()

@@ -29,7 +29,7 @@ def params():
 @pytest.fixture(scope="module")
 def half(params):
     """A batch of which half is predicted, its loss and gradients."""
-    batch = HALF.draw(KEY, {"image": IMAGES})
+    batch = HALF.sample(KEY, {"image": IMAGES})
     (loss, _), grads = jax.jit(jax.value_and_grad(HALF.loss, has_aux=True))(params, {}, batch)
     return batch, loss, grads
 
@@ -39,36 +39,36 @@ def half(params):
 )
 def test_so_many_are_predicted(ratio, count):
     task = dataclasses.replace(ALL, predict_ratio=ratio)
-    drawn = task.draw(KEY, {"image": IMAGES})
+    sampled = task.sample(KEY, {"image": IMAGES})
     assert task.num_predicted == count
-    assert ("predicted" in drawn) == (count < 18)
-    assert drawn.get("predicted", drawn["masked"]).shape == (8, count)
+    assert ("ids_predicted" in sampled) == (count < 18)
+    assert sampled.get("ids_predicted", sampled["ids_masked"]).shape == (8, count)
 
 
 @pytest.mark.parametrize("mask", ["random", "block", "grid", "user"])
 def test_the_choice_is_of_every_image_and_step_and_leaves_the_mask_alone(mask):
     kinds = dict(mask=mask, user_mask=np.arange(24) % 4 > 0 if mask == "user" else None)
-    whole = dataclasses.replace(ALL, **kinds).draw(KEY, {"image": IMAGES})
+    whole = dataclasses.replace(ALL, **kinds).sample(KEY, {"image": IMAGES})
     half = dataclasses.replace(HALF, **kinds)
-    drawn, later = (
-        jax.device_get(half.draw(jax.random.fold_in(KEY, step), {"image": IMAGES}))
+    sampled, later = (
+        jax.device_get(half.sample(jax.random.fold_in(KEY, step), {"image": IMAGES}))
         for step in (0, 1)
     )
-    same = jax.device_get(half.draw(KEY, {"image": IMAGES}))
-    for name in ("keep", "masked"):
+    same = jax.device_get(half.sample(KEY, {"image": IMAGES}))
+    for name in ("ids_keep", "ids_masked"):
         np.testing.assert_array_equal(same[name], whole[name])
-    for masked, predicted in zip(drawn["masked"], drawn["predicted"]):
+    for masked, predicted in zip(sampled["ids_masked"], sampled["ids_predicted"]):
         assert set(predicted) < set(masked)
-    assert len({tuple(sorted(row)) for row in drawn["predicted"]}) == 8
-    assert (np.sort(later["predicted"]) != np.sort(drawn["predicted"])).any(axis=1).all()
+    assert len({tuple(sorted(row)) for row in sampled["ids_predicted"]}) == 8
+    assert (np.sort(later["ids_predicted"]) != np.sort(sampled["ids_predicted"])).any(axis=1).all()
 
 
 def test_the_loss_is_of_the_predicted_tokens_alone(params, half):
     """Against their prediction by a decoder that is given these tokens, and nothing else."""
     batch, loss, _ = half
-    patches, predicted = HALF.to_patches(IMAGES), np.asarray(batch["predicted"])[..., None]
+    patches, predicted = HALF.to_patches(IMAGES), np.asarray(batch["ids_predicted"])[..., None]
     decode = jax.jit(lambda *args: HALF.apply("__call__", *args))
-    made = decode(params, patches, batch["keep"], batch["predicted"])
+    made = decode(params, patches, batch["ids_keep"], batch["ids_predicted"])
     target = np.take_along_axis(np.float64(patches), predicted, axis=1)
     target -= target.mean(axis=-1, keepdims=True)
     target /= np.sqrt(target.var(axis=-1, ddof=1, keepdims=True) + HALF.norm_pix_eps)
@@ -77,16 +77,16 @@ def test_the_loss_is_of_the_predicted_tokens_alone(params, half):
 
 def test_nothing_depends_on_masked_patches_that_are_not_predicted(params, half):
     batch, expected, _ = half
-    patches, mask = HALF.to_patches(IMAGES), HALF.draw_mask(KEY, len(IMAGES))
+    patches, mask = HALF.to_patches(IMAGES), HALF.sample_mask(KEY, len(IMAGES))
     loss = jax.jit(HALF.loss_of_patches)
     losses = []
-    for seen in ("predicted", "keep", "masked"):
+    for seen in ("ids_predicted", "ids_keep", "ids_masked"):
         changed = np.array(patches)
         rows = np.arange(len(IMAGES))[:, None]
         changed[rows, batch[seen]] = np.sin(7 * changed[rows, batch[seen]])
-        if seen == "masked":
-            changed[rows, batch["predicted"]] = patches[rows, batch["predicted"]]
-        losses.append(loss(params, jnp.asarray(changed), mask, batch["predicted"]))
+        if seen == "ids_masked":
+            changed[rows, batch["ids_predicted"]] = patches[rows, batch["ids_predicted"]]
+        losses.append(loss(params, jnp.asarray(changed), mask, batch["ids_predicted"]))
     np.testing.assert_allclose(losses[2], expected, rtol=1e-6)
     assert (np.abs(np.array(losses[:2]) - expected) > 1e-4).all()
 
@@ -99,7 +99,7 @@ def test_every_parameter_learns(half):
 
 def test_pictures_are_whole(params):
     """The program that draws them is the same, and has all patches in it."""
-    mask = HALF.draw_mask(KEY, len(IMAGES))
+    mask = HALF.sample_mask(KEY, len(IMAGES))
     assert mask.as_bool().sum() == 8 * 18
     draw = lambda task: jax.make_jaxpr(task.reconstruct)(params, IMAGES, mask)
     assert str(draw(HALF)) == str(draw(ALL))

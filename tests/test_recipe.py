@@ -199,10 +199,10 @@ ROWS = {
         ("model.patch", 4, "task.grid", (4, 6)),
         ("model.width", 32, ENCODER + "width"),
         ("model.depth", 3, ENCODER + "depth"),
-        ("model.heads", 4, ENCODER + "heads"),
+        ("model.heads", 4, ENCODER + "num_heads"),
         ("model.decoder_width", 32, DECODER + "width"),
         ("model.decoder_depth", 3, DECODER + "depth"),
-        ("model.decoder_heads", 4, DECODER + "heads"),
+        ("model.decoder_heads", 4, DECODER + "num_heads"),
         *[("model.mlp_ratio", 2.0, part + "mlp_ratio") for part in BOTH],
         *[("model.position", "learned", part + "position") for part in BOTH],
         *[("model.layer_norm_eps", 0.1, part + "layer_norm_eps") for part in BOTH],
@@ -259,10 +259,10 @@ ROWS = {
         ("model.image_size", (24, 32), ENCODER + "grid", (3, 4)),
         ("model.width", 32, ENCODER + "width"),
         ("model.depth", 3, ENCODER + "depth"),
-        ("model.heads", 4, ENCODER + "heads"),
+        ("model.heads", 4, ENCODER + "num_heads"),
         ("model.patch", 4, "task.patch"),
         ("model.mlp_ratio", 2.0, ENCODER + "mlp_ratio"),
-        ("model.position", "sincos", ENCODER + "position"),
+        ("model.position", "sincos", ENCODER + "pos_embed"),
         ("model.layer_norm_eps", 0.1, ENCODER + "layer_norm_eps"),
         ("model.dtype", "bfloat16", ENCODER + "execution.dtype", jnp.bfloat16),
         ("model.remat", "dots", ENCODER + "execution.remat"),
@@ -321,10 +321,10 @@ SHAPES = {
 }
 PRETRAINED = partial(adamw, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
 FINETUNED = partial(
-    PRETRAINED, b2=0.999, layer_decay=0.65, without_decay=("cls_token", "pos_embed")
+    PRETRAINED, b2=0.999, layer_decay=0.65, no_weight_decay=("cls_token", "pos_embed")
 )
 PROBED = partial(lars, momentum=0.9, weight_decay=0.0, train_last_blocks=0)
-LARS = partial(lars, momentum=0.9, weight_decay=0.05, without_decay=("cls_token", "pos_embed"))
+LARS = partial(lars, momentum=0.9, weight_decay=0.05, no_weight_decay=("cls_token", "pos_embed"))
 OPTIMIZERS = {"pretrain": PRETRAINED, "finetune": FINETUNED, "linprobe": PROBED, "lars": LARS}
 OPTIMIZER_ROWS = [
     ("pretrain", "optim.b1", 0.5, partial(PRETRAINED, b1=0.5)),
@@ -333,9 +333,9 @@ OPTIMIZER_ROWS = [
     ("pretrain", "optim.weight_decay", 0.5, partial(PRETRAINED, weight_decay=0.5)),
     ("pretrain", "optim.clip_norm", 0.5, partial(PRETRAINED, clip_norm=0.5)),
     ("finetune", "optim.layer_decay", 0.5, partial(FINETUNED, layer_decay=0.5)),
-    ("finetune", "optim.decay_embeddings", True, partial(FINETUNED, without_decay=())),
+    ("finetune", "optim.decay_embeddings", True, partial(FINETUNED, no_weight_decay=())),
     ("finetune", "optim.train_last_blocks", 1, partial(FINETUNED, train_last_blocks=1)),
-    ("lars", "optim.decay_embeddings", True, partial(LARS, without_decay=())),
+    ("lars", "optim.decay_embeddings", True, partial(LARS, no_weight_decay=())),
     ("linprobe", "optim.momentum", 0.5, partial(PROBED, momentum=0.5)),
     ("linprobe", "optim.weight_decay", 0.5, partial(PROBED, weight_decay=0.5)),
     ("linprobe", "optim.train_last_blocks", None, partial(PROBED, train_last_blocks=None)),

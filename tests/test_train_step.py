@@ -56,7 +56,7 @@ def test_learns_and_counts(plain):
 
 def test_accumulation_equals_the_big_batch():
     losses, state = train(4, mask="block")
-    parts_losses, parts_state = train(4, mask="block", accumulate=4)
+    parts_losses, parts_state = train(4, mask="block", grad_accum_steps=4)
     np.testing.assert_allclose(parts_losses, losses, rtol=1e-5)
     # The first moment is linear in the gradients; Adam's division would amplify rounding.
     for a, b in zip(*(jax.tree.leaves(s.opt_state[0].mu) for s in (state, parts_state))):
@@ -152,11 +152,13 @@ def test_a_failed_check_ends_the_run_before_any_hook_sees_the_state():
     assert steps == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("value", "accumulate"), [(np.nan, 1), (np.inf, 1), (1e30, 2)], ids=str)
-def test_a_step_with_numbers_that_are_none_changes_nothing(value, accumulate):
+@pytest.mark.parametrize(
+    ("value", "grad_accum_steps"), [(np.nan, 1), (np.inf, 1), (1e30, 2)], ids=str
+)
+def test_a_step_with_numbers_that_are_none_changes_nothing(value, grad_accum_steps):
     task = dataclasses.replace(make_task(), norm_pix=False)
     state = jax.jit(lambda key: init_state(task, TX, key, with_ema=True))(KEY)
-    step = jax.jit(make_train_step(task, TX, LEARNING_RATE, KEY, accumulate=accumulate))
+    step = jax.jit(make_train_step(task, TX, LEARNING_RATE, KEY, grad_accum_steps=grad_accum_steps))
     good = {"image": np.float32(batch_of(0)["image"])}
     bad = {"image": good["image"].copy()}
     bad["image"][3] = value
@@ -182,7 +184,7 @@ class Steep:
     def init_stats(self):
         return {}
 
-    def draw(self, key, batch):
+    def sample(self, key, batch):
         return batch
 
     def loss(self, params, stats, batch):

@@ -189,7 +189,7 @@ def make_autoencoder(info: ModelInfo, execution: ExecutionConfig = ExecutionConf
         channels=info.channels,
         mlp_ratio=info.mlp_ratio,
         decoder_mlp_ratio=info.decoder_mlp_ratio,
-        position="learned",
+        pos_embed="learned",
         layer_norm_eps=info.layer_norm_eps,
         execution=execution,
     )
@@ -204,7 +204,7 @@ def make_classifier(info: ModelInfo, execution: ExecutionConfig = ExecutionConfi
         info.heads or 1,
         info.grid,
         mlp_ratio=info.mlp_ratio,
-        position="learned",
+        pos_embed="learned",
         layer_norm_eps=info.layer_norm_eps,
         final_norm=not info.fc_norm,
         execution=execution,

@@ -74,19 +74,19 @@ def load(
         name: jnp.asarray(np.asarray(array, np.float32)) for name, array in found.arrays.items()
     }
     execution = ExecutionConfig(
-        dtype=jnp.dtype(dtype), attend=_attend(found.info, attention, dtype)
+        dtype=jnp.dtype(dtype), attention=_select_attention(found.info, attention, dtype)
     )
     return PretrainedModel(found.info, execution, str(path)), unflatten(params)
 
 
-def _attend(info: ModelInfo, wanted: str, dtype: str) -> AttentionImpl:
+def _select_attention(info: ModelInfo, wanted: str, dtype: str) -> AttentionImpl:
     tokens = 1 + info.grid[0] * info.grid[1]
     shapes = {attention_shape(tokens, info.width, info.heads)}
     if info.decoder_heads:
         shapes.add(attention_shape(tokens, info.decoder_width, info.decoder_heads))
     try:
         return attention_autotune.select_implementation(
-            wanted, shapes, jnp.dtype(dtype), alone=True
+            wanted, shapes, jnp.dtype(dtype), single_process=True
         )
     except ValueError as error:
         raise ConvertError(str(error)) from error
@@ -147,11 +147,11 @@ class PretrainedModel:
         if self.info.fc_norm and self.info.pool == "mean":
             found["mean"] = made.pooled
         for layer in layers:
-            assert made.observed is not None
-            found |= self._of_tokens(made.observed.tokens[layer - 1], f"_{layer}", grid)
+            assert made.intermediates is not None
+            found |= self._of_tokens(made.intermediates.tokens[layer - 1], f"_{layer}", grid)
         if attention:
-            assert made.observed is not None
-            found["attention"] = self._as_grid(made.observed.attention[-1][..., None])[..., 0]
+            assert made.intermediates is not None
+            found["attention"] = self._as_grid(made.intermediates.attention[-1][..., None])[..., 0]
         return found
 
     def _of_tokens(self, tokens: Array, suffix: str, grid: bool) -> dict[str, Array]:
@@ -300,4 +300,4 @@ def _reconstruct(
     stats: str,
 ) -> Array:
     task = model.task(mask=mask, mask_ratio=mask_ratio)
-    return task.reconstruct(params, images, task.draw_mask(key, len(images)), stats)
+    return task.reconstruct(params, images, task.sample_mask(key, len(images)), stats)

@@ -107,12 +107,12 @@ class TrainTransform:
 
     def __call__(self, encoded: Encoded, rng: np.random.Generator) -> Example:
         """{"image": [h, w, c]}."""
-        crop, flip = self.draw(encoded, rng)
+        crop, flip = self.sample_crop(encoded, rng)
         image = resize(crop, self.image_size)
         image = image[:, ::-1] if flip else image
         return {"image": image if self.augment is None else self._augmented(image, rng)}
 
-    def draw(self, encoded: Encoded, rng: np.random.Generator) -> tuple[Pixels, bool]:
+    def sample_crop(self, encoded: Encoded, rng: np.random.Generator) -> tuple[Pixels, bool]:
         """The crop, not yet resized, and whether it is to be mirrored."""
         image = decode(encoded, self.channels, self.exif)
         crop_box = single_try_crop_box if self.weak else random_crop_box
@@ -142,7 +142,7 @@ class DeviceResizeTransform:
 
     def __call__(self, encoded: Encoded, rng: np.random.Generator) -> Example:
         """{"crop": [h, w, c], "crop_size": [2], "flip": []}; in a batch crops lie on a canvas."""
-        crop, flip = self.train.draw(encoded, rng)
+        crop, flip = self.train.sample_crop(encoded, rng)
         if max(crop.shape[:2]) > self.side:
             crop = resize(crop, self.train.image_size)
         size = np.array(crop.shape[:2], np.int32)

@@ -122,7 +122,7 @@ class ReconstructionFigure:
 
     def run(self, params: Any) -> UInt8[np.ndarray, "y x 3"]:
         """The figure for some parameters."""
-        return self.draw(self.reconstruct(params))
+        return self.render(self.reconstruct(params))
 
     def reconstruct(self, params: Any) -> Shaped[np.ndarray, "b h w c"]:
         """What a model with some parameters makes of the images."""
@@ -130,7 +130,7 @@ class ReconstructionFigure:
         made = self._reconstruct(params, self.images, mask, stats=self.stats)
         return np.asarray(made if made.is_fully_addressable else sharding.gather_to_host(made))
 
-    def draw(self, made: Shaped[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "y x 3"]:
+    def render(self, made: Shaped[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "y x 3"]:
         """The figure of what a model made."""
         originals, made = (
             to_rgb_uint8(np.asarray(images), self.show, self.task.mean, self.task.std)

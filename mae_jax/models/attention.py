@@ -10,30 +10,31 @@ from jax import Array
 AttentionShape = tuple[int, int, int]  # tokens, heads, width of a head
 
 
-def attention_shape(tokens: int, width: int, heads: int) -> AttentionShape:
+def attention_shape(tokens: int, width: int, num_heads: int) -> AttentionShape:
     """Of the attention of so many heads over tokens of this width."""
-    return tokens, heads, width // heads
+    return tokens, num_heads, width // num_heads
 
 
-def split_heads(packed: Array, heads: int) -> tuple[Array, Array, Array]:
+def split_heads(packed: Array, num_heads: int) -> tuple[Array, Array, Array]:
     """Queries, keys and values [b, t, h, e] of one projection [b, t, 3d] to all of them."""
     query, key, value = (
-        rearrange(part, "b t (h e) -> b t h e", h=heads) for part in jnp.split(packed, 3, axis=-1)
+        rearrange(part, "b t (h e) -> b t h e", h=num_heads)
+        for part in jnp.split(packed, 3, axis=-1)
     )
     return query, key, value
 
 
 @dataclass(frozen=True)
 class AttentionImpl:
-    """Attention: cuDNN's fused kernel for the shapes in `fused`, and our own for all others."""
+    """Attention: cuDNN's fused kernel for the shapes in `cudnn_shapes`, and our own for all others."""
 
-    fused: frozenset[AttentionShape] = frozenset()
+    cudnn_shapes: frozenset[AttentionShape] = frozenset()
 
     def __call__(self, query: Array, key: Array, value: Array) -> Array:
         """Values [b, t, h, e] weighted by the softmax, in float32, of queries times keys."""
-        if query.shape[1:] in self.fused:
+        if query.shape[1:] in self.cudnn_shapes:
             return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-        return _attend(query, key, value)
+        return _xla_attention(query, key, value)
 
 
 def _einsum_f32(equation: str, a: Array, b: Array) -> Array:
@@ -41,7 +42,7 @@ def _einsum_f32(equation: str, a: Array, b: Array) -> Array:
 
 
 @jax.custom_vjp
-def _attend(query: Array, key: Array, value: Array) -> Array:
+def _xla_attention(query: Array, key: Array, value: Array) -> Array:
     return _forward(query, key, value)[0]
 
 
@@ -71,4 +72,4 @@ def _backward(saved, gradient: Array) -> tuple[Array, Array, Array]:
     return dquery.astype(dtype), dkey.astype(dtype), dvalue.astype(dtype)
 
 
-_attend.defvjp(_forward, _backward)
+_xla_attention.defvjp(_forward, _backward)

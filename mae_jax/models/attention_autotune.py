@@ -32,12 +32,12 @@ class Timing:
 
 
 def select_implementation(
-    wanted: str, shapes: Collection[AttentionShape], dtype: Any, *, alone: bool = False
+    wanted: str, shapes: Collection[AttentionShape], dtype: Any, *, single_process: bool = False
 ) -> AttentionImpl:
     """For each shape the faster implementation that works on this device; "auto" tries both.
 
     cuDNN takes bfloat16 on GPUs only; elsewhere there is nothing to choose and nothing is tried.
-    Unless a process does so `alone`, all of a run have to call this together, and choose the same.
+    Unless a process does so (`single_process`), all of a run have to call this together, and choose the same.
 
     Raises:
       ValueError: `wanted` is "cudnn", which does not work here, or it is not known.
@@ -54,24 +54,24 @@ def select_implementation(
         )
     trials = {shape: (time_xla(shape, dtype), time_cudnn(shape, dtype)) for shape in sorted(shapes)}
     seconds = np.array([[trial.seconds for trial in pair] for pair in trials.values()], np.float32)
-    if not alone:  # the mean over processes, so that all of them choose the same
+    if not single_process:  # the mean over processes, so that all of them choose the same
         gathered = multihost_utils.process_allgather(seconds)
         seconds = np.asarray(gathered).reshape(-1, *seconds.shape).mean(axis=0)
-    fused = []
+    cudnn_shapes = []
     for (shape, (xla, cudnn)), (of_xla, of_cudnn) in zip(trials.items(), seconds):
         if wanted == "cudnn" and not math.isfinite(of_cudnn):
             why = cudnn.failure or "another process of this run says so"
             raise ValueError(f"model.attention='cudnn' does not work for {_describe(shape)}: {why}")
         if wanted == "cudnn" or of_cudnn < MIN_SPEEDUP * of_xla:
-            fused.append(shape)
+            cudnn_shapes.append(shape)
         log.info(
             "attention of %s: %s (xla %s, cudnn %s)",
             _describe(shape),
-            "cudnn" if shape in fused else "xla",
+            "cudnn" if shape in cudnn_shapes else "xla",
             xla.failure or f"{1e3 * of_xla:.3f} ms",
             cudnn.failure or f"{1e3 * of_cudnn:.3f} ms",
         )
-    return AttentionImpl(frozenset(fused))
+    return AttentionImpl(frozenset(cudnn_shapes))
 
 
 def time_xla(shape: AttentionShape, dtype: Any) -> Timing:
@@ -80,18 +80,18 @@ def time_xla(shape: AttentionShape, dtype: Any) -> Timing:
 
 def time_cudnn(shape: AttentionShape, dtype: Any) -> Timing:
     """A trial that fails also where the results differ from XLA's."""
-    fused = AttentionImpl(frozenset([shape]))
+    cudnn_shapes = AttentionImpl(frozenset([shape]))
 
     def trial() -> float:
         inputs = [x[0] for x in _inputs(shape, dtype)]
         found, expected = (
-            jax.jit(_forward_backward(attend, shape))(*inputs)
-            for attend in (fused, AttentionImpl())
+            jax.jit(_forward_backward(attention, shape))(*inputs)
+            for attention in (cudnn_shapes, AttentionImpl())
         )
         error = np.max([_distance(*pair) for pair in zip(found, expected)])  # nan if one is
         if not error <= TOLERANCE:
             raise ArithmeticError(f"its results or gradients are off by {error:.1g}")
-        return _seconds(fused, shape, dtype)
+        return _seconds(cudnn_shapes, shape, dtype)
 
     return _timed_or_failed(trial)
 
@@ -113,10 +113,10 @@ def _inputs(shape: AttentionShape, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward_backward(
-    attend: AttentionImpl, shape: AttentionShape
+    attention: AttentionImpl, shape: AttentionShape
 ) -> Callable[..., tuple[jax.Array, ...]]:
     def both_ways(packed, gradient):
-        forward = lambda packed: attend(*split_heads(packed, shape[1]))
+        forward = lambda packed: attention(*split_heads(packed, shape[1]))
         result, pull_back = jax.vjp(forward, packed)
         return result, *pull_back(gradient)
 
@@ -129,9 +129,9 @@ def _distance(found: jax.Array, expected: jax.Array) -> float:
     return float(np.linalg.norm(result - wanted) / np.linalg.norm(wanted))
 
 
-def _seconds(attend: AttentionImpl, shape: AttentionShape, dtype: Any) -> float:
+def _seconds(attention: AttentionImpl, shape: AttentionShape, dtype: Any) -> float:
     """Of one pass: many in one program, so that it is not the host that is timed."""
-    inputs, one_pass = _inputs(shape, dtype), _forward_backward(attend, shape)
+    inputs, one_pass = _inputs(shape, dtype), _forward_backward(attention, shape)
     run = jax.jit(lambda *inputs: jax.lax.map(lambda each: one_pass(*each), inputs))
     jax.block_until_ready(run(*inputs))
     best = math.inf

@@ -44,16 +44,18 @@ class BatchNorm(nn.Module):
 class AttentionPool(nn.Module):
     """One learned query that attends to the patches, with as many heads as the encoder."""
 
-    heads: int
+    num_heads: int
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         width = tokens.shape[-1]
         init = nn.initializers.normal(0.02)
-        query = self.param("query", init, (self.heads, width // self.heads))
+        query = self.param("query", init, (self.num_heads, width // self.num_heads))
         keys, values = (
             rearrange(
-                Dense(width, jnp.float32, name=name)(tokens), "b n (h e) -> b n h e", h=self.heads
+                Dense(width, jnp.float32, name=name)(tokens),
+                "b n (h e) -> b n h e",
+                h=self.num_heads,
             )
             for name in ("key", "value")
         )
@@ -103,13 +105,13 @@ class Probe(nn.Module):
 class Outputs(NamedTuple):
     """tokens: of the encoder, cls first; pooled: what the head takes, float32.
 
-    logits: None without a head. observed: what each block does, where that was asked for.
+    logits: None without a head. intermediates: what each block does, where that was asked for.
     """
 
     tokens: Float[Array, "b t d"]
     pooled: Float[Array, "b *n d"]
     logits: Float[Array, "b classes"] | None
-    observed: Intermediates | None
+    intermediates: Intermediates | None
 
 
 class Classifier(nn.Module):
@@ -131,15 +133,15 @@ class Classifier(nn.Module):
     def __call__(
         self,
         patches: Float[Array, "b n p"],
-        observe: bool = False,
+        return_intermediates: bool = False,
         train: bool = False,
-        uniforms: Float[Array, "depth 2 b"] | None = None,
+        drop_path_noise: Float[Array, "depth 2 b"] | None = None,
     ) -> Outputs:
-        """`uniforms` drop paths, as in `Encoder`."""
-        if observe:
-            tokens, observed = self.encoder.observe(patches)
+        """`drop_path_noise` drop paths, as in `Encoder`."""
+        if return_intermediates:
+            tokens, intermediates = self.encoder.with_intermediates(patches)
         else:
-            tokens, observed = self.encoder(patches, None, uniforms), None
+            tokens, intermediates = self.encoder(patches, None, drop_path_noise), None
         pooled = self.pool_tokens(tokens)
         if self.fc_norm:
             pooled = layer_norm("fc_norm", self.encoder.layer_norm_eps, jnp.float32)(pooled)
@@ -152,7 +154,7 @@ class Classifier(nn.Module):
                 init_std=self.head_init_std,
             )
             logits = head(pooled, train)
-        return Outputs(tokens, pooled, logits, observed)
+        return Outputs(tokens, pooled, logits, intermediates)
 
     def pool_tokens(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b *n d"]:
         """What the head takes; attention is part of the head, and takes every patch."""
@@ -164,4 +166,4 @@ class Classifier(nn.Module):
 
     @property
     def attention_heads(self) -> int:
-        return self.encoder.heads if self.pool == "attention" else 0
+        return self.encoder.num_heads if self.pool == "attention" else 0

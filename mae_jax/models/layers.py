@@ -29,15 +29,15 @@ class ExecutionConfig:
     dtype: of activations and matmul inputs; parameters, norms and softmax stay float32.
     remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full".
     scan_unroll: blocks per iteration of the scan over depth; the depth itself means no loop.
-    constrain: applied to batch-leading activations, to pin how they are sharded.
-    attend: the implementation of attention.
+    shard_activations: applied to batch-leading activations, to pin how they are sharded.
+    attention: the implementation of attention.
     """
 
     dtype: Any = jnp.float32
     remat: str = "none"
     scan_unroll: int = 1
-    constrain: Callable[[Array], Array] = lambda x: x
-    attend: AttentionImpl = AttentionImpl()
+    shard_activations: Callable[[Array], Array] = lambda x: x
+    attention: AttentionImpl = AttentionImpl()
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
@@ -53,7 +53,7 @@ class Dense(nn.Module):
     """A linear layer with the reference's xavier-uniform kernel.
 
     Tokens are flattened to a matrix, which spares XLA a transposed copy in the backward pass. In
-    a type other than float32 it takes the kernel from `narrow_copies`, if there are any.
+    a type other than float32 it takes the kernel from `cast_kernels`, if there are any.
     """
 
     features: int
@@ -74,11 +74,11 @@ class Dense(nn.Module):
         return rearrange(y, "(b t) y -> b t y", b=x.shape[0])
 
 
-LOW_PRECISION = "narrow"  # the collection of `narrow_copies`
+LOW_PRECISION = "low_precision"  # the collection of `cast_kernels`
 
 
 def cast_kernels(params: Tree, dtype: Any) -> dict[str, Any]:
-    """{"narrow": ...}: every kernel in the type of activations, to apply a network with.
+    """{"low_precision": ...}: every kernel in the type of activations, to apply a network with.
 
     So each is converted once in a step, not at every use and again where blocks are recomputed.
     """
@@ -106,12 +106,12 @@ class Intermediates(NamedTuple):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values.
 
-    With `observe` it also gives the first token's attention weights, mean over the heads.
+    With `return_intermediates` it also gives the first token's attention weights, mean over the heads.
     """
 
-    heads: int
+    num_heads: int
     execution: ExecutionConfig
-    observe: bool
+    return_intermediates: bool
 
     @nn.compact
     def __call__(
@@ -120,10 +120,10 @@ class Attention(nn.Module):
         width, dtype = x.shape[-1], self.execution.dtype
         # As in the reference: qkv is one xavier-initialised (d, 3d) matrix, laid out q, k, v.
         qkv = Dense(3 * width, dtype, name="qkv")(x)
-        q, k, v = split_heads(qkv, self.heads)
-        x = self.execution.attend(q, k, v)
+        q, k, v = split_heads(qkv, self.num_heads)
+        x = self.execution.attention(q, k, v)
         x = Dense(width, dtype, name="proj")(rearrange(x, "b t h e -> b t (h e)"))
-        if not self.observe:
+        if not self.return_intermediates:
             return x, None
         scores = jnp.einsum("bhe,bthe->bht", q[:, 0], k).astype(jnp.float32)
         return x, jax.nn.softmax(scores * q.shape[-1] ** -0.5).mean(axis=1)
@@ -160,51 +160,53 @@ def mlp_dim(width: int, mlp_ratio: float) -> int:
 class DropPath(NamedTuple):
     """Stochastic depth (Huang et al. 2016) of one block, or with a leading axis of each.
 
-    keep: probability that a branch stays; uniforms: in [0, 1), for attention and for the MLP.
+    keep: probability that a branch stays; noise: in [0, 1), for attention and for the MLP.
     """
 
     keep: Float[Array, "*depth"]
-    uniforms: Float[Array, "*depth 2 b"]
+    noise: Float[Array, "*depth 2 b"]
 
     def __call__(self, x: Float[Array, "b t d"], branch: int) -> Float[Array, "b t d"]:
         """The branch of each image, scaled up so that its mean stays, or dropped."""
         # As in the reference: floor(keep + u), which at keep = 1 is always 1.
-        kept = jnp.floor(self.keep + self.uniforms[branch]) / self.keep
+        kept = jnp.floor(self.keep + self.noise[branch]) / self.keep
         return (x * kept[:, None, None]).astype(x.dtype)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); `drop_path` may drop either addend."""
 
-    heads: int
+    num_heads: int
     mlp_ratio: float
     layer_norm_eps: float
     execution: ExecutionConfig
-    observe: bool
+    return_intermediates: bool
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t d"], drop_path: DropPath | None
     ) -> tuple[Float[Array, "b t d"], Intermediates | None]:
-        dtype, constrain = self.execution.dtype, self.execution.constrain
+        dtype, shard_activations = self.execution.dtype, self.execution.shard_activations
         hidden = mlp_dim(x.shape[-1], self.mlp_ratio)
-        x = constrain(x)
+        x = shard_activations(x)
         y = layer_norm("norm1", self.layer_norm_eps, dtype)(x)
-        y, attention = Attention(self.heads, self.execution, self.observe, name="attn")(y)
+        y, attention = Attention(
+            self.num_heads, self.execution, self.return_intermediates, name="attn"
+        )(y)
         x = x + (drop_path(y, 0) if drop_path else y)
         y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
         y = Mlp(hidden, dtype, name="mlp")(y)
-        x = constrain(x + (drop_path(y, 1) if drop_path else y))
+        x = shard_activations(x + (drop_path(y, 1) if drop_path else y))
         return x, None if attention is None else Intermediates(x, attention)
 
 
 def make_blocks(
     depth: int,
-    heads: int,
+    num_heads: int,
     mlp_ratio: float,
     layer_norm_eps: float,
     execution: ExecutionConfig,
-    observe: bool = False,
+    return_intermediates: bool = False,
 ) -> Callable[..., tuple[Float[Array, "b t d"], Intermediates | None]]:
     """`depth` blocks as one scanned module named "blocks", its parameters stacked [depth, ...].
 
@@ -224,5 +226,5 @@ def make_blocks(
         split_rngs={"params": True},
         length=depth,
         unroll=min(execution.scan_unroll, depth),
-    )(heads, mlp_ratio, layer_norm_eps, execution, observe, name="blocks")
+    )(num_heads, mlp_ratio, layer_norm_eps, execution, return_intermediates, name="blocks")
     return lambda x, drop_path=None: blocks(x, drop_path)

@@ -24,10 +24,10 @@ class Decoder(nn.Module):
     patch_values: int
     width: int
     depth: int
-    heads: int
+    num_heads: int
     grid: tuple[int, int]
     mlp_ratio: float = 4.0
-    position: str = "sincos"
+    pos_embed: str = "sincos"
     layer_norm_eps: float = 1e-6
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -35,29 +35,29 @@ class Decoder(nn.Module):
     def __call__(
         self,
         latent: Float[Array, "b k1 d"],
-        keep: Int[Array, "b k"],
-        masked: Int[Array, "b m"],
+        ids_keep: Int[Array, "b k"],
+        ids_masked: Int[Array, "b m"],
         first: int,
     ) -> Float[Array, "b i p"]:
-        """Pixels of the patches `[*keep, *masked]` from number `first` on, float32."""
-        dtype, constrain = self.execution.dtype, self.execution.constrain
-        x = constrain(Dense(self.width, dtype, name="embed")(latent))
+        """Pixels of the patches `[*ids_keep, *ids_masked]` from number `first` on, float32."""
+        dtype, shard = self.execution.dtype, self.execution.shard_activations
+        x = shard(Dense(self.width, dtype, name="embed")(latent))
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        mask_tokens = jnp.broadcast_to(mask_token.astype(dtype), (*masked.shape, self.width))
+        mask_tokens = jnp.broadcast_to(mask_token.astype(dtype), (*ids_masked.shape, self.width))
         x = jnp.concatenate([x, mask_tokens], axis=1)
 
-        positions = PosEmbed(self.position, self.grid, self.width, name="pos_embed")()
-        places = jnp.concatenate([keep, masked], axis=1) + 1
+        positions = PosEmbed(self.pos_embed, self.grid, self.width, name="pos_embed")()
+        places = jnp.concatenate([ids_keep, ids_masked], axis=1) + 1
         places = jnp.pad(places, ((0, 0), (1, 0)))  # row 0 of the table is the cls token's
-        x = constrain(x + jnp.take(positions[0], places, axis=0).astype(dtype))
+        x = shard(x + jnp.take(positions[0], places, axis=0).astype(dtype))
 
         blocks = make_blocks(
-            self.depth, self.heads, self.mlp_ratio, self.layer_norm_eps, self.execution
+            self.depth, self.num_heads, self.mlp_ratio, self.layer_norm_eps, self.execution
         )
         x, _ = blocks(x)
-        x = constrain(x[:, 1 + first :])
+        x = shard(x[:, 1 + first :])
         x = layer_norm("norm", self.layer_norm_eps, dtype)(x)
-        return constrain(Dense(self.patch_values, dtype, name="head")(x)).astype(jnp.float32)
+        return shard(Dense(self.patch_values, dtype, name="head")(x)).astype(jnp.float32)
 
 
 class MAE(nn.Module):
@@ -69,30 +69,34 @@ class MAE(nn.Module):
     def __call__(
         self,
         patches: Float[Array, "b n p"],
-        keep: Int[Array, "b k"],
-        masked: Int[Array, "b m"],
+        ids_keep: Int[Array, "b k"],
+        ids_masked: Int[Array, "b m"],
     ) -> Float[Array, "b m p"]:
-        """Predicted pixels of `masked`, all masked patches or some, in their order."""
-        return self.decoder(self.encoder(patches, keep), keep, masked, keep.shape[1])
+        """Predicted pixels of `ids_masked`, all masked patches or some, in their order."""
+        return self.decoder(
+            self.encoder(patches, ids_keep), ids_keep, ids_masked, ids_keep.shape[1]
+        )
 
     def predict(
         self,
         patches: Float[Array, "b n p"],
-        keep: Int[Array, "b k"],
-        masked: Int[Array, "b m"],
+        ids_keep: Int[Array, "b k"],
+        ids_masked: Int[Array, "b m"],
     ) -> Float[Array, "b n p"]:
         """Predicted pixels of every patch, kept ones included, in image order.
 
-        `keep` and `masked` have to be all patches together.
+        `ids_keep` and `ids_masked` have to be all patches together.
         """
-        pred = self.decoder(self.encoder(patches, keep), keep, masked, 0)
-        return gather_patches(pred, jnp.argsort(jnp.concatenate([keep, masked], axis=1), axis=1))
+        pred = self.decoder(self.encoder(patches, ids_keep), ids_keep, ids_masked, 0)
+        return gather_patches(
+            pred, jnp.argsort(jnp.concatenate([ids_keep, ids_masked], axis=1), axis=1)
+        )
 
     def encode(
-        self, patches: Float[Array, "b n p"], keep: Int[Array, "b k"] | None = None
+        self, patches: Float[Array, "b n p"], ids_keep: Int[Array, "b k"] | None = None
     ) -> Float[Array, "b t d"]:
-        """The encoder's tokens, cls first; all patches unless `keep` is given."""
-        return self.encoder(patches, keep)
+        """The encoder's tokens, cls first; all patches unless `ids_keep` is given."""
+        return self.encoder(patches, ids_keep)
 
 
 def make_mae(
@@ -102,7 +106,7 @@ def make_mae(
     channels: int = 3,
     mlp_ratio: float = 4.0,
     decoder_mlp_ratio: float | None = None,
-    position: str = "sincos",
+    pos_embed: str = "sincos",
     layer_norm_eps: float = 1e-6,
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> MAE:
@@ -112,10 +116,10 @@ def make_mae(
     """
     check_width("model.width", size.width, size.heads)
     check_width("model.decoder_width", size.decoder_width, size.decoder_heads)
-    if position not in POS_EMBEDS:
-        raise ValueError(f"model.position={position!r}; use one of {', '.join(POS_EMBEDS)}")
+    if pos_embed not in POS_EMBEDS:
+        raise ValueError(f"model.position={pos_embed!r}; use one of {', '.join(POS_EMBEDS)}")
     shared: dict[str, Any] = dict(
-        grid=grid, position=position, layer_norm_eps=layer_norm_eps, execution=execution
+        grid=grid, pos_embed=pos_embed, layer_norm_eps=layer_norm_eps, execution=execution
     )
     encoder = Encoder(size.width, size.depth, size.heads, mlp_ratio=mlp_ratio, **shared)
     decoder = Decoder(

@@ -58,10 +58,10 @@ class Encoder(nn.Module):
 
     width: int
     depth: int
-    heads: int
+    num_heads: int
     grid: tuple[int, int]
     mlp_ratio: float = 4.0
-    position: str = "sincos"
+    pos_embed: str = "sincos"
     layer_norm_eps: float = 1e-6
     final_norm: bool = True
     drop_path: float = 0.0
@@ -70,51 +70,58 @@ class Encoder(nn.Module):
     def __call__(
         self,
         patches: Float[Array, "b n p"],
-        keep: Int[Array, "b k"] | None = None,
-        uniforms: Float[Array, "depth 2 b"] | None = None,
+        ids_keep: Int[Array, "b k"] | None = None,
+        drop_path_noise: Float[Array, "depth 2 b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Tokens after the final norm, cls first, then the patches at `keep` in its order.
+        """Tokens after the final norm, cls first, then the patches at `ids_keep` in its order.
 
-        Without `keep` every patch is encoded, in image order. With `uniforms` in [0, 1) paths are
+        Without `ids_keep` every patch is encoded, in image order. With `drop_path_noise` in [0, 1) paths are
         dropped by them; their order is the reference's: by block, attention before MLP.
         """
-        return self._encode(patches, keep, uniforms, observe=False)[0]
+        return self._encode(patches, ids_keep, drop_path_noise, return_intermediates=False)[0]
 
-    def observe(
+    def with_intermediates(
         self, patches: Float[Array, "b n p"]
     ) -> tuple[Float[Array, "b t d"], Intermediates]:
         """Tokens of every patch, and what each block does; its tokens too take the final norm."""
-        return self._encode(patches, None, None, observe=True)
+        return self._encode(patches, None, None, return_intermediates=True)
 
     @nn.compact
-    def _encode(self, patches: Any, keep: Any, uniforms: Any, *, observe: bool) -> tuple[Any, Any]:
-        dtype, constrain = self.execution.dtype, self.execution.constrain
-        positions = PosEmbed(self.position, self.grid, self.width, name="pos_embed")()
+    def _encode(
+        self, patches: Any, ids_keep: Any, drop_path_noise: Any, *, return_intermediates: bool
+    ) -> tuple[Any, Any]:
+        dtype, shard = self.execution.dtype, self.execution.shard_activations
+        positions = PosEmbed(self.pos_embed, self.grid, self.width, name="pos_embed")()
         cls_position, positions = positions[:, :1], positions[:, 1:]
-        if keep is not None:
+        if ids_keep is not None:
             # Embedding only what is kept gives the same numbers as embedding all and dropping.
-            patches = constrain(gather_patches(patches, keep))
-            positions = jnp.take(positions[0], keep, axis=0)
+            patches = shard(gather_patches(patches, ids_keep))
+            positions = jnp.take(positions[0], ids_keep, axis=0)
         embed = Dense(self.width, dtype, _uniform_bias(patches.shape[-1]), name="patch_embed")
-        x = constrain(embed(patches) + positions.astype(dtype))
+        x = shard(embed(patches) + positions.astype(dtype))
         # As in the reference: cls and mask tokens are N(0, .02), not truncated.
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls = (cls + cls_position).astype(dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
         blocks = make_blocks(
-            self.depth, self.heads, self.mlp_ratio, self.layer_norm_eps, self.execution, observe
+            self.depth,
+            self.num_heads,
+            self.mlp_ratio,
+            self.layer_norm_eps,
+            self.execution,
+            return_intermediates,
         )
         drop_path = None
-        if uniforms is not None:
+        if drop_path_noise is not None:
             rates = jnp.linspace(0.0, self.drop_path, self.depth)
-            drop_path = DropPath(1.0 - rates, uniforms)
-        x, observed = blocks(x, drop_path)
+            drop_path = DropPath(1.0 - rates, drop_path_noise)
+        x, intermediates = blocks(x, drop_path)
         if self.final_norm:
             norm = layer_norm("norm", self.layer_norm_eps, dtype)
             x = norm(x)
-            if observed is not None:
-                observed = observed._replace(tokens=norm(observed.tokens))
-        return x, observed
+            if intermediates is not None:
+                intermediates = intermediates._replace(tokens=norm(intermediates.tokens))
+        return x, intermediates
 
 
 def check_width(name: str, width: int, heads: int) -> None:

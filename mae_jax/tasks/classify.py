@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Key, Shaped
 
 from mae_jax.models.attention import AttentionShape, attention_shape
@@ -18,13 +19,6 @@ from mae_jax.tasks.optimizer import stop_frozen_gradients
 
 Params = dict[str, Any]
 Stats = dict[str, Any]
-
-
-def soft_cross_entropy(
-    logits: Float[Array, "b classes"], targets: Float[Array, "b classes"]
-) -> Float[Array, ""]:
-    """Mean cross-entropy with soft labels."""
-    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
 
 
 def apply_with_stats(
@@ -53,7 +47,7 @@ class ProbeTask:
     def _init(self, key: Key[Array, ""]) -> dict[str, Any]:
         return dict(self.probe.init(key, jnp.zeros((1, *self.shape)), False))
 
-    def draw(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
+    def sample(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
         """Adds "target", one-hot labels; nothing is random."""
         del key
         return batch | {"target": jax.nn.one_hot(batch["label"], self.probe.num_classes)}
@@ -61,10 +55,10 @@ class ProbeTask:
     def loss(
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
-        """Mean loss of a batch from `draw`, and the statistics after it."""
+        """Mean loss of a batch from `sample`, and the statistics after it."""
         variables = {"params": params, "batch_stats": stats}
         logits, stats = apply_with_stats(self.probe, variables, batch["pooled"], train=True)
-        return soft_cross_entropy(logits, batch["target"]), stats
+        return optax.softmax_cross_entropy(logits, batch["target"]).mean(), stats
 
     def logits(self, params: Params, stats: Stats, features: Array) -> Float[Array, "b classes"]:
         """Outside training."""
@@ -110,7 +104,7 @@ class Classify:
         """Of all that is computed."""
         encoder = self.model.encoder
         rows, columns = encoder.grid
-        return {attention_shape(1 + rows * columns, encoder.width, encoder.heads)}
+        return {attention_shape(1 + rows * columns, encoder.width, encoder.num_heads)}
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters."""
@@ -125,52 +119,53 @@ class Classify:
         values = self.patch**2 * len(self.mean)
         return dict(self.model.init(key, jnp.zeros((1, rows * columns, values))))
 
-    def draw(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
+    def sample(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
         """The batch with everything random about its loss, drawn for all its rows at once.
 
-        Adds "target" [b, classes]; "pixels" where images are erased or mixed; "uniforms" where
+        Adds "target" [b, classes]; "pixels" where images are erased or mixed; "drop_path_noise" where
         paths are dropped, [b, depth, 2].
         """
         erase_key, mix_key, path_key = jax.random.split(key, 3)
-        targets = mixup.smooth_targets(batch["label"], self.model.num_classes, self.smoothing)
-        drawn = {}
+        targets = jax.nn.one_hot(batch["label"], self.model.num_classes)
+        targets = optax.smooth_labels(targets, self.smoothing)
+        sampled = {}
         if "image" in batch and (self.erase or self.mixup.active):
             pixels = normalize(batch["image"], self.mean, self.std)
             if self.erase:
                 pixels = mixup.random_erasing(erase_key, pixels, self.erase)
             if self.mixup.active:
-                mix = self.mixup.draw(mix_key, len(pixels), (pixels.shape[1], pixels.shape[2]))
+                mix = self.mixup.sample(mix_key, len(pixels), (pixels.shape[1], pixels.shape[2]))
                 pixels, targets = mixup.mix_images(pixels, mix), mixup.mix_targets(targets, mix)
             batch = {name: x for name, x in batch.items() if name != "image"}
-            drawn["pixels"] = pixels
+            sampled["pixels"] = pixels
         if self.model.encoder.drop_path:
             shape = (len(targets), self.model.encoder.depth, 2)
-            drawn["uniforms"] = jax.random.uniform(path_key, shape)
-        return batch | drawn | {"target": targets}
+            sampled["drop_path_noise"] = jax.random.uniform(path_key, shape)
+        return batch | sampled | {"target": targets}
 
     def loss(
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
-        """Mean loss of a batch from `draw`, and the statistics after it."""
+        """Mean loss of a batch from `sample`, and the statistics after it."""
         params = dict(stop_frozen_gradients(params, self.train_last_blocks))
         if "pooled" in batch:
             return self._head.loss(params, stats, batch)
         pixels = batch.get("pixels")
         if pixels is None:
             pixels = normalize(batch["image"], self.mean, self.std)
-        uniforms = batch.get("uniforms")
-        if uniforms is not None:
-            uniforms = jnp.moveaxis(uniforms, 0, -1)
+        drop_path_noise = batch.get("drop_path_noise")
+        if drop_path_noise is not None:
+            drop_path_noise = jnp.moveaxis(drop_path_noise, 0, -1)
         patches = patchify(pixels, self.patch)
         copies = cast_kernels(params, self.model.encoder.execution.dtype)
         variables = {"params": params, "batch_stats": stats, **copies}
         made, stats = apply_with_stats(
-            self.model, variables, patches, train=True, uniforms=uniforms
+            self.model, variables, patches, train=True, drop_path_noise=drop_path_noise
         )
-        return soft_cross_entropy(made.logits, batch["target"]), stats
+        return optax.softmax_cross_entropy(made.logits, batch["target"]).mean(), stats
 
     @property
-    def random(self) -> bool:
+    def is_stochastic(self) -> bool:
         """Whether training sees anything else of an image than evaluation does."""
         return bool(self.erase or self.mixup.active or self.model.encoder.drop_path)
 
@@ -193,15 +188,15 @@ class Classify:
 
     def pooled(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b *n d"]:
         """What the head takes of images."""
-        return self._headless(params, images).pooled
+        return self._encode_without_head(params, images).pooled
 
     def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Mean of the encoder's patch tokens, float32, after fc_norm where it is of that mean."""
-        made = self._headless(params, images)
+        made = self._encode_without_head(params, images)
         if self.model.fc_norm and self.model.pool == "mean":
             return made.pooled
         return made.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 
-    def _headless(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
+    def _encode_without_head(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
         patches = patchify(normalize(images, self.mean, self.std), self.patch)
         return self.model.clone(num_classes=0).apply({"params": params}, patches)  # type: ignore[return-value]

@@ -17,14 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 class Mask(NamedTuple):
     """A partition of the n patches of every image, both parts in order of their noise."""
 
-    keep: Int[Array, "b k"]
-    masked: Int[Array, "b m"]
+    ids_keep: Int[Array, "b k"]
+    ids_masked: Int[Array, "b m"]
 
     def as_bool(self) -> Bool[Array, "b n"]:
         """True where a patch is masked, in image order."""
-        rows = jnp.arange(len(self.keep))[:, None]
-        n = self.keep.shape[1] + self.masked.shape[1]
-        return jnp.zeros((len(self.keep), n), bool).at[rows, self.masked].set(True)
+        rows = jnp.arange(len(self.ids_keep))[:, None]
+        n = self.ids_keep.shape[1] + self.ids_masked.shape[1]
+        return jnp.zeros((len(self.ids_keep), n), bool).at[rows, self.ids_masked].set(True)
 
 
 def len_keep(num_patches: int, mask_ratio: float) -> int:

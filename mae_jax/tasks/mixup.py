@@ -22,19 +22,19 @@ class Mix(NamedTuple):
     instead of blending; box: top, bottom, left and right of what is pasted, pixels, ends excluded.
     """
 
-    share: Float[Array, " b"]
-    cut: Bool[Array, " b"]
+    lam: Float[Array, " b"]
+    is_cutmix: Bool[Array, " b"]
     box: Int[Array, "b 4"]
 
 
 def cutmix_box(
-    share: Float[Array, " b"],
+    lam: Float[Array, " b"],
     centre: Int[Array, "b 2"],
     image_size: tuple[int, int],
 ) -> tuple[Int[Array, "b 4"], Float[Array, " b"]]:
-    """A box of about 1 - share of the image around (y, x), and the share that it really leaves."""
+    """A box of about 1 - lam of the image around (y, x), and the lam that it really leaves."""
     height, width = image_size
-    cut = jnp.sqrt(1 - share)
+    cut = jnp.sqrt(1 - lam)
     # As in the reference: sides are cut off to whole pixels and halved, so odd ones lose one.
     half = jnp.stack([(height * cut).astype(int) // 2, (width * cut).astype(int) // 2], axis=1)
     size = jnp.array(image_size)
@@ -74,7 +74,7 @@ class Mixup:
         """Whether anything is mixed at all."""
         return (self.mixup > 0 or self.cutmix > 0) and self.prob > 0
 
-    def draw(self, key: Key[Array, ""], batch: int, image_size: tuple[int, int]) -> Mix:
+    def sample(self, key: Key[Array, ""], batch: int, image_size: tuple[int, int]) -> Mix:
         """The mixing of a batch, at least one alpha being above 0."""
         keys = jax.random.split(key, 5)
         if self.mixup > 0 and self.cutmix > 0:
@@ -99,23 +99,18 @@ class Mixup:
 
 def mix_images(pixels: Float[Array, "b h w c"], mix: Mix) -> Float[Array, "b h w c"]:
     """Every image with its partner's pixels blended or pasted in."""
-    share, partner = mix.share[:, None, None, None], pixels[::-1]
+    share, partner = mix.lam[:, None, None, None], pixels[::-1]
     inside = _inside(mix.box, (pixels.shape[1], pixels.shape[2]))[..., None]
     blended = pixels * share + partner * (1 - share)
-    return jnp.where(mix.cut[:, None, None, None], jnp.where(inside, partner, pixels), blended)
+    return jnp.where(
+        mix.is_cutmix[:, None, None, None], jnp.where(inside, partner, pixels), blended
+    )
 
 
 def mix_targets(targets: Float[Array, "b classes"], mix: Mix) -> Float[Array, "b classes"]:
     """Soft labels, mixed by the same shares."""
-    share = mix.share[:, None]
+    share = mix.lam[:, None]
     return targets * share + targets[::-1] * (1 - share)
-
-
-def smooth_targets(
-    labels: Int[Array, " b"], num_classes: int, smoothing: float
-) -> Float[Array, "b classes"]:
-    """One-hot labels of which `smoothing` is spread over all classes (Szegedy et al. 2016)."""
-    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 def _inside(box: Int[Array, "b 4"], image_size: tuple[int, int]) -> Bool[Array, "b h w"]:

@@ -37,15 +37,15 @@ def warmup_cosine(
 PROBE_PARAMS = ("head", "attention_pool")
 
 
-def weight_decay_mask(params: Tree, without: Collection[str] = ()) -> dict:
+def weight_decay_mask(params: Tree, exclude: Collection[str] = ()) -> dict:
     """True where weight decay applies: everything but 1-D parameters (biases and norms).
 
     As in the reference: the cls and mask tokens are decayed in pretraining; fine-tuning is
-    `without` "cls_token" and "pos_embed".
+    `exclude` "cls_token" and "pos_embed".
     """
 
     def decayed(name: str, leaf: Any) -> bool:
-        return logical_ndim(name, leaf) > 1 and not set(without) & set(name.split("/"))
+        return logical_ndim(name, leaf) > 1 and not set(exclude) & set(name.split("/"))
 
     return map_with_path(decayed, params)
 
@@ -106,13 +106,13 @@ def adamw(
     b2: float,
     eps: float,
     weight_decay: float,
-    without_decay: Collection[str] = (),
+    no_weight_decay: Collection[str] = (),
     clip_norm: float | None = None,
     layer_decay: float = 1.0,
     train_last_blocks: int | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after optional clipping of the global gradient norm."""
-    mask = lambda params: weight_decay_mask(params, without_decay)
+    mask = lambda params: weight_decay_mask(params, no_weight_decay)
     update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
     if clip_norm is not None:
         update = optax.chain(optax.clip_by_global_norm(clip_norm), update)
@@ -124,7 +124,7 @@ def lars(
     *,
     momentum: float,
     weight_decay: float,
-    without_decay: Collection[str] = (),
+    no_weight_decay: Collection[str] = (),
     trust_coefficient: float = 1e-3,
     train_last_blocks: int | None = None,
 ) -> optax.GradientTransformation:
@@ -133,7 +133,7 @@ def lars(
     As in the reference: weight decay and trust ratio for matrices only, then momentum without
     Nesterov, and the learning rate last, on the momentum (`optax.lars` has it before).
     """
-    mask = lambda params: weight_decay_mask(params, without_decay)
+    mask = lambda params: weight_decay_mask(params, no_weight_decay)
     update = optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
         optax.stateless(lambda updates, params: _trust_ratio(updates, params, trust_coefficient)),

@@ -96,9 +96,11 @@ class Pretrain:
         """Of all that is computed, in training and in evaluation."""
         whole, kept = 1 + self.num_patches, 1 + self.num_kept
         encoder, decoder = self.model.encoder, self.model.decoder
-        shapes = {attention_shape(tokens, encoder.width, encoder.heads) for tokens in (whole, kept)}
+        shapes = {
+            attention_shape(tokens, encoder.width, encoder.num_heads) for tokens in (whole, kept)
+        }
         for tokens in (whole, kept + self.num_predicted):
-            shapes.add(attention_shape(tokens, decoder.width, decoder.heads))
+            shapes.add(attention_shape(tokens, decoder.width, decoder.num_heads))
         return shapes
 
     def init(self, key: Key[Array, ""]) -> Params:
@@ -117,44 +119,49 @@ class Pretrain:
         copies = cast_kernels(params, self.model.encoder.execution.dtype)
         return cast(Array, self.model.apply({"params": params, **copies}, *args, method=method))
 
-    def draw_mask(self, key: Key[Array, ""], batch: int) -> Mask:
+    def sample_mask(self, key: Key[Array, ""], batch: int) -> Mask:
         """One independent mask per image (the same for all under a user mask [n])."""
         if self.user_mask is not None:
             return masking.user_mask(self.user_mask, batch, self.num_patches)
         return masking.SAMPLERS[self.mask](key, batch, self.grid, self.num_kept)
 
-    def draw(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
-        """The batch with everything random about its loss, drawn for all its rows at once.
+    def sample(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
+        """The batch with everything random about its loss, sampled for all its rows at once.
 
-        "keep" and "masked" are those of a Mask; where not all masked patches are to be predicted,
-        "predicted" are those that are.
+        "ids_keep" and "ids_masked" are those of a Mask; where not all masked patches are to be predicted,
+        "ids_predicted" are those that are.
         """
-        mask = self.draw_mask(key, len(batch["image"]))
-        drawn = batch | mask._asdict()
+        mask = self.sample_mask(key, len(batch["image"]))
+        sampled = batch | mask._asdict()
         if self.num_predicted < self.num_masked:
             key = jax.random.fold_in(key, _CHOICE)
-            drawn["predicted"] = masking.sample_patches(key, mask.masked, self.num_predicted)
-        return drawn
+            sampled["ids_predicted"] = masking.sample_patches(
+                key, mask.ids_masked, self.num_predicted
+            )
+        return sampled
 
     def loss(
         self, params: Params, stats: dict[str, Any], batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """Mean squared error over the predicted patches of a drawn batch (paper section 3)."""
-        patches, mask = self.to_patches(batch["image"]), Mask(batch["keep"], batch["masked"])
-        return self.loss_of_patches(params, patches, mask, batch.get("predicted")), stats
+        """Mean squared error over the predicted patches of a sampled batch (paper section 3)."""
+        patches, mask = (
+            self.to_patches(batch["image"]),
+            Mask(batch["ids_keep"], batch["ids_masked"]),
+        )
+        return self.loss_of_patches(params, patches, mask, batch.get("ids_predicted")), stats
 
     def loss_of_patches(
         self,
         params: Params,
         patches: Float[Array, "b n p"],
         mask: Mask,
-        predicted: Int[Array, "b q"] | None = None,
+        ids_predicted: Int[Array, "b q"] | None = None,
     ) -> Float[Array, ""]:
         """The loss of already normalised patches; all masked ones are predicted, or some."""
-        if predicted is None:
-            predicted = mask.masked
-        pred = self.apply("__call__", params, patches, mask.keep, predicted)
-        target = gather_patches(patches, predicted)
+        if ids_predicted is None:
+            ids_predicted = mask.ids_masked
+        pred = self.apply("__call__", params, patches, mask.ids_keep, ids_predicted)
+        target = gather_patches(patches, ids_predicted)
         if self.norm_pix:
             mean, std = patch_statistics(target, self.norm_pix_eps)
             target = (target - mean) / std
@@ -183,16 +190,16 @@ class Pretrain:
         if self.norm_pix:
             mean, std = patch_statistics(patches, self.norm_pix_eps)
             if stats == "visible":
-                weights = self._nearness(mask.keep)
-                mean, std = (weights @ gather_patches(x, mask.keep) for x in (mean, std))
+                weights = self._gaussian_weights(mask.ids_keep)
+                mean, std = (weights @ gather_patches(x, mask.ids_keep) for x in (mean, std))
             elif stats != "gt":
                 raise ValueError(f"stats={stats!r}; use 'gt' or 'visible'")
             pred = pred * std + mean
         pixels = unpatchify(pred, self.patch, self.grid)
         return denormalize(pixels, self.mean, self.std, images.dtype)
 
-    def _nearness(self, keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
+    def _gaussian_weights(self, ids_keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
         """Weights of the kept patches for every patch: a Gaussian of one patch, summing to 1."""
         places = jnp.indices(self.grid).reshape(2, -1).T.astype(jnp.float32)
-        offsets = places[None, :, None] - places[keep][:, None]
+        offsets = places[None, :, None] - places[ids_keep][:, None]
         return jax.nn.softmax(-jnp.square(offsets).sum(axis=-1) / 2, axis=-1)

@@ -57,19 +57,19 @@ def batch_of(step):
 
 def make(name, mesh, **execution):
     """A task, its optimizer, and how its state lies on a mesh."""
-    task = TASKS[name](ExecutionConfig(constrain=sharding.batch_constraint(mesh), **execution))
+    task = TASKS[name](ExecutionConfig(shard_activations=sharding.batch_constraint(mesh), **execution))
     tx = adamw(LEARNING_RATE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
     init = lambda key: init_state(task, tx, key)
     shapes = jax.eval_shape(init, KEY)
     return task, tx, init, shapes, sharding.state_shardings(shapes, mesh, min_bytes=1024)
 
 
-def train(name, mesh, accumulate=1, **execution):
+def train(name, mesh, grad_accum_steps=1, **execution):
     """Losses, and the digest of the first state."""
     task, tx, init, _, shardings = make(name, mesh, **execution)
     state = jax.jit(init, out_shardings=shardings)(KEY)
     first = checksums(vars(state))
-    step = make_train_step(task, tx, LEARNING_RATE, KEY, accumulate=accumulate)
+    step = make_train_step(task, tx, LEARNING_RATE, KEY, grad_accum_steps=grad_accum_steps)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     losses = []
     for number in range(STEPS):
@@ -94,11 +94,11 @@ def one_device():
     [
         (1, {}),
         (4, {}),
-        (2, dict(remat="full", accumulate=4)),
-        (4, dict(scan_unroll=2, remat="dots", accumulate=2)),
+        (2, dict(remat="full", grad_accum_steps=4)),
+        (4, dict(scan_unroll=2, remat="dots", grad_accum_steps=2)),
         (None, dict(scan_unroll=2)),
         (None, dict(remat="full")),
-        (None, dict(accumulate=4)),
+        (None, dict(grad_accum_steps=4)),
     ],
     ids=str,
 )
@@ -113,13 +113,13 @@ def test_the_same_losses(plain, fsdp, options):
 @pytest.mark.parametrize("name", TASKS)
 def test_the_same_draws_for_every_image(name):
     """Masks to the bit; images and labels that are mixed by them but for the rounding."""
-    drawn = []
+    samples = []
     for mesh in (one_device(), sharding.make_mesh(), sharding.make_mesh(4)):
         task = make(name, mesh)[0]
         batch = sharding.shard_batch(batch_of(0), mesh)
-        drawn.append(jax.device_get(jax.jit(task.draw)(KEY, batch)))
-    for other in drawn[1:]:
-        for name, array in drawn[0].items():
+        samples.append(jax.device_get(jax.jit(task.sample)(KEY, batch)))
+    for other in samples[1:]:
+        for name, array in samples[0].items():
             tolerance = 0 if array.dtype.kind in "iu" else 1e-6
             np.testing.assert_allclose(other[name], array, rtol=tolerance, atol=tolerance)
 
