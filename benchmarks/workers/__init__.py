@@ -1,1 +1,0 @@
-"""Processes that compute what `benchmarks.step` measures: one for each implementation."""
