@@ -3,16 +3,16 @@
     python train.py --config configs/ablations.py:vit_l16,mask_ratio_50 --workdir runs/ratio_50
     python train.py --config configs/ablations.py:demo,mask_ratio_50 --workdir runs/toy_ratio_50
 
-Before the comma stands the scale: `vit_l16` is the paper's (800 epochs of ImageNet), `demo` takes
-two minutes on two CPU cores; after it a row of ROWS. `python -m benchmarks.ablations` runs all of
-the demo's and measures them; docs/reports/ablations.md has what came out. Not here: Table 1c (mask tokens in
-the encoder), of 1d the PCA and dVAE targets, of 1e fixed-size crops and colour jitter. Not the
-paper's: the rows that predict only a part of the masked patches.
+The argument is SCALE,ROW. Scale `vit_l16` is the paper's (800 epochs of ImageNet); `demo` takes two
+minutes on two CPU cores. ROWS lists the rows. `python scripts/ablations.py` runs and evaluates all
+at demo scale; results: docs/reports/ablations.md. Not included: Table 1c (mask tokens in the
+encoder), the PCA and dVAE targets of 1d, fixed-size crops and color jitter of 1e. Not in the paper:
+rows that predict only a part of the masked patches.
 """
 
 from configs import demo, pretrain
 
-# Table and row -> the keys that it sets. "baseline" is the default of the paper, or of the demo.
+# Row -> the config keys that it sets. "baseline" has the defaults of the paper, or of the demo.
 ROWS = {
     "baseline": {},
     # 1a: decoder depth, blocks
@@ -27,19 +27,19 @@ ROWS = {
     "decoder_width_512": {"model.decoder_width": 512},
     "decoder_width_768": {"model.decoder_width": 768},
     "decoder_width_1024": {"model.decoder_width": 1024},
-    # 1d: what is predicted
+    # 1d: reconstruction target
     "pixels": {"target.norm_pix": False},
-    # 1e: augmentation; "none" is a central crop without a flip
+    # 1e: augmentation; "none" is a center crop without a flip
     "no_augmentation": {"data.augment": "none"},
-    # 1f: mask sampling
+    # 1f: masking strategy
     "block_50": {"mask.kind": "block", "mask.ratio": 0.5},
     "block_75": {"mask.kind": "block"},
     "grid_75": {"mask.kind": "grid"},
-    # figure 5: masking ratio, percent
+    # figure 5: mask ratio, percent
     **{
         f"mask_ratio_{p}": {"mask.ratio": p / 100} for p in (10, 20, 25, 30, 40, 50, 60, 70, 80, 90)
     },
-    # not in the paper: masked patches that are predicted, percent
+    # not in the paper: share of the masked patches that is predicted, percent
     **{f"predict_{p}": {"decoder.predict_ratio": p / 100} for p in (50, 25)},
 }
 SCALES = ("vit_l16", "demo")
