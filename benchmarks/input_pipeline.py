@@ -12,6 +12,7 @@ the loader runs alone (batches go to the device and are dropped), the step runs 
 that are on the device), and both run together. The first steps of each are not timed.
 """
 
+import argparse
 import functools
 import itertools
 import os
@@ -143,7 +144,7 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{row['resize_on']}: {row['verdict']}.")
 
 
-def make_report(args: Any, config: Any, root: Path) -> dict[str, Any]:
+def make_report(args: argparse.Namespace, config: Any, root: Path) -> dict[str, Any]:
     """Run both comparisons; runs of the trainer are set up in `root`."""
     folder = args.folder
     sizes = [path.stat().st_size for path in list_files(folder)]
@@ -167,7 +168,7 @@ def make_report(args: Any, config: Any, root: Path) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("benchmarks.input_pipeline", __doc__)
     add: Callable[..., Any] = parser.add_argument
     add("--folder", type=Path, required=True, help="JPEGs")
@@ -180,7 +181,11 @@ def main(argv: list[str]) -> None:
     add("--dtype", choices=DTYPES, default="f32", help="of activations (f32)")
     add("--steps", type=positive_int, default=20, help="per round of training (20)")
     add("--json", type=Path, help="output file")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
     if args.json:
         check_output("--json", args.json, ".json")
     config = pretrain.get_config(args.size)

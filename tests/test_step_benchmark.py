@@ -1,4 +1,4 @@
-"""The parts of benchmarks.step that compute: what it runs on real models is in tests/interop."""
+"""benchmarks.step: parity checks, ratios, flags and workers; tests/interop runs it with PyTorch."""
 
 import json
 import subprocess
@@ -8,32 +8,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import agreement, machine, step, step_report
-from benchmarks.workers.protocol import UnusableError, Worker, WorkerError
+from benchmarks import interleaved, parity, step, step_report
+from benchmarks.rpc import UnusableError, Worker, WorkerError
 
 ROOT = Path(__file__).parent.parent
-PREPARING = ("grain", "tensorflow_datasets", "tensorflow", "ml_collections", "array_record")
+DATA = ("grain", "tensorflow_datasets", "tensorflow", "ml_collections", "array_record")
 
 
 @pytest.mark.parametrize(
     ("module", "without"),
     [
-        ("benchmarks.step", (*PREPARING, "jax", "torch")),
-        ("benchmarks.workers.ours", (*PREPARING, "torch", "orbax", "tensorboardX")),
-        ("benchmarks.workers.peers", (*PREPARING, "jax", "flax")),
+        ("step", (*DATA, "torch", "flax", "orbax", "tensorboardX")),
+        ("gpu_sweep", (*DATA, "torch", "flax", "orbax", "tensorboardX")),
+        ("jax_worker", (*DATA, "torch", "orbax", "tensorboardX")),
+        ("torch_worker", (*DATA, "jax", "flax")),
     ],
 )
-def test_it_imports_little(module, without):
-    code = f"import sys, {module}; print(*{set(without)!r} & set(sys.modules))"
-    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (made.returncode, made.stdout.strip()) == (0, ""), made.stderr
+def test_modules_import_on_a_machine_without_the_data_packages(module, without):
+    code = f"import sys, benchmarks.{module}; print(*{set(without)!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
-# The same work
+# Parity
 
 
 def first_step(params, gradients, *, rate=1e-3, decay=0.05):
-    """As AdamW's first, in float32; what has one axis, blocks apart, is not decayed."""
+    """Return the parameters after a first step of AdamW, which decays kernels only."""
     after = {}
     for name, start in params.items():
         decayed = decay * start if name.endswith("kernel") else 0
@@ -43,6 +44,7 @@ def first_step(params, gradients, *, rate=1e-3, decay=0.05):
 
 @pytest.fixture
 def case():
+    """Parameters, gradients, and the parameters after one step."""
     rng = np.random.default_rng(0)
     shapes = {"blocks/attn/qkv/kernel": (2, 8, 24), "blocks/attn/qkv/bias": (2, 24)}
     params, gradients = (
@@ -52,178 +54,168 @@ def case():
     return params, gradients, first_step(params, gradients)
 
 
-def answer(**changes):
+def result(**changes):
     return {"parameters": 1000, "loss": 1.0, "grad_norm": 2.0, "next_loss": 0.9} | changes
 
 
-def test_the_same_step_agrees(case):
+def test_equal_steps_pass(case):
     params, _, after = case
-    compared = agreement.compare_updates(params, after, after)
+    compared = parity.compare_updates(params, after, after)
     assert compared == {"flipped": 0, "update": 0}
-    assert agreement.disagreements("f32", answer(), answer(), compared) == []
+    assert parity.find_mismatches("f32", result(), result(), compared) == []
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("change", [dict(rate=1.1e-3), dict(decay=0.0), dict(decay=0.1)])
-def test_another_rate_or_decay_is_seen(case, change, dtype):
-    """Also where rounding has turned some updates around."""
+def test_other_learning_rate_or_weight_decay_is_detected(case, change):
+    """Also if rounding flipped the sign of some updates."""
     params, gradients, after = case
     gradients["blocks/attn/qkv/kernel"].ravel()[::100] *= -1
-    other = first_step(params, gradients, **change)
-    compared = agreement.compare_updates(params, after, other)
-    lines = agreement.disagreements(dtype, answer(), answer(), compared)
-    assert any(line.startswith("the updates are") for line in lines)
+    compared = parity.compare_updates(params, after, first_step(params, gradients, **change))
+    lines = parity.find_mismatches("bf16", result(), result(), compared)
+    assert any(line.startswith("parameter updates: ") for line in lines)
 
 
-def test_parameters_that_are_no_numbers_are_seen(case):
+def test_nan_parameters_are_detected(case):
     params, _, after = case
     broken = after | {"blocks/attn/qkv/bias": np.full_like(after["blocks/attn/qkv/bias"], np.nan)}
-    compared = agreement.compare_updates(params, after, broken)
-    lines = agreement.disagreements("bf16", answer(), answer(), compared)
-    assert any(line.startswith("the updates are nan") for line in lines)
+    compared = parity.compare_updates(params, after, broken)
+    lines = parity.find_mismatches("bf16", result(), result(), compared)
+    assert any(line.startswith("parameter updates: relative difference nan") for line in lines)
 
 
-def test_other_gradients_are_seen(case):
+def test_other_gradients_are_detected_except_for_key_biases(case):
     params, gradients, after = case
     rng = np.random.default_rng(1)
-    gradients = {name: rng.standard_normal(x.shape) for name, x in gradients.items()}
-    compared = agreement.compare_updates(params, after, first_step(params, gradients))
+    unrelated = {name: rng.standard_normal(x.shape) for name, x in gradients.items()}
+    compared = parity.compare_updates(params, after, first_step(params, unrelated))
     assert compared["flipped"] == pytest.approx(0.5, abs=0.1)
-    assert agreement.disagreements("bf16", answer(), answer(), compared)
-
-
-def test_key_biases_say_nothing(case):
-    params, gradients, after = case
-    gradients["blocks/attn/qkv/bias"][:, 8:16] *= -1
-    compared = agreement.compare_updates(params, after, first_step(params, gradients))
+    assert parity.find_mismatches("bf16", result(), result(), compared)
+    gradients["blocks/attn/qkv/bias"][:, 8:16] *= -1  # of keys: the true gradient is zero
+    compared = parity.compare_updates(params, after, first_step(params, gradients))
     assert compared == {"flipped": 0, "update": 0}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "line"),
     [
         (dict(parameters=999), "999 parameters instead of 1,000"),
-        (dict(loss=1.001), "the loss is 0.001 apart (1.001 against 1); at most 0.0001 may be"),
-        (dict(loss=float("nan")), "the loss is nan apart"),
-        (dict(grad_norm=1.9), "the norm of the gradient is 0.05 apart"),
-        (dict(next_loss=0.95), "the loss after a step is 0.056 apart"),
+        (dict(loss=1.001), "loss: relative difference 0.001 (1.001 vs 1) exceeds 0.0001"),
+        (dict(loss=float("nan")), "loss: relative difference nan"),
+        (dict(grad_norm=1.9), "gradient norm: relative difference 0.05"),
+        (dict(next_loss=0.95), "loss after one step: relative difference 0.056"),
     ],
 )
-def test_what_differs_is_said(change, said):
-    (line,) = agreement.disagreements("f32", answer(), answer(**change), {})
-    assert line.startswith(said)
+def test_mismatches_are_described(change, line):
+    (found,) = parity.find_mismatches("f32", result(), result(**change), {})
+    assert found.startswith(line)
 
 
 def test_tokens_are_compared():
     expected = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
-    apart = agreement.relative(expected * np.float32(1.01), expected)
-    assert apart == pytest.approx(0.01, rel=1e-4)
+    error = parity.relative_error(expected * np.float32(1.01), expected)
+    assert error == pytest.approx(0.01, rel=1e-4)
     ours = {"parameters": 1}
-    (line,) = agreement.disagreements("f32", ours, ours, {"tokens": apart})
-    assert line == "the tokens are 0.01 apart; at most 0.0001 may be"
-    assert agreement.disagreements("bf16", ours, ours, {"tokens": apart}) == []
+    (line,) = parity.find_mismatches("f32", ours, ours, {"tokens": error})
+    assert line == "encoder tokens: relative difference 0.01 exceeds 0.0001"
+    assert parity.find_mismatches("bf16", ours, ours, {"tokens": error}) == []
 
 
-# Numbers
+# Interleaved rounds and the report
 
 
-def test_rounds_go_there_and_back():
-    assert list(step.turns(["a", "b", "c"], 3)) == [
-        ["a", "b", "c"],
-        ["c", "b", "a"],
-        ["a", "b", "c"],
-    ]
+def test_rounds_alternate_their_order():
+    orders = list(interleaved.round_orders(["a", "b", "c"], 3))
+    assert orders == [["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"]]
 
 
-def test_a_ratio_pairs_the_bursts_of_a_round():
-    """A machine that slows down by half a round's end moves no ratio."""
+def test_ratios_pair_the_bursts_of_a_round():
+    """A machine that becomes slower between rounds changes no ratio."""
     rounds = [
         {"mae_jax": {"wall": 2.0 * slow, "steps": 4}, "hf": {"wall": 3.0 * slow, "steps": 2}}
         for slow in (1, 1, 5, 9)
     ]
-    assert set(step_report.ratios(rounds, "hf", "wall").values()) == {3.0}
-    assert step_report.spread([1.0, 2.0, 3.0, 4.0, 9.0]) == {
-        "median": 3.0,
-        "q1": 2.0,
-        "q3": 4.0,
-        "min": 1.0,
-        "max": 9.0,
-    }
-    assert step_report.spread([2.0])["q3"] == 2.0
+    ratios = interleaved.ratios(rounds, "hf", "mae_jax", "wall")
+    assert ratios == {"median": 3.0, "min": 3.0, "max": 3.0}
+    spread = interleaved.spread([1.0, 2.0, 3.0, 4.0, 9.0])
+    assert spread == {"median": 3.0, "min": 1.0, "max": 9.0}
 
 
 def test_warm_up_ends_when_times_are_steady():
     bursts = lambda *walls: [{"wall": wall, "steps": 2} for wall in walls]
-    assert not step.steady(bursts(1.0, 1.0))
-    assert not step.steady(bursts(1.0, 1.0, 1.03))
-    assert step.steady(bursts(5.0, 1.0, 1.0, 1.01))
+    assert not interleaved.is_steady(bursts(1.0, 1.0))
+    assert not interleaved.is_steady(bursts(1.0, 1.0, 1.03))
+    assert interleaved.is_steady(bursts(5.0, 1.0, 1.0, 1.01))
+
+
+def test_stopwatch_counts_the_cpu_time_of_child_processes():
+    stopwatch = interleaved.Stopwatch()
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert stopwatch.read()["cpu"] > 0.25
 
 
 def test_flops_of_an_image():
-    assert step_report.image_flops("train", "vit_h14", 256) / 1e9 == pytest.approx(290.99, abs=5e-3)
-    assert step_report.image_flops("encode", "vit_b16", 196) / 1e9 == pytest.approx(35.13, abs=1e-2)
+    assert step_report.image_flops("train", "vit_h14") / 1e9 == pytest.approx(290.99, abs=5e-3)
+    assert step_report.image_flops("encode", "vit_b16") / 1e9 == pytest.approx(35.13, abs=1e-2)
 
 
-def report_of(ratio):
-    rows = [{"implementation": "mae_jax"}, {"implementation": "hf", "ratio": {"median": ratio}}]
-    return {"rows": rows, "checks": {"mae_jax": {"last_loss": 1.0}, "hf": {"last_loss": 1.0}}}
-
-
-def test_a_missed_ratio_is_an_exit_status(capsys):
-    assert step_report.verdict(report_of(0.9), None) == 0
-    assert step_report.verdict(report_of(1.1), 1.0) == 0
-    assert step_report.verdict(report_of(0.9), 1.0) == 1
+def test_missed_ratio_and_nan_loss_exit_with_1(capsys):
+    rows = [{"implementation": "mae_jax"}, {"implementation": "hf", "ratio": {"median": 0.9}}]
+    checks = {"mae_jax": {"last_loss": 1.0}, "hf": {"last_loss": 1.0}}
+    report = {"rows": rows, "checks": checks}
+    assert step_report.exit_code(report, None) == 0
+    assert step_report.exit_code(report, 0.8) == 0
+    assert step_report.exit_code(report, 1.0) == 1
     assert capsys.readouterr().err == "hf: 0.900, below --min-ratio 1.0\n"
-    report = report_of(1.1)
-    report["checks"]["hf"]["last_loss"] = float("nan")
-    assert step_report.verdict(report, None) == 1
+    checks["hf"]["last_loss"] = float("nan")
+    assert step_report.exit_code(report, None) == 1
 
 
-def test_a_busy_process_is_seen():
-    code = "import time; begin = time.process_time()\nwhile time.process_time() < begin + .3: pass"
-    busy = machine.busy_seconds()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert machine.busy_seconds() - busy > 0.2
+def test_committed_reports_can_be_drawn(tmp_path):
+    reports = sorted((ROOT / "docs" / "reports" / "data").glob("step_*.json"))
+    assert len(reports) == 4
+    step_report.draw([json.loads(path.read_text()) for path in reports], tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 10_000
 
 
 # Flags
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--task train --impl mae_jax,timm", "--impl timm has no masked autoencoder"),
         ("--task encode --impl mae_jax,official", "--impl official is for --task train"),
         ("--impl mae_jax,official", "--impl official needs --official-repo DIR"),
-        ("--impl hf,timm", "'hf,timm' must name each once, and mae_jax among them"),
+        ("--impl hf,timm", "'hf,timm' must include mae_jax, and each name once"),
         ("--impl mae_jax,keras", "'keras' is none of mae_jax, hf,"),
         ("--impl mae_jax --min-ratio 1", "--min-ratio needs a peer in --impl"),
         ("--path timm=/nowhere", "/nowhere does not exist"),
-        ("--rounds 0", "'0' is not a number from 1 up"),
-        ("--burst-seconds nan", "'nan' is not a number above 0"),
     ],
 )
-def test_flags_that_cannot_be(flags, said, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_bad_flags_exit_with_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
         step.parse(flags.split())
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_paths_are_for_a_library_or_for_one_of_its_forms(tmp_path):
+def test_paths_apply_to_a_library_or_one_of_its_forms(tmp_path):
     (tmp_path / "models_mae.py").touch()
     flags = f"--impl official,official_compile,mae_jax --official-repo {tmp_path}"
-    arguments = step.parse([*flags.split(), "--path", f"official={tmp_path}"])
-    assert arguments.impl == ["mae_jax", "official", "official_compile"]
-    assert step.of_family(arguments.path, "official_compile") == tmp_path
-    assert step.of_family(arguments.path, "hf") is None
+    args = step.parse([*flags.split(), "--path", f"official={tmp_path}"])
+    assert args.impl == ["mae_jax", "official", "official_compile"]
+    assert step.for_library(args.path, "official_compile") == tmp_path
+    assert step.for_library(args.path, "hf") is None
+    plan = json.loads(json.dumps(step.make_plan(args, tmp_path)))
+    assert plan["patches"] == 196
+    assert plan["peers"] == {"official": "official", "official_compile": "official"}
 
 
 # Workers
 
-TALK = """
-import sys
-from benchmarks.workers.protocol import UnusableError, serve
+WORKER = """
+from benchmarks.rpc import UnusableError, serve
 
 def refuse():
     raise UnusableError("not here")
@@ -238,43 +230,30 @@ serve(lambda: {"add": lambda a, b: {"sum": a + b}, "refuse": refuse, "fail": fai
 
 @pytest.fixture
 def worker(tmp_path):
-    (tmp_path / "talk.py").write_text(TALK)
-    made = Worker(
-        "talk",
-        ["talk"],
+    (tmp_path / "example_worker.py").write_text(WORKER)
+    worker = Worker(
+        "example",
+        ["example_worker"],
         interpreter=sys.executable,
-        first=tmp_path,
+        path=tmp_path,
         environment={},
         log=tmp_path / "log",
     )
-    yield made
-    made.end()
+    yield worker
+    worker.close()
 
 
-def test_a_worker_answers(worker):
-    assert worker.ask("add", a=1, b=2) == {"sum": 3}
-    with pytest.raises(UnusableError, match="^talk: not here$"):
-        worker.ask("refuse")
-    assert worker.ask("add", a=2, b=2) == {"sum": 4}
-
-
-def test_a_worker_that_dies_is_quoted(worker):
-    with pytest.raises(WorkerError, match="(?s)'fail'; it said\nlast words.*ValueError: broken$"):
-        worker.ask("fail")
-    with pytest.raises(WorkerError, match="talk ended with status 1"):
-        worker.ask("add", a=1, b=1)
-
-
-def test_ending_leaves_no_process(worker):
-    worker.ask("add", a=1, b=1)
-    worker.end()
+def test_worker_answers_and_closing_leaves_no_process(worker):
+    assert worker.call("add", a=1, b=2) == {"sum": 3}
+    with pytest.raises(UnusableError, match="^example: not here$"):
+        worker.call("refuse")
+    assert worker.call("add", a=2, b=2) == {"sum": 4}
+    worker.close()
     assert not Path(f"/proc/{worker.pid}").exists()
 
 
-def test_the_plan_is_json(tmp_path):
-    arguments = step.parse(
-        ["--task", "encode", "--size", "vit_h14", "--impl", "mae_jax,timm_compile"]
-    )
-    plan = json.loads(json.dumps(step.make_plan(arguments, tmp_path)))
-    assert plan["patches"] == 256
-    assert plan["peers"] == {"timm_compile": "timm"}
+def test_log_of_a_dead_worker_is_quoted(worker):
+    with pytest.raises(WorkerError, match="(?s)'fail':\nlast words.*ValueError: broken$"):
+        worker.call("fail")
+    with pytest.raises(WorkerError, match="example worker exited with status 1"):
+        worker.call("add", a=1, b=1)
