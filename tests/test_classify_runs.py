@@ -1,4 +1,4 @@
-"""Fine-tuning, probing and evaluation as runs: what they leave, resume from and refuse."""
+"""Fine-tuning, probing and evaluation as runs: results, resuming, errors."""
 
 import json
 import shutil
@@ -14,7 +14,8 @@ from mae_jax.convert import __main__ as convert
 from mae_jax.convert import weights
 from mae_jax.data.sources import DataError
 from mae_jax.train import trainer
-from mae_jax.train.init_state import ConfigError
+from mae_jax.train.config import from_config_dict
+from mae_jax.utils.errors import UserError
 
 CLASSES = {"dark": 0, "light": 128, "mixed": 64}
 SHARED = dict(model__image_size=(32, 32), model__patch=8, model__width=32, model__depth=2)
@@ -24,7 +25,7 @@ SHARED |= dict(data__workers=0, data__eval_crop=1.0, log__every_steps=2, eval__b
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Noise in three classes; 37 images to judge on divide by nothing."""
+    """Noise in three classes; 37 evaluation images have no divisor."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, counts in (("train", (10, 10, 10)), ("validation", (13, 12, 12))):
@@ -45,7 +46,7 @@ def config_of(recipe, images, **overrides):
     config = recipe.get_config()
     values = SHARED | dict(data__path=str(images)) | overrides
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
-    return config
+    return from_config_dict(config)
 
 
 FINETUNE = dict(steps=12, optim__warmup_steps=2, optim__ema=0.9, checkpoint__every_steps=4)
@@ -75,13 +76,13 @@ def summary_of(workdir):
     return json.loads((workdir / "summary.json").read_text())
 
 
-def test_what_a_run_leaves(finetuned, pretrained):
+def test_a_run_writes_its_results(finetuned, pretrained):
     summary = summary_of(finetuned)
     assert summary["steps"] == 12
     assert summary["eval_images"] == 37
     low, high = summary["top1_interval"]
     assert 0 <= low < summary["top1"] < high <= 1
-    assert summary["top5"] == 1.0, "there are but three classes"
+    assert summary["top5"] == 1.0, "there are only three classes"
     assert set(summary) >= {"top1_ema", "final_loss", "eval_seconds"}
     rows = [json.loads(line) for line in (finetuned / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "top1" in row] == [6, 12]
@@ -92,7 +93,7 @@ def test_what_a_run_leaves(finetuned, pretrained):
     assert sorted(init["unused"]) == ["encoder/norm/bias", "encoder/norm/scale"]
 
 
-def test_a_run_continues_bit_identically(finetuned, images, tmp_path):
+def test_a_resumed_run_is_bit_identical(finetuned, images, tmp_path):
     """Mixing, erasing, dropped paths and RandAugment included; init.path is not needed again."""
     shutil.copytree(finetuned / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
     shutil.copy(finetuned / "init.json", tmp_path)
@@ -187,12 +188,12 @@ def test_knn_needs_no_head_and_no_training(images, pretrained, tmp_path):
 
 
 def refused(message, config, workdir):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         trainer.train_and_evaluate(config, workdir)
     assert not list((workdir / "checkpoints").glob("[0-9]*"))
 
 
-def test_random_features_only_on_purpose(images, tmp_path):
+def test_random_features_only_when_asked_for(images, tmp_path):
     config = config_of(linprobe, images, **LINPROBE)
     refused("init.path is not set, so the encoder would be random", config, tmp_path / "a")
     trainer.train_and_evaluate(
@@ -227,9 +228,8 @@ def test_a_checkpoint_without_the_encoder(images, golden, tmp_path):
     fc_norm = str(golden / "vit" / "v0_gap" / "state_dict.safetensors")
     config = config_of(linprobe, images, init__path=fc_norm, **LINPROBE)
     refused("has no final norm, which this model needs", config, tmp_path)
-    narrow = config_of(linprobe, images, init__path=fc_norm, model__width=16, **LINPROBE)
-    narrow.classify.fc_norm = True
-    narrow.init.new_head = True
+    overrides = LINPROBE | dict(init__new_head=True, classify__fc_norm=True, model__width=16)
+    narrow = config_of(linprobe, images, init__path=fc_norm, **overrides)
     refused(r"encoder/cls_token has shape \(1, 1, 32\), the model needs", narrow, tmp_path)
 
 

@@ -28,12 +28,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A run that nothing disturbed."""
+    """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("straight")
     return workdir, run(tiny, workdir)
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_writes_its_results(finished):
     workdir, output = finished
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["steps"] == 24
@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert "k-NN top-1, this encoder" in output
 
 
-def test_running_it_again_changes_nothing(tiny, finished):
+def test_running_a_complete_run_again_changes_nothing(tiny, finished):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
     output = run(tiny, workdir)
@@ -76,7 +76,7 @@ def test_killed_and_stopped_runs_end_bit_identical(tiny, finished, tmp_path):
     assert process.returncode == 0, output
     if "already" not in output and "After 24 steps" not in output:  # it may have been too fast
         assert "SIGTERM: saving, then stopping" in output
-        assert "the same command continues from here" in output
+        assert "the same command resumes" in output
 
     output = run(tiny, tmp_path)
     assert_same_end(tmp_path, finished[0])
@@ -105,7 +105,7 @@ def test_bad_input_is_one_clear_error(tiny, tmp_path, overrides, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_model_is_refused_by_key_and_by_parameter(tiny, finished):
+def test_resuming_another_model_is_an_error_with_keys_and_shapes(tiny, finished):
     workdir, _ = finished
     output = run(tiny, workdir, "--config.model.width=32", "--config.seed=1", code=2)
     assert "model.width: 16 -> 32" in output
@@ -115,13 +115,13 @@ def test_another_model_is_refused_by_key_and_by_parameter(tiny, finished):
     assert "! encoder/cls_token has shape (1, 1, 16), the model needs (1, 1, 32)" in output
 
 
-def test_a_run_that_is_already_longer_is_refused(tiny, finished):
+def test_resuming_beyond_the_end_is_an_error(tiny, finished):
     workdir, _ = finished
     output = run(tiny, workdir, "--config.steps=20", "--config.resume.allow=steps", code=2)
-    assert f"error: the run is of 20 steps, and {workdir} holds its step 24 already" in output
+    assert f"error: the run has 20 steps, and {workdir} already holds its step 24" in output
 
 
-def test_a_corrupt_image_ends_the_run_with_its_name(tiny, tmp_path):
+def test_a_corrupt_image_is_an_error_with_its_name(tiny, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(8):
         Image.new("RGB", (20, 20)).save(tmp_path / "images" / f"{i}.png")
@@ -150,7 +150,7 @@ def test_warm_start(tiny, finished, tmp_path):
     for name, array in before.arrays.items():
         np.testing.assert_array_equal(after.arrays[name], array)
     output = run(tiny, tmp_path / "b", *flags, "--config.init.path=gone.pth")
-    assert "already complete" in output  # a run that has begun needs its init.path no more
+    assert "already complete" in output  # a resumed run does not read init.path
 
 
 def test_warm_start_from_nothing(tiny, tmp_path):

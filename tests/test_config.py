@@ -1,6 +1,7 @@
-"""Every key can be overridden, and bad values end in one clear sentence."""
+"""Every config key is declared and can be overridden; bad values raise an error with the key."""
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +22,40 @@ from configs import (
 )
 from mae_jax.data.sources import DataError
 from mae_jax.models.variants import VARIANTS
-from mae_jax.train import judges
+from mae_jax.train import report
 from mae_jax.train.build_data import make_eval_transform
 from mae_jax.train.build_model import flops_per_image
-from mae_jax.train.init_state import RESUMABLE_KEYS, flatten
-from mae_jax.train.parts import log_run_summary
-from mae_jax.train.trainer import ConfigError, build
+from mae_jax.train.config import Config, MaskConfig, from_config_dict
+from mae_jax.train.config_schema import as_json, to_config_dict
+from mae_jax.train.evaluators import features_enabled
+from mae_jax.train.resume import RESUMABLE_KEYS, SHAPE_KEYS
+from mae_jax.train.trainer import build
+from mae_jax.utils.errors import UserError
+from mae_jax.utils.pytree import flatten
 
 CONFIGS = Path(common.__file__).parent
 PLAIN = {bool, int, float, str, tuple, type(None)}
 
 
-def keys_and_values():
-    return flatten(common.base().to_dict()).items()
+def flat(config: ConfigDict) -> dict:
+    return flatten(config.to_dict(), sep=".")
 
 
-@pytest.mark.parametrize(("key", "value"), keys_and_values(), ids=lambda x: str(x))
-def test_every_key_can_be_overridden(key, value):
-    config = common.base()
-    config.lock()
-    change = {
+def test_every_key_can_be_overridden():
+    changes = {
         bool: lambda v: not v,
         int: lambda v: v + 1,
         float: lambda v: v + 0.5,
         str: lambda v: v + "x",
         tuple: lambda v: tuple(x + 1 for x in v),
-        type(None): lambda v: type_of(config, key)(3),  # None stands for a value of some type
     }
-    new = change[type(value)](value)
-    config.update_from_flattened_dict({key: new})
-    assert flatten(config.to_dict())[key] == new
+    for key, value in flat(common.base()).items():
+        config = common.base()
+        config.lock()
+        # None is a placeholder for a value of some type.
+        new = type_of(config, key)(3) if value is None else changes[type(value)](value)
+        config.update_from_flattened_dict({key: new})
+        assert flat(config)[key] == new
 
 
 def type_of(config: ConfigDict, key: str) -> type:
@@ -60,8 +65,40 @@ def type_of(config: ConfigDict, key: str) -> type:
     return config.get_type(last)
 
 
-def test_recipes_add_no_key_of_their_own():
-    known = flatten(common.base().to_dict()).keys()
+def test_the_config_dict_and_the_typed_config_convert_into_each_other():
+    config = common.base()
+    assert from_config_dict(config) == Config()
+    config.mask.ratio = 0.5
+    config.optim.clip_norm = 1.0
+    config.model.image_size = [64, 96]
+    typed = from_config_dict(config)
+    assert typed.mask == MaskConfig(ratio=0.5)
+    assert (typed.optim.clip_norm, typed.model.image_size) == (1.0, (64, 96))
+    assert from_config_dict(to_config_dict(typed)) == typed
+    assert as_json(typed)["model"]["image_size"] == [64, 96]
+
+
+def test_every_key_has_a_meaning():
+    groups = [Config(), *(x for x in vars(Config()).values() if dataclasses.is_dataclass(x))]
+    for group in groups:
+        for field in dataclasses.fields(group):
+            assert field.metadata.get("meaning") or dataclasses.is_dataclass(field.default)
+
+
+def test_a_value_of_the_wrong_type_is_an_error_with_an_example():
+    for group, values, message in (
+        ("data", {"mean": ("a",) * 3}, r"data.mean=.* must be of type float, as in \(1.0,\)"),
+        ("eval", {"knn_k": (1.5,)}, r"eval.knn_k=\(1.5,\) must be of type int, as in \(1,\)"),
+        ("data", {"shots": True}, "data.shots=True must be of type int, as in 1"),
+    ):
+        groups = {name: type(value) for name, value in vars(Config()).items()}
+        with pytest.raises(UserError, match=message) as error:
+            groups[group](**values)
+        assert error.value.key == f"{group}.{next(iter(values))}"
+
+
+def test_recipes_add_no_keys():
+    known = flat(common.base()).keys()
     configs = [demo.get_config(task) for task in demo.TASKS]
     configs += [small.get_config(f"vit_ti16,{side}") for side in (32, 64, 96)]
     configs += [
@@ -70,8 +107,8 @@ def test_recipes_add_no_key_of_their_own():
     for recipe in (pretrain, finetune, linprobe, attentive, scratch, knn):
         configs += [recipe.get_config(size) for size in VARIANTS]
     for config in configs:
-        assert flatten(config.to_dict()).keys() == known
-        assert {type(x) for x in flatten(config.to_dict()).values()} <= PLAIN
+        assert flat(config).keys() == known
+        assert {type(x) for x in flat(config).values()} <= PLAIN
 
 
 def test_an_unknown_key_is_refused_with_the_closest_one():
@@ -81,13 +118,13 @@ def test_an_unknown_key_is_refused_with_the_closest_one():
         config.optim.base_lrr = 1.0
 
 
-def test_free_keys_exist():
-    known = flatten(common.base().to_dict())
-    for free in RESUMABLE_KEYS:
-        assert free in known or any(key.startswith(free) for key in known if free.endswith("."))
+def test_resumable_keys_exist():
+    known = flat(common.base())
+    for key in (*RESUMABLE_KEYS, *SHAPE_KEYS):
+        assert key in known or any(k.startswith(key) for k in known if key.endswith("."))
 
 
-def test_configs_say_how_they_are_run():
+def test_docstrings_of_recipes_have_their_command():
     for path in CONFIGS.glob("*.py"):
         text = ast.get_docstring(ast.parse(path.read_text()))
         if path.name not in ("__init__.py", "common.py"):
@@ -103,19 +140,19 @@ def folder(tmp_path):
     return tmp_path
 
 
-def config_of(folder, **overrides) -> ConfigDict:
+def config_of(folder, **overrides) -> Config:
     config = demo.get_config()
     config.batch_size = 8
     config.data.update(source="folder", path=str(folder))
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
-    return config
+    return from_config_dict(config)
 
 
 def test_a_folder_without_labels_has_no_knn(folder):
     run = build(config_of(folder), folder / "run")
-    assert not judges.features_enabled(run.config, run.train_source, run.eval_source)
+    assert not features_enabled(run.config, run.train_source, run.eval_source)
     assert len(run.train_source) == 8
-    assert run.duration.total_steps == 1000
+    assert run.length.total_steps == 1000
 
 
 def test_epochs_and_steps(folder):
@@ -125,8 +162,8 @@ def test_epochs_and_steps(folder):
         ),
         folder / "run",
     )
-    assert run.duration.total_steps == 30
-    assert run.duration.warmup_steps == 2.5
+    assert run.length.total_steps == 30
+    assert run.length.warmup_steps == 2.5
     assert float(run.learning_rate(30)) == 0.0
     assert float(run.learning_rate(2.5)) == pytest.approx(4e-3 * 8 / 256)
 
@@ -135,9 +172,12 @@ def test_epochs_and_steps(folder):
     ("overrides", "message"),
     [
         (dict(model__image_size=(64, 60)), r"60 = 7 \* 8 \+ 4. Use 56 or 64"),
-        (dict(mask__ratio=0.99), "keeps 0 of 64 patches"),
+        (dict(mask__ratio=0.99), "mask.ratio=0.99 keeps 0 of 64 patches"),
         (dict(mask__ratio=0.0), "mask.ratio=0.0 keeps 64"),
-        (dict(mask__kind="stripes"), "mask.kind='stripes'; use one of random, block, grid, user"),
+        (
+            dict(mask__kind="stripes"),
+            "mask.kind='stripes' must be one of random, block, grid, user",
+        ),
         (dict(mask__kind="grid", mask__ratio=0.5), "one of each 2x2"),
         (dict(mask__kind="user"), "mask.path"),
         (dict(mask__path="/nowhere.npy", mask__kind="user"), "/nowhere.npy.* cannot be read"),
@@ -148,8 +188,8 @@ def test_epochs_and_steps(folder):
         (dict(batch_size=8, accumulate=3), "accumulate=3"),
         (dict(model__dtype="float16"), "model.dtype='float16'"),
         (dict(model__channels=0), "model.channels=0"),
-        (dict(model__channels=4), "data.mean and data.std need a value for each of 4 channels"),
-        (dict(model__heads=5), "model.width=128 does not divide by model.heads=5"),
+        (dict(model__channels=4), "data.mean=.* needs a value for each of 4 channels"),
+        (dict(model__heads=5), "model.width=128 is not divisible by model.heads=5"),
         (dict(model__heads=0), "model.heads=0 must be at least 1"),
         (dict(model__depth=0), "model.depth=0 must be at least 1"),
         (dict(model__patch=0), "model.patch=0 must be at least 1"),
@@ -158,28 +198,31 @@ def test_epochs_and_steps(folder):
         (dict(batch_size=0), "batch_size=0 must be at least 1"),
         (dict(model__remat="some"), "model.remat='some'"),
         (dict(data__on_bad="ignore"), "data.on_bad='ignore'"),
-        (dict(task="segment"), "task='segment'; use one of pretrain, classify"),
-        (dict(data__augment="mirror"), "data.augment='mirror'; use one of none, crop, weak_crop"),
-        (dict(optim__name="sgd"), "optim.name='sgd'; use one of adamw, lars"),
+        (dict(task="segment"), "task='segment' must be one of pretrain, classify"),
+        (
+            dict(data__augment="mirror"),
+            "data.augment='mirror' must be one of none, crop, weak_crop",
+        ),
+        (dict(optim__name="sgd"), "optim.name='sgd' must be one of adamw, lars"),
         (dict(optim__layer_decay=0.0), "optim.layer_decay=0.0"),
-        (dict(optim__train_last_blocks=0), "train_last_blocks .* are for task='classify'"),
+        (dict(optim__train_last_blocks=0), "optim.train_last_blocks=0 is for task='classify'"),
         (dict(eval__knn_k=()), r"eval.knn_k=\(\)"),
         (dict(data__shots=0), "data.shots=0"),
         (dict(seed=-1), "seed=-1"),
         (dict(eval__knn_k=("a",)), r"eval.knn_k=\('a',\)"),
         (dict(eval__knn_temperature=0.0), "eval.knn_temperature=0.0"),
-        (dict(data__std=(0.2, 0.0, 0.2)), "data.std=.0.2, 0.0, 0.2.: numbers, those of data.std"),
+        (dict(data__std=(0.2, 0.0, 0.2)), "data.std=.0.2, 0.0, 0.2. must be above 0"),
         (dict(data__canvas=0), "data.canvas=0"),
         (dict(data__eval_crop=0.0, data__augment="none"), "data.eval_crop=0.0"),
         (dict(model__image_size=(64,)), r"model.image_size=\(64,\) is not a height and a width"),
         (dict(optim__base_lr=-1.0), "optim.base_lr=-1.0"),
-        (dict(optim__base_lr=float("nan")), "optim.base_lr=nan must be a number from 0 up"),
+        (dict(optim__base_lr=float("nan")), "optim.base_lr=nan must be at least 0"),
         (dict(optim__ema=1.0), "optim.ema=1.0"),
         (dict(optim__b1=1.0), "optim.b1=1.0"),
         (dict(optim__b2=-0.1), "optim.b2=-0.1"),
         (dict(optim__eps=0.0), "optim.eps=0.0"),
         (dict(optim__momentum=1.0), "optim.momentum=1.0"),
-        (dict(optim__clip_norm=-1.0), "optim.clip_norm=-1.0 must be a number above 0, or None"),
+        (dict(optim__clip_norm=-1.0), "optim.clip_norm=-1.0 must be above 0"),
         (dict(steps=50), "optim.warmup_steps=100 is a warm-up of 100 steps, which must be shorter"),
         (dict(mesh__fsdp=3), "mesh.fsdp=3"),
         (dict(eval__stats="mine"), "eval.stats='mine'"),
@@ -191,24 +234,24 @@ def test_epochs_and_steps(folder):
     ids=str,
 )
 def test_bad_values(folder, overrides, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         build(config_of(folder, **overrides), folder / "run")
     assert not (folder / "run").exists()
 
 
-def test_a_run_knows_that_it_predicts_some_patches(folder, caplog):
+def test_predicting_some_patches_costs_less_and_is_logged(folder, caplog):
     caplog.set_level("INFO")
-    costs, said = [], []
+    costs, logged = [], []
     for ratio in (1.0, 0.5, 0.001):
         caplog.clear()
         run = build(config_of(folder, decoder__predict_ratio=ratio), folder / "run")
         costs.append(flops_per_image(run.config, run.task))
-        log_run_summary(run, 0)
-        said.append(caplog.messages[0].partition("; ")[2])
+        report.log_run_summary(run.config, run.task, run.layout, run.length, 8, 0)
+        logged.append(caplog.messages[0].partition("; ")[2])
     assert costs[0] > costs[1] > costs[2]
-    assert said[0] == "16 of 64 patches are visible"
-    assert said[1].endswith("; 24 of 48 masked ones are predicted")
-    assert said[2].endswith("; 1 of 48 masked ones are predicted")
+    assert logged[0] == "16 of 64 patches are visible"
+    assert logged[1].endswith("; 24 of 48 masked ones are predicted")
+    assert logged[2].endswith("; 1 of 48 masked ones are predicted")
 
 
 def test_bad_data(folder):
@@ -240,35 +283,35 @@ def classify(folder, **overrides):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (dict(classify__pool="max"), "classify.pool='max'; use one of cls, mean, attention"),
+        (dict(classify__pool="max"), "classify.pool='max' must be one of cls, mean, attention"),
         (dict(classify__num_classes=2), "classify.num_classes=2 is less than the 3 classes"),
         (dict(classify__mixup=-0.1), "classify.mixup=-0.1"),
         (dict(classify__mixup_prob=2.0), "classify.mixup_prob=2.0"),
-        (dict(classify__mixup_mode="all"), "classify.mixup_mode='all'; use one of batch, pair"),
+        (dict(classify__mixup_mode="all"), "classify.mixup_mode='all' must be one of batch, pair"),
         (dict(classify__smoothing=1.5), "classify.smoothing=1.5"),
         (dict(classify__erase=-1.0), "classify.erase=-1.0"),
         (dict(classify__drop_path=1.0), "classify.drop_path=1.0"),
         (dict(classify__head=False), "classify.head=False leaves nothing to train"),
-        (dict(classify__head=False, steps=0, eval__knn_every_epochs=-1.0), "nothing to measure"),
+        (dict(classify__head=False, steps=0, eval__knn_every_epochs=-1.0), "nothing to evaluate"),
         (
             dict(classify__pool="attention", classify__fc_norm=True),
-            "after the final norm: no fc_norm",
+            "after the final norm: it needs fc_norm=False",
         ),
         (dict(classify__head_init_std=-1.0), "classify.head_init_std=-1.0"),
-        (dict(optim__train_last_blocks=5), "train_last_blocks=5 is not from 0 to the 4 blocks"),
+        (dict(optim__train_last_blocks=5), "train_last_blocks=5 must be from 0 to the 4 blocks"),
         (dict(data__cache_features=True), "data.augment=none"),
-        (dict(optim__name="lars", optim__clip_norm=1.0), "lars has neither"),
+        (dict(optim__name="lars", optim__clip_norm=1.0), "optim.clip_norm=1.0 is for adamw only"),
         (dict(data__randaugment_magnitude=11.0, data__augment="randaugment"), "magnitude=11.0"),
-        (dict(model__position="none"), "model.position='none'; use one of sincos, learned"),
+        (dict(model__position="none"), "model.position='none' must be one of sincos, learned"),
     ],
     ids=str,
 )
 def test_bad_values_of_classification(labelled, overrides, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         build(classify(labelled, **overrides), labelled / "run")
 
 
-def test_classification_needs_labels_and_something_to_judge_on(folder, labelled):
+def test_classification_needs_labels_and_an_evaluation_split(folder, labelled):
     with pytest.raises(DataError, match="has no class labels"):
         build(classify(folder), folder / "run")
     with pytest.raises(DataError, match="validation exists, but no .*training"):
@@ -285,7 +328,7 @@ def test_classification_needs_labels_and_something_to_judge_on(folder, labelled)
         build(classify(labelled), labelled / "run")
 
 
-def test_few_shots_are_a_fixed_few_of_every_class(labelled):
+def test_few_shot_images_depend_on_their_seed_alone(labelled):
     one, again, other = (
         build(classify(labelled, data__shots=3, data__shots_seed=seed), labelled / "run")
         for seed in (0, 0, 1)
@@ -301,7 +344,7 @@ def test_few_shots_are_a_fixed_few_of_every_class(labelled):
 def test_evaluation_alone_trains_nothing_and_needs_no_batch(labelled):
     run = build(classify(labelled, steps=0, batch_size=512), labelled / "run")
     assert run.loader is None
-    assert run.duration.total_steps == 0
+    assert run.length.total_steps == 0
 
 
 def test_sizes_of_small_images():
@@ -316,8 +359,8 @@ def test_sizes_of_small_images():
     ("side", "given", "crop"),
     [(224, None, 0.875), (96, None, 0.875), (448, None, 1.0), (448, 0.9, 0.9)],
 )
-def test_what_evaluation_looks_at_is_the_references(side, given, crop):
+def test_evaluation_crops_as_the_reference_does(side, given, crop):
     config = common.base()
     config.model.image_size = (side, side)
     config.data.eval_crop = given
-    assert make_eval_transform(config).crop == crop
+    assert make_eval_transform(from_config_dict(config)).crop == crop

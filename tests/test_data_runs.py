@@ -1,4 +1,4 @@
-"""Runs on data of every kind: what they learn from, resume from and refuse."""
+"""Runs on every kind of data: training, resuming, errors."""
 
 import json
 
@@ -13,10 +13,10 @@ from configs import common
 from mae_jax import features, reconstruct
 from mae_jax.convert import weights
 from mae_jax.data.sources import DataError
-from mae_jax.distributed import sharding
 from mae_jax.distributed.checkpoint_reader import CheckpointError
 from mae_jax.train import trainer
-from mae_jax.train.init_state import ConfigError
+from mae_jax.train.config import from_config_dict
+from mae_jax.utils.errors import UserError
 
 CHANNELS = 5
 TINY = dict(model__image_size=(16, 24), model__patch=8, model__width=16, model__depth=2)
@@ -36,7 +36,7 @@ def config_of(path, **overrides):
     config = common.base()
     values = TINY | dict(data__source="folder", data__path=str(path)) | overrides
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
-    return config
+    return from_config_dict(config)
 
 
 def rows(workdir):
@@ -101,7 +101,7 @@ def test_a_run_compiles_its_step_once(run_on_bands):
     assert [name for name in run_on_bands[1] if "train_step" in name] == ["jit(train_step)"]
 
 
-def test_many_channels_in_training_and_pictures(trained_on_bands):
+def test_many_channels_in_training_and_figures(trained_on_bands):
     assert np.isfinite(losses(trained_on_bands)).all()
     assert 0.5 < losses(trained_on_bands)[0] < 2.0, "of normalised values"
     assert any("knn_top1" in row for row in rows(trained_on_bands))
@@ -143,33 +143,37 @@ def test_many_channels_in_the_commands_and_conversion(trained_on_bands, bands, t
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        (dict(data__mean=(0.5,) * 3), ConfigError, "a value for each of 5 channels: python -m"),
-        (dict(eval__show_channels=(0, 1)), ConfigError, "eval.show_channels=.0, 1.: use one or t"),
-        (dict(data__augment="randaugment"), ConfigError, "for grey and RGB"),
-        (dict(data__resize_on="device"), ConfigError, "data.resize_on='device' is for"),
-        (dict(data__in_memory=True, data__workers=1), ConfigError, "data.workers=1: images in mem"),
+        (dict(data__mean=(0.5,) * 3), UserError, "a value for each of 5 channels: python -m"),
+        (dict(eval__show_channels=(0, 1)), UserError, "eval.show_channels=.0, 1."),
+        (dict(data__augment="randaugment"), UserError, "needs gray or RGB images"),
+        (dict(data__resize_on="device"), UserError, "data.resize_on='device' needs"),
+        (
+            dict(data__in_memory=True, data__workers=1),
+            UserError,
+            "data.workers=1 must be 0",
+        ),
         (dict(model__channels=4, data__mean=(1.0,) * 4, data__std=(1.0,) * 4), DataError, "shape"),
     ],
     ids=str,
 )
-def test_what_many_channels_cannot_be(bands, tmp_path, overrides, error, message):
+def test_bad_values_for_many_channels(bands, tmp_path, overrides, error, message):
     with pytest.raises(error, match=message):
         trainer.train_and_evaluate(config_of(bands, **BANDS | overrides), tmp_path / "run")
 
 
-def test_values_of_another_range_need_their_own_mean(tmp_path):
+def test_float_images_need_their_own_mean(tmp_path):
     (tmp_path / "data").mkdir()
     for number in range(8):
         np.save(tmp_path / "data" / f"{number}.npy", np.full((20, 20, 3), 1000.0))
-    with pytest.raises(ConfigError, match=r"0.npy has values of float32, which data.mean.*stats"):
+    with pytest.raises(UserError, match=r"does not fit .*0.npy, whose dtype is float32.*stats"):
         trainer.train_and_evaluate(config_of(tmp_path / "data"), tmp_path / "run")
     for overrides in (dict(data__resize_on="device"), dict(data__augment="randaugment")):
         overrides |= dict(data__mean=(1000.0,) * 3, data__std=(300.0,) * 3)
-        with pytest.raises(ConfigError, match="images of uint8"):
+        with pytest.raises(UserError, match="images of uint8"):
             trainer.train_and_evaluate(config_of(tmp_path / "data", **overrides), tmp_path / "run")
 
 
-def test_a_run_that_turns_images_makes_a_model_that_does(tmp_path):
+def test_a_run_with_exif_orientation_makes_a_model_that_applies_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "data").mkdir()
@@ -193,7 +197,7 @@ def on_host(photographs, tmp_path_factory):
     return workdir
 
 
-def test_resizing_on_the_device_changes_next_to_nothing(photographs, on_host, tmp_path):
+def test_resizing_on_the_device_gives_the_same_losses(photographs, on_host, tmp_path):
     """Of crops of up to 150 pixels, the larger ones by the host."""
     config = config_of(photographs, data__resize_on="device", data__canvas=100)
     trainer.train_and_evaluate(config, tmp_path)
@@ -201,7 +205,7 @@ def test_resizing_on_the_device_changes_next_to_nothing(photographs, on_host, tm
     assert (tmp_path / "summary.json").exists()
 
 
-def test_another_batch_size_is_refused_by_name(on_host, photographs):
+def test_resuming_with_another_batch_size_is_an_error(on_host, photographs):
     with pytest.raises(CheckpointError, match="batch_size"):
         trainer.train_and_evaluate(config_of(photographs, batch_size=4, steps=8), on_host)
 
@@ -215,22 +219,3 @@ def test_arrays(tmp_path):
     config = config_of(tmp_path, data__source="arrays")
     trainer.train_and_evaluate(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn_top1"] > 0.9
-
-
-def test_waiting_is_measured_and_warned_of_once(photographs, tmp_path, caplog, monkeypatch):
-    shard = sharding.shard_batch
-
-    def slow(*arguments):
-        import time
-
-        time.sleep(0.6)
-        return shard(*arguments)
-
-    monkeypatch.setattr(sharding, "shard_batch", slow)
-    trainer.train_and_evaluate(config_of(photographs, steps=8, log__every_steps=4), tmp_path)
-    windows = [row for row in rows(tmp_path) if "data_wait" in row]
-    assert max(row["data_wait"] for row in windows) > 0.5
-    assert all(0 <= row["data_ready"] <= 2 for row in windows)
-    said = [r.getMessage() for r in caplog.records if "waits for images" in r.getMessage()]
-    assert len(said) == 1
-    assert "What helps: more cores, with data.threads above" in said[0]

@@ -25,7 +25,7 @@ FENCES = {  # package -> the only places that may import it
     "tensorboardX": ["train/metrics_writer.py"],
     "rich": ["train/progress.py", "utils/console.py"],
     "safetensors": ["convert/io.py"],
-    "ml_collections": ["train/config.py"],
+    "ml_collections": ["train/__main__.py", "train/config.py", "train/config_schema.py"],
     "tensorflow": [],
     "torch": ["convert/torch_io.py"],
 }

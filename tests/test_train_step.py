@@ -13,7 +13,8 @@ from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VitVariant
 from mae_jax.tasks.optimizer import adamw, warmup_cosine
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.tasks.train_step import Hook, fit, init_state, make_train_step
+from mae_jax.tasks.train_step import init_state, make_train_step
+from mae_jax.train.loop import Hook, fit
 
 TINY = VitVariant(32, 2, 2, 8, decoder_width=16, decoder_depth=1, decoder_heads=2)
 LEARNING_RATE = warmup_cosine(peak=1e-2, warmup_steps=2, total_steps=20)

@@ -1,4 +1,4 @@
-"""Every config key reaches what a recipe makes of it, and nothing else takes its place."""
+"""Every config key reaches the object that it configures."""
 
 from functools import cached_property, partial
 from operator import attrgetter
@@ -16,11 +16,14 @@ from mae_jax.data.sources import DataError
 from mae_jax.distributed.sharding import make_mesh
 from mae_jax.tasks.optimizer import adamw, lars
 from mae_jax.tasks.train_step import init_state
-from mae_jax.train import build_data, build_model, judges, schedule
-from mae_jax.train.init_state import ConfigError, flatten, split_rng
-from mae_jax.train.loop import make_prefetcher, make_step
-from mae_jax.train.parts import build, choose_attention
-from mae_jax.utils.pytree import map_with_path
+from mae_jax.train import build_data, build_model, evaluators
+from mae_jax.train.config import from_config_dict
+from mae_jax.train.init_state import split_rng
+from mae_jax.train.loop import make_prefetcher
+from mae_jax.train.trainer import build, make_step, select_attention
+from mae_jax.train.warm_start import load_init_weights
+from mae_jax.utils.errors import UserError
+from mae_jax.utils.pytree import flatten, map_with_path
 
 TINY = {
     "batch_size": 8,
@@ -42,7 +45,7 @@ TINY = {
 BANDS = {"data.train_split": "bands", "data.eval_split": "bands", "model.channels": 5}
 BANDS |= {"data.source": "arrays", "data.mean": (0.5,) * 5, "data.std": (0.2,) * 5}
 # Where rows begin: a recipe, and what has to be set for a key to matter.
-FLAVOURS = {
+FLAVORS = {
     "pretrain": (pretrain, {}),
     "bands": (pretrain, BANDS),
     "epochs": (pretrain, {"steps": None, "optim.warmup_steps": None}),
@@ -55,11 +58,11 @@ FLAVOURS = {
 }
 
 
-def config_of(flavour, folder, changes):
-    recipe, values = FLAVOURS[flavour]
+def config_of(flavor, folder, changes):
+    recipe, values = FLAVORS[flavor]
     config = recipe.get_config()
     config.update_from_flattened_dict({**TINY, "data.path": str(folder), **values, **changes})
-    return config.lock()
+    return from_config_dict(config)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def folder(tmp_path_factory):
 
 
 class Parts:
-    """What recipes make of a config, made when it is asked for."""
+    """What is built from a config, on demand."""
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
@@ -119,44 +122,44 @@ class Parts:
         return build_data.make_eval_transform(self.config)
 
     @cached_property
-    def duration(self):
-        return schedule.make_run_length(self.config, len(self.train_source))
+    def length(self):
+        return build_model.make_run_length(self.config, len(self.train_source))
 
     @cached_property
     def rates(self):
         """Learning rates: the largest, the step that has it, and the last."""
-        rate = schedule.make_learning_rate(self.config, self.duration)
-        rates = [float(rate(step)) for step in range(self.duration.total_steps + 1)]
+        rate = build_model.make_learning_rate(self.config, self.length)
+        rates = [float(rate(step)) for step in range(self.length.total_steps + 1)]
         return max(rates), rates.index(max(rates)), rates[-1]
 
     @cached_property
-    def judges(self):
+    def evaluators(self):
         """Evaluators by name; none of them is run, so there is nothing to log."""
-        made = judges.make_evaluators(
+        made = evaluators.make_evaluators(
             self.config,
             self.task,
             train_source=self.train_source,
             eval_source=self.eval_source,
-            duration=self.duration,
+            length=self.length,
             mesh=make_mesh(),
-            run_log=None,
+            writer=None,
             workdir=self.folder,
             init_key=jax.random.key(0),
-            note=lambda _: None,
+            heartbeat=lambda _: None,
         )
         return {type(judge).__name__: judge for judge in made}
 
     @property
     def accuracy(self):
-        return self.judges["MeasureAccuracy"]
+        return self.evaluators["AccuracyEvaluator"]
 
     @property
     def features(self):
-        return self.judges["MeasureFeatures"]
+        return self.evaluators["FeatureEvaluator"]
 
     @property
     def drawn(self):
-        return self.judges["DrawPictures"]
+        return self.evaluators["ReconstructionEvaluator"]
 
     @property
     def has_baselines(self):
@@ -178,15 +181,15 @@ ENCODER, DECODER, AUGMENT = (
     "loader.transform.augment.",
 )
 BOTH = (ENCODER, DECODER)
-# Flavour -> (key, value, where it is to be found[, as what, if not as the value itself]).
+# Flavor -> (key, value, where it is to be found[, as what, if not as the value itself]).
 ROWS = {
     "pretrain": [
         ("task", "classify", "task.__class__.__name__", "Classify"),
         ("seed", 7, "loader.seed"),
         ("batch_size", 16, "loader.batch_size"),
-        ("batch_size", 16, "duration.steps_per_epoch", 2),
+        ("batch_size", 16, "length.steps_per_epoch", 2),
         ("batch_size", 16, "rates", close((1.5e-4 * 16 / 256, 4, 0.0))),
-        ("steps", 20, "duration.total_steps"),
+        ("steps", 20, "length.total_steps"),
         ("model.image_size", (24, 32), "loader.transform.image_size"),
         ("model.image_size", (24, 32), "eval_transform.image_size"),
         ("model.image_size", (24, 32), "task.grid", (3, 4)),
@@ -204,7 +207,7 @@ ROWS = {
         ("model.decoder_depth", 3, DECODER + "depth"),
         ("model.decoder_heads", 4, DECODER + "num_heads"),
         *[("model.mlp_ratio", 2.0, part + "mlp_ratio") for part in BOTH],
-        *[("model.position", "learned", part + "position") for part in BOTH],
+        *[("model.position", "learned", part + "pos_embed") for part in BOTH],
         *[("model.layer_norm_eps", 0.1, part + "layer_norm_eps") for part in BOTH],
         *[("model.dtype", "bfloat16", part + "execution.dtype", jnp.bfloat16) for part in BOTH],
         *[("model.remat", "dots", part + "execution.remat") for part in BOTH],
@@ -230,7 +233,12 @@ ROWS = {
         ("data.eval_crop", 0.6, "eval_transform.crop"),
         ("data.mean", (0.1, 0.2, 0.3), "task.mean"),
         ("data.std", (0.1, 0.2, 0.3), "task.std"),
-        ("data.resize_on", "device", "loader.transform.__class__.__name__", "CanvasTransform"),
+        (
+            "data.resize_on",
+            "device",
+            "loader.transform.__class__.__name__",
+            "DeviceResizeTransform",
+        ),
         ("data.in_memory", True, "train_source.__class__.__name__", "InMemory"),
         ("data.in_memory", True, "eval_source.__class__.__name__", "InMemory"),
         ("data.workers", 2, "loader.workers"),
@@ -251,8 +259,8 @@ ROWS = {
     ],
     "bands": [("eval.show_channels", (4, 2, 0), "drawn.pictures.show")],
     "epochs": [
-        ("epochs", 200.0, "duration.total_steps", 800),
-        ("optim.warmup_epochs", 5.0, "duration.warmup_steps", 20.0),
+        ("epochs", 200.0, "length.total_steps", 800),
+        ("optim.warmup_epochs", 5.0, "length.warmup_steps", 20.0),
     ],
     "on device": [("data.canvas", 64, "loader.transform.side")],
     "finetune": [
@@ -294,15 +302,15 @@ ROWS = {
     "linprobe": [("data.augment", "crop", "loader.transform.weak", False)],
     "knn": [("classify.head", False, "task.model.num_classes", 0)],
 }
-FLAT = [(flavour, *row) for flavour, rows in ROWS.items() for row in rows]
+FLAT = [(flavor, *row) for flavor, rows in ROWS.items() for row in rows]
 
 
 @pytest.mark.parametrize("row", FLAT, ids=lambda row: f"{row[0]}: {row[1]}: {row[3]}")
 def test_a_key_reaches_its_place(folder, row):
-    flavour, key, value, place, *expected = row
+    flavor, key, value, place, *expected = row
     expected = expected[0] if expected else value
     plain, changed = (
-        Parts(config_of(flavour, folder, changes), folder) for changes in ({}, {key: value})
+        Parts(config_of(flavor, folder, changes), folder) for changes in ({}, {key: value})
     )
     see = attrgetter(place)
     assert see(plain) != expected
@@ -365,21 +373,21 @@ def plain_runs(folder):
     return {name: build(config_of(name, folder, {}), folder / "run") for name in OPTIMIZERS}
 
 
-@pytest.mark.parametrize("flavour", OPTIMIZERS)
-def test_optimizers_of_the_recipes(plain_runs, flavour):
-    run = plain_runs[flavour]
-    expected = second_update(OPTIMIZERS[flavour](run.learning_rate))
+@pytest.mark.parametrize("flavor", OPTIMIZERS)
+def test_optimizers_of_the_recipes(plain_runs, flavor):
+    run = plain_runs[flavor]
+    expected = second_update(OPTIMIZERS[flavor](run.learning_rate))
     np.testing.assert_array_equal(second_update(run.tx), expected)
 
 
 @pytest.mark.parametrize("row", OPTIMIZER_ROWS, ids=lambda row: f"{row[0]}: {row[1]}")
 def test_a_key_reaches_the_optimizer(folder, plain_runs, row):
     """It updates parameters as one that is made by hand, and not as without the change."""
-    flavour, key, value, expected = row
-    run = build(config_of(flavour, folder, {key: value}), folder / "run")
+    flavor, key, value, expected = row
+    run = build(config_of(flavor, folder, {key: value}), folder / "run")
     updates = second_update(run.tx)
     np.testing.assert_array_equal(updates, second_update(expected(run.learning_rate)))
-    assert np.any(updates != second_update(plain_runs[flavour].tx))
+    assert np.any(updates != second_update(plain_runs[flavor].tx))
 
 
 def test_accumulation_and_the_average_reach_the_step(folder):
@@ -401,7 +409,7 @@ def test_accumulation_and_the_average_reach_the_step(folder):
 def test_the_seed_is_that_of_the_first_parameters_and_of_what_is_drawn(folder):
     for seed in (0, 7):
         config = config_of("pretrain", folder, {"seed": seed})
-        for found, expected in zip(split_rng(config), jax.random.split(jax.random.key(seed))):
+        for found, expected in zip(split_rng(config.seed), jax.random.split(jax.random.key(seed))):
             assert found == expected
 
 
@@ -427,8 +435,8 @@ def test_a_mask_of_the_users(folder, tmp_path):
 
 def test_attention_that_does_not_run_here_is_refused(folder):
     run = build(config_of("pretrain", folder, {"model.attention": "cudnn"}), folder / "run")
-    with pytest.raises(ConfigError, match="model.attention='cudnn'"):
-        choose_attention(run)
+    with pytest.raises(UserError, match="model.attention='cudnn'"):
+        select_attention(run)
 
 
 def test_a_tfds_data_set_is_found_by_its_name_folder_and_feature(folder, tmp_path):
@@ -456,7 +464,7 @@ def test_evaluation_skips_as_many_bad_images_as_it_may(folder, tmp_path):
         with pytest.raises(DataError, match=r"data.max_bad=3|is bad"):
             valid(few)
         with pytest.raises(DataError, match=r"data.max_bad=3|is bad"):
-            _ = few.judges
+            _ = few.evaluators
 
 
 def test_a_decoder_is_left_out_where_asked(folder, golden):
@@ -469,9 +477,9 @@ def test_a_decoder_is_left_out_where_asked(folder, golden):
         config = config_of("pretrain", folder, shape | changes)
         task = Parts(config, folder).task
         arrays = jax.eval_shape(task.init, jax.random.key(0))
-        return build_model.load_init_weights(config, task, arrays, ())
+        return load_init_weights(config, task, arrays, ())
 
-    assert start().fresh == []
+    assert start().missing == []
     assert {name.split("/")[0] for name in start(encoder_only=True).loaded} == {"encoder"}
     with pytest.raises(ConvertError, match="average"):
         start(ema=True)
@@ -500,5 +508,9 @@ def test_no_key_is_forgotten():
     """A new key has to go into a table above, or into SEEN with what tests it."""
     tabled = {row[1] for row in FLAT + OPTIMIZER_ROWS}
     assert not tabled & SEEN.keys()
-    keys = {key for key in flatten(common.base().to_dict()) if not key.startswith(NOTHING_COMPUTED)}
+    keys = {
+        key
+        for key in flatten(common.base().to_dict(), sep=".")
+        if not key.startswith(NOTHING_COMPUTED)
+    }
     assert tabled | SEEN.keys() == keys

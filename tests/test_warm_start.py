@@ -1,4 +1,4 @@
-"""Parameters from a checkpoint: which are taken, which stay, and what is refused."""
+"""Warm start: which arrays are loaded, missing and unexpected, and what is an error."""
 
 import dataclasses
 
@@ -32,18 +32,18 @@ def official(golden):
     return weights.read(golden / OFFICIAL, **HEADS)
 
 
-def test_everything_is_taken(official):
+def test_every_array_is_loaded(official):
     start = warm_start.merge(fresh(), warm_start.adapt(official, **ADAPT))
-    assert (start.fresh, start.unused) == ([], [])
+    assert (start.missing, start.unexpected) == ([], [])
     for name, array in flatten(start.params).items():
         np.testing.assert_array_equal(array, official.arrays[name])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_tables_are_known_for_what_they_are(official, dtype):
+def test_half_precision_sincos_tables_are_recognized(official, dtype):
     arrays = {name: x.astype(jnp.dtype(dtype)) for name, x in official.arrays.items()}
     found = warm_start.adapt(dataclasses.replace(official, arrays=arrays), **ADAPT)
-    assert warm_start.merge(fresh(), found).fresh == []
+    assert warm_start.merge(fresh(), found).missing == []
 
 
 def test_an_encoder_alone_leaves_a_fresh_decoder(official):
@@ -51,20 +51,20 @@ def test_an_encoder_alone_leaves_a_fresh_decoder(official):
     found = warm_start.adapt(weights.encoder_only(official), **ADAPT)
     start = warm_start.merge(params, found)
     assert {name.split("/")[0] for name in start.loaded} == {"encoder"}
-    assert {name.split("/")[0] for name in start.fresh} == {"decoder"}
+    assert {name.split("/")[0] for name in start.missing} == {"decoder"}
     merged, before = flatten(start.params), flatten(params)
     np.testing.assert_array_equal(merged["decoder/mask_token"], before["decoder/mask_token"])
 
 
-def test_a_head_is_not_used_and_said_so(golden):
+def test_a_head_is_unexpected(golden):
     found = weights.read(golden / "vit/v0_cls/state_dict.safetensors", heads=2)
     start = warm_start.merge(fresh(position="learned"), warm_start.adapt(found, **LEARNED))
-    assert start.unused == ["head/kernel", "head/bias"]
+    assert start.unexpected == ["head/kernel", "head/bias"]
 
 
-def test_an_encoder_that_is_not_whole(golden):
+def test_an_encoder_without_its_final_norm_is_an_error(golden):
     found = weights.read(golden / "vit/v0_gap/state_dict.safetensors", heads=2)
-    with pytest.raises(ConvertError, match="fine-tuned with fc_norm, and so has no final norm"):
+    with pytest.raises(ConvertError, match="fine-tuned with fc_norm, so it has no final norm"):
         warm_start.adapt(found, **LEARNED)
 
 
@@ -73,7 +73,7 @@ def test_another_size(official):
     adapted = warm_start.adapt(official, **ADAPT)
     with pytest.raises(ConvertError, match=r"! decoder/mask_token has shape \(1, 1, 32\)") as error:
         warm_start.merge(fresh(wider), adapted)
-    assert "--config.init.encoder_only=True leaves it out" in str(error.value)
+    assert "--config.init.encoder_only=True ignores it" in str(error.value)
     with pytest.raises(ConvertError) as error:
         warm_start.merge(fresh(dataclasses.replace(SIZE, width=64)), adapted)
     assert str(error.value).endswith(
@@ -83,12 +83,12 @@ def test_another_size(official):
 
 
 def test_positions(golden, official):
-    """Sine-cosine tables are computed anew; others are kept, or refused, but never dropped."""
+    """Sine-cosine tables are recomputed; others are kept or an error, but never dropped."""
     trained = weights.read(golden / "mae/p7_eps_sensitive/state_dict.safetensors", **HEADS)
     with pytest.raises(ConvertError, match="not the sine-cosine table.*position=learned"):
         warm_start.adapt(trained, **ADAPT)
     for found in (trained, official):
         adapted = warm_start.adapt(found, image_size=(48, 32), channels=3, position="learned")
         start = warm_start.merge(fresh(position="learned", grid=(6, 4)), adapted)
-        assert start.fresh == []
+        assert start.missing == []
         assert start.params["encoder"]["pos_embed"]["table"].shape == (1, 25, 32)
