@@ -89,5 +89,16 @@ def test_modules_and_tests_named_in_the_documentation_exist():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         text = page.read_text()
         named = re.findall(r"`((?:mae_jax|configs|tests|scripts)/[\w/.]+\.(?:py|sh))", text)
-        named += [f"tests/{name}" for name in re.findall(r"`((?:faults|slow)/\w+\.py)`", text)]
+        named += [
+            f"tests/{name}" for name in re.findall(r"`((?:faults/|slow/)?test_\w+\.py)`", text)
+        ]
         assert [name for name in named if not (ROOT / name).exists()] == [], page
+
+
+def test_modules_named_in_the_changelog_exist():
+    """Check the second column of the table of renamed modules."""
+    rows = re.findall(r"^\| `mae_jax[^|]*\|([^|]*)\|$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    names = {name.removeprefix("mae_jax.") for row in rows for name in re.findall(r"`(.*?)`", row)}
+    paths = {name: ROOT / "mae_jax" / (name.replace(".", "/") + ".py") for name in names}
+    assert len(names) > 30
+    assert [name for name, path in paths.items() if not path.exists()] == []
