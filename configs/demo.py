@@ -2,12 +2,12 @@
 
     make demo
 
-A small ViT learns for minutes, not days. What to expect is in the README. Then, in a minute each,
+Trains a small ViT in minutes; the README has the expected results. Then, in a minute each,
 
     python train.py --config configs/demo.py:linprobe --workdir runs/demo_linprobe
     python train.py --config configs/demo.py:finetune --workdir runs/demo_finetune
 
-start from what the demo has learned (`--config.init.path=random` shows what that is worth).
+start from the demo's weights (compare with `--config.init.path=random`).
 """
 
 from configs import common, finetune, linprobe
@@ -27,7 +27,7 @@ def get_config(task: str = "pretrain"):
     config.model.update(image_size=(64, 64), patch=8, width=128, depth=4, heads=4)
     config.model.update(decoder_width=64, decoder_depth=1, decoder_heads=4)
     config.model.update(dtype="float32", remat="dots")  # the fastest on a CPU
-    config.target.norm_pix_eps = 1e-2  # of patches this small many are nearly flat
+    config.target.norm_pix_eps = 1e-2  # many patches this small are nearly flat
     config.data.update(name="photo_crops", path="datasets", eval_split="test")
     config.data.update(workers=0, threads=2, eval_crop=1.0)
     if task == "pretrain":
@@ -40,7 +40,7 @@ def get_config(task: str = "pretrain"):
     config.init.path = "runs/demo"
     if task == "linprobe":
         config.batch_size = 256
-        config.optim.base_lr = 6.4  # the paper's peak learning rate, whatever the batch
+        config.optim.base_lr = 6.4  # the paper's peak learning rate, for any batch size
         config.data.update(augment="none", cache_features=True)
         config.eval.accuracy_every_epochs = 10.0
     if task == "finetune":

@@ -1,22 +1,22 @@
-"""Fine-tuning on ImageNet-1k as the official code does it: layer decay, RandAugment, mixup.
+"""Fine-tuning on ImageNet-1k as in the official code: layer decay, RandAugment, mixup.
 
-Its learning rates, layer decays and drop paths are of each size; the paper's Table 9 has others.
+Learning rate, layer decay and drop path depend on the size; the paper's Table 9 has other values.
 
     python train.py --config configs/finetune.py:vit_b16 --workdir runs/finetune_b \\
         --config.init.path=runs/pretrain_b
 
-Reported by the paper, not measured by us, top-1 of B / L / H: 83.6 / 85.9 / 86.9 %. At another size
-the checkpoint's position table is resampled; beyond 224 px evaluation looks at the whole image:
+Reported by the paper, not reproduced here, top-1 of B / L / H: 83.6 / 85.9 / 86.9 %. Another image
+size interpolates the positional embeddings; above 224 px evaluation uses the full image:
 
     --config.model.image_size=(448,448)
 
-The last k blocks alone (paper figure 9): --config.optim.train_last_blocks=4. Few images per class:
---config.data.shots=10. Data sets smaller than a batch of 1024: --config.batch_size=128.
+Last k blocks only (paper figure 9): --config.optim.train_last_blocks=4. Few-shot, images per class:
+--config.data.shots=10. Datasets smaller than a batch of 1024: --config.batch_size=128.
 """
 
 from configs import common
 
-# Epochs, base learning rate, layer decay and drop path; Ti and S are ours and take B's.
+# Epochs, base learning rate, layer decay, drop path; Ti and S are not in the paper and use B's.
 RECIPES = {
     "vit_b16": (100.0, 5e-4, 0.65, 0.1),
     "vit_l16": (50.0, 1e-3, 0.75, 0.2),

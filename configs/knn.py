@@ -1,4 +1,4 @@
-"""k-nearest-neighbour accuracy of a checkpoint on ImageNet-1k, over the whole data set.
+"""k-nearest-neighbor accuracy of a checkpoint on ImageNet-1k, over the full dataset.
 
     python train.py --config configs/knn.py:vit_b16 --workdir runs/knn_b \\
         --config.init.path=runs/pretrain_b
@@ -14,7 +14,7 @@ def get_config(size: str = "vit_b16"):
     common.set_size(config, size)
     config.task = "classify"
     config.steps = 0
-    config.model.update(position="learned", dtype="bfloat16")  # learned: whatever table there is
+    config.model.update(position="learned", dtype="bfloat16")  # learned: the checkpoint's table
     config.classify.head = False
     config.batch_size = 256
     config.eval.update(knn_k=(20, 1, 5, 10, 100, 200), knn_bank=10**9, knn_queries=10**9)

@@ -1,13 +1,13 @@
-"""Linear probing on ImageNet-1k, the paper's recipe (Table 10): frozen encoder, 90 epochs of LARS.
+"""Linear probe on ImageNet-1k, the paper's recipe (Table 10): frozen encoder, 90 epochs of LARS.
 
     python train.py --config configs/linprobe.py:vit_b16 --workdir runs/linprobe_b \\
         --config.init.path=runs/pretrain_b
 
-`init.path` takes any checkpoint (official, HuggingFace, timm, a workdir); `random` is the baseline.
-Reported by the paper, not measured by us, top-1 of B / L / H after 1600 epochs of pretraining:
-68.0 / 75.8 / 76.6 %. On a data set smaller than ImageNet take a smaller batch, but keep the peak
-learning rate of .1 * 16384 / 256 = 6.4 (a step of LARS is a share of the weights' norm); and for
-results in seconds compute features only once, which takes images as evaluation sees them:
+`init.path` takes any checkpoint (official, Hugging Face, timm, workdir); `random` is the baseline.
+Reported by the paper, not reproduced here, top-1 of B / L / H after 1600 epochs of pretraining:
+68.0 / 75.8 / 76.6 %. On a dataset smaller than ImageNet use a smaller batch, but keep the peak
+learning rate of 0.1 * 16384 / 256 = 6.4 (a LARS step is a fraction of the weights' norm). For
+results in seconds, compute features once, without augmentation:
 
     --config.batch_size=256 --config.optim.base_lr=6.4 \\
     --config.data.augment=none --config.data.cache_features=True
@@ -22,7 +22,7 @@ def get_config(size: str = "vit_b16"):
     config.task = "classify"
     config.batch_size = 16384
     config.epochs = 50.0 if size in ("vit_l16", "vit_h14") else 90.0
-    config.model.update(position="learned", dtype="bfloat16")  # learned: whatever table there is
+    config.model.update(position="learned", dtype="bfloat16")  # learned: the checkpoint's table
     config.classify.head_norm = True
     config.optim.update(name="lars", base_lr=0.1, weight_decay=0.0, train_last_blocks=0)
     config.optim.warmup_epochs = 10.0

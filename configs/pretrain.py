@@ -2,13 +2,13 @@
 
     python train.py --config configs/pretrain.py:vit_b16 --workdir runs/pretrain_b
 
-On your own images, without labels:
+On a folder of images, without labels:
 
     python train.py --config configs/pretrain.py:vit_b16 --workdir runs/mine \\
         --config.data.source=folder --config.data.path=DIR --config.batch_size=256
 
-Sizes: vit_ti16, vit_s16, vit_b16 (the default), vit_l16, vit_h14. Reported by the paper for B after
-1600 epochs, not measured by us: 83.6 % top-1 when fine-tuned, 68.0 % by linear probe.
+Sizes: vit_ti16, vit_s16, vit_b16 (default), vit_l16, vit_h14. Reported by the paper for B after
+1600 epochs, not reproduced here: top-1 of 83.6 % fine-tuned, 68.0 % by linear probe.
 """
 
 from configs import common

@@ -3,10 +3,9 @@
     python train.py --config configs/small.py:vit_ti16,32 --workdir runs/cifar \\
         --config.data.name=cifar10
 
-After the size stands the side of the images, 32 unless given. A patch is an eighth of it, so that
-an image has 64 of them. Images are barely cropped, and patches of few pixels need a larger
-norm_pix_eps. The loss stays for a while where a mean patch would be; a higher learning rate makes
-that longer.
+The argument is SIZE,SIDE; the side of the images is 32 by default. A patch is 1/8 of it, so an image
+has 64 patches. Crops are mild, and patches of few pixels need a larger norm_pix_eps. At first the
+loss stays at that of predicting the mean patch; a higher learning rate makes this phase longer.
 """
 
 from configs import common
