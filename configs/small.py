@@ -3,7 +3,7 @@
     python train.py --config configs/small.py:vit_ti16,32 --workdir runs/cifar \\
         --config.data.name=cifar10
 
-The argument is SIZE,SIDE; the side of the images is 32 by default. A patch is 1/8 of it, so an image
+The argument is SIZE,SIDE; the image side is 32 by default. A patch is 1/8 of it, so an image
 has 64 patches. Crops are mild, and patches of few pixels need a larger norm_pix_eps. At first the
 loss stays at that of predicting the mean patch; a higher learning rate makes this phase longer.
 """
