@@ -40,10 +40,7 @@ def main(argv: list[str]) -> None:
         raise ConvertError(f"{len(source)} images are too many for one picture: {MOST} at most")
     model, params = convert_cli.load_model(arguments)
     show = check_display_channels(arguments.show, model.info.channels)
-    try:
-        task = model.task(mask=arguments.mask, mask_ratio=arguments.mask_ratio)
-    except ValueError as error:
-        raise ConvertError(str(error)) from error
+    task = model.task(mask=arguments.mask, mask_ratio=arguments.mask_ratio)
     images = model.read_images(arguments.images)
     mask = task.sample_mask(jax.random.key(arguments.seed), len(images))
     picture = ReconstructionFigure(task, np.asarray(images), mask, arguments.stats, show).run(

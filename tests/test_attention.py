@@ -10,6 +10,7 @@ import pytest
 
 from mae_jax.models import attention_autotune
 from mae_jax.models.attention import AttentionImpl
+from mae_jax.utils.errors import UserError
 
 SHAPE = (10, 2, 8)
 
@@ -28,9 +29,9 @@ def test_without_a_gpu_or_bfloat16_there_is_nothing_to_try(caplog):
     for dtype in (jnp.float32, jnp.bfloat16):
         assert attention_autotune.select_implementation("auto", {SHAPE}, dtype) == AttentionImpl()
     assert not caplog.records
-    with pytest.raises(ValueError, match="model.attention='cudnn' needs a GPU and .*bfloat16"):
+    with pytest.raises(UserError, match="model.attention='cudnn' needs a GPU and .*bfloat16"):
         attention_autotune.select_implementation("cudnn", {SHAPE}, jnp.bfloat16)
-    with pytest.raises(ValueError, match="model.attention='flash'; use one of auto, xla, cudnn"):
+    with pytest.raises(UserError, match="model.attention='flash' must be one of auto, xla, cudnn"):
         attention_autotune.select_implementation("flash", {SHAPE}, jnp.bfloat16)
 
 
@@ -63,7 +64,7 @@ def test_what_fails_on_a_device_is_not_chosen(monkeypatch, caplog):
     )
     [record] = caplog.records
     assert "attention of 10 tokens, 2 heads of 8: xla (xla " in record.getMessage()
-    with pytest.raises(ValueError, match="'cudnn' does not work for 10 tokens, 2 heads of 8: ."):
+    with pytest.raises(UserError, match="'cudnn' does not work for 10 tokens, 2 heads of 8: ."):
         attention_autotune.select_implementation("cudnn", {SHAPE}, jnp.bfloat16)
 
 

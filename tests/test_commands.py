@@ -17,6 +17,7 @@ from mae_jax.convert import cli as convert_cli
 from mae_jax.convert import weights
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import DataError
+from mae_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_reconstruct(golden, images, heads, tmp_path, capsys):
     np.testing.assert_array_equal(run("b.png"), first)
     assert not np.array_equal(run("c.png", "--seed", "1"), first)
     assert not np.array_equal(run("d.png", "--stats", "gt", "--mask", "grid"), first)
-    with pytest.raises(ConvertError, match=r"mask.ratio=1.5"):
+    with pytest.raises(UserError, match=r"mask.ratio=1.5"):
         run("e.png", "--mask-ratio", "1.5")
     assert run("wide.png", "--image-size", "64,32").shape[0] > first.shape[0]
 

@@ -40,12 +40,12 @@ def make_task(config: dict) -> Pretrain:
         decoder_width=config["decoder_embed_dim"],
         decoder_depth=config["decoder_depth"],
         decoder_heads=config["decoder_num_heads"],
+        mlp_ratio=config["mlp_ratio"],
     )
     model = make_mae(
         size,
         grid=(side, side),
         channels=channels,
-        mlp_ratio=config["mlp_ratio"],
         pos_embed="learned" if config["rand_pos"] else "sincos",
         layer_norm_eps=config["ln_eps"],
     )

@@ -9,6 +9,7 @@ from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VARIANTS, VitVariant, get_variant
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import diff
 
 TINY = VitVariant(32, 4, 2, 8, decoder_width=16, decoder_depth=2, decoder_heads=2)
@@ -118,15 +119,15 @@ def test_images_are_masked_independently_and_the_kept_ones_decide_everything():
 
 
 def test_bad_model_values():
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(UserError, match="is not divisible"):
         make_mae(VitVariant(30, 1, 4, 8), grid=(2, 2))
-    with pytest.raises(ValueError, match="model.position='rotary'"):
+    with pytest.raises(UserError, match="model.position='rotary'"):
         make_mae(TINY, grid=(2, 2), pos_embed="rotary")
-    with pytest.raises(ValueError, match="model.remat='half'"):
+    with pytest.raises(UserError, match="model.remat='half'"):
         ExecutionConfig(remat="half")
-    with pytest.raises(ValueError, match="mask.kind='stripes'"):
+    with pytest.raises(UserError, match="mask.kind='stripes'"):
         make_task(mask="stripes")
-    with pytest.raises(ValueError, match="unknown model size 'vit_b32'"):
+    with pytest.raises(UserError, match="unknown model size 'vit_b32'"):
         get_variant("vit_b32")
 
 
@@ -152,5 +153,5 @@ def test_reconstruction_uses_true_or_visible_statistics(plain):
     np.testing.assert_array_equal(true[0] - true[1], darker)
     for constant in (true[2], visible[2]):  # has the same statistics everywhere
         assert abs(constant.max() - 90) <= 1
-    with pytest.raises(ValueError, match="stats='none'"):
+    with pytest.raises(UserError, match="stats='none'"):
         reconstruct(params, "none")

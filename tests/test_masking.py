@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mae_jax.tasks import masking
+from mae_jax.utils.errors import UserError
 
 KEY = jax.random.key(7)
 
@@ -25,13 +26,13 @@ def test_len_keep_is_the_references(golden):
         if 0 < expected < n:
             assert masking.len_keep(n, ratio) == expected
         else:
-            with pytest.raises(ValueError, match=f"keeps {expected} of {n}"):
+            with pytest.raises(UserError, match=f"keeps {expected} of {n}"):
                 masking.len_keep(n, ratio)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.999, 0.0, -0.5, 1.5])
 def test_ratio_that_leaves_nothing_to_do(ratio):
-    with pytest.raises(ValueError, match="mask.ratio"):
+    with pytest.raises(UserError, match="mask.ratio"):
         masking.len_keep(196, ratio)
 
 
@@ -64,7 +65,7 @@ def test_grid_keeps_one_of_each_2x2():
 
 @pytest.mark.parametrize(("grid", "kept"), [((14, 14), 98), ((7, 14), 24), ((14, 7), 24)])
 def test_grid_refuses_other_ratios_and_odd_grids(grid, kept):
-    with pytest.raises(ValueError, match="one of each 2x2"):
+    with pytest.raises(UserError, match="one of each 2x2"):
         masking.grid_mask(KEY, 2, grid, kept)
 
 
@@ -108,11 +109,11 @@ def test_user_mask_of_one_row_and_of_many():
 def test_user_mask_names_the_rows_at_fault():
     rows = np.tile(np.arange(6) < 4, (5, 1))
     rows[3, 0] = False
-    with pytest.raises(ValueError, match="most mask 4, but row 3 masks 3"):
+    with pytest.raises(UserError, match="most mask 4, but row 3 masks 3"):
         masking.user_mask(rows, 5, 6)
-    with pytest.raises(ValueError, match=r"bool array \[6\]"):
+    with pytest.raises(UserError, match=r"bool array \[6\]"):
         masking.user_mask(np.ones(6), 1, 6)
-    with pytest.raises(ValueError, match="masks 6 of 6"):
+    with pytest.raises(UserError, match="masks 6 of 6"):
         masking.user_mask(np.ones(6, bool), 1, 6)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mae_jax.tasks.mixup import Mixup, mix_images, random_erasing
+from mae_jax.utils.errors import UserError
 
 SIZE = (24, 40)  # height, width
 BATCH = 4000
@@ -139,7 +140,7 @@ class TestMixup:
         ],
     )
     def test_bad_values_are_named(self, name, key, value):
-        with pytest.raises(ValueError, match=f"classify.{key}={value!r}"):
+        with pytest.raises(UserError, match=f"classify.{key}={value!r}"):
             Mixup(**{name: value})
 
 

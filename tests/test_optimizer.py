@@ -10,6 +10,7 @@ from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VARIANTS
 from mae_jax.tasks.optimizer import warmup_cosine, weight_decay_mask
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import flatten
 
 
@@ -45,7 +46,7 @@ def test_first_step_has_rate_zero_and_no_warmup_starts_at_the_peak():
 
 
 def test_warmup_longer_than_the_run():
-    with pytest.raises(ValueError, match="must be shorter"):
+    with pytest.raises(UserError, match="must be shorter"):
         warmup_cosine(peak=1.0, warmup_steps=10, total_steps=10)
 
 

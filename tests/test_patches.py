@@ -12,6 +12,7 @@ from mae_jax.models.patches import (
     sincos_pos_embed_2d,
     unpatchify,
 )
+from mae_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -71,5 +72,5 @@ def test_patchify_non_square():
 
 
 def test_image_size_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"225 = 14 \* 16 \+ 1. Use 224 or 240"):
+    with pytest.raises(UserError, match=r"225 = 14 \* 16 \+ 1. Use 224 or 240"):
         patch_grid((224, 225), 16)

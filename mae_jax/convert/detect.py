@@ -21,6 +21,7 @@ from mae_jax.convert.model_info import (
 )
 from mae_jax.convert.state_dict import Arrays, Shapes, detect_layout, find_mismatches
 from mae_jax.models.variants import VARIANTS
+from mae_jax.utils.errors import UserError
 
 log = logging.getLogger("mae_jax")
 
@@ -71,7 +72,9 @@ def detect(
         _check_sizes(found, info, path)
         _check_heads(info, need_heads, path)
         shapes = expected_shapes(info)
-    except ValueError as error:
+    except ConvertError:
+        raise
+    except (UserError, ValueError) as error:
         raise ConvertError(f"{path}: {error}") from error
     _raise_mismatch(path, layout, find_mismatches(layout, shapes, found.tensors, info.patch))
     return layout, info, shapes

@@ -17,7 +17,7 @@ from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import MAE, make_mae
 from mae_jax.models.patches import patch_grid
 from mae_jax.models.variants import VARIANTS, VitVariant
-from mae_jax.models.vit import Encoder, check_width
+from mae_jax.models.vit import make_encoder
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import flatten
 
@@ -169,7 +169,7 @@ def expand_stats(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values[i % len(values)] for i in range(channels))
 
 
-def _size(info: ModelInfo) -> VitVariant:
+def _variant(info: ModelInfo) -> VitVariant:
     return VitVariant(
         width=info.width,
         depth=info.depth,
@@ -178,16 +178,16 @@ def _size(info: ModelInfo) -> VitVariant:
         decoder_width=info.decoder_width,
         decoder_depth=info.decoder_depth,
         decoder_heads=info.decoder_heads or 1,
+        mlp_ratio=info.mlp_ratio,
     )
 
 
 def make_autoencoder(info: ModelInfo, execution: ExecutionConfig = ExecutionConfig()) -> MAE:
     """The MAE of a checkpoint with a decoder; its position tables are parameters."""
     return make_mae(
-        _size(info),
+        _variant(info),
         grid=info.grid,
         channels=info.channels,
-        mlp_ratio=info.mlp_ratio,
         decoder_mlp_ratio=info.decoder_mlp_ratio,
         pos_embed="learned",
         layer_norm_eps=info.layer_norm_eps,
@@ -197,13 +197,9 @@ def make_autoencoder(info: ModelInfo, execution: ExecutionConfig = ExecutionConf
 
 def make_classifier(info: ModelInfo, execution: ExecutionConfig = ExecutionConfig()) -> Classifier:
     """The encoder of a checkpoint with whatever comes after it."""
-    check_width("width", info.width, info.heads or 1)
-    encoder = Encoder(
-        info.width,
-        info.depth,
-        info.heads or 1,
+    encoder = make_encoder(
+        _variant(info),
         info.grid,
-        mlp_ratio=info.mlp_ratio,
         pos_embed="learned",
         layer_norm_eps=info.layer_norm_eps,
         final_norm=not info.fc_norm,

@@ -30,6 +30,7 @@ from mae_jax.models.image_ops import normalize, stats_match_dtype
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.patches import patchify
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import unflatten
 
 Params = dict[str, Any]
@@ -88,8 +89,8 @@ def _select_attention(info: ModelInfo, wanted: str, dtype: str) -> AttentionImpl
         return attention_autotune.select_implementation(
             wanted, shapes, jnp.dtype(dtype), single_process=True
         )
-    except ValueError as error:
-        raise ConvertError(str(error)) from error
+    except UserError as error:
+        raise ConvertError(error.problem, key="attention", value=wanted) from error
 
 
 @partial(jax.jit, static_argnames=("info", "execution", "observe"))

@@ -15,6 +15,7 @@ from mae_jax.convert.key_maps import DIALECTS
 from mae_jax.convert.model_info import ConvertError, ModelInfo, expand_stats
 from mae_jax.convert.state_dict import Arrays
 from mae_jax.models.patches import interpolate_pos_embed, patch_grid
+from mae_jax.utils.errors import UserError
 
 log = logging.getLogger("mae_jax")
 
@@ -77,8 +78,8 @@ def resize_pos_embed(weights: Weights, image_size: tuple[int, int]) -> Weights:
         return weights
     try:
         grid = patch_grid(image_size, info.patch)
-    except ValueError as error:
-        raise ConvertError(str(error)) from error
+    except UserError as error:
+        raise ConvertError(error.problem, key=error.key, value=error.value) from error
     arrays = {
         name: interpolate_pos_embed(array[0], info.grid, grid)[None]
         if name.endswith("pos_embed/table")

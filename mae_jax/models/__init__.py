@@ -1,1 +1,1 @@
-"""The networks; the only package that imports flax."""
+"""Flax modules of the networks. No other package imports flax."""

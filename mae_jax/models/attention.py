@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (Vaswani et al. 2017), in the implementation that suits a device."""
+"""Scaled dot-product attention (Vaswani et al. 2017): XLA or cuDNN, chosen per shape."""
 
 from dataclasses import dataclass
 
@@ -7,31 +7,30 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-AttentionShape = tuple[int, int, int]  # tokens, heads, width of a head
+AttentionShape = tuple[int, int, int]  # tokens, number of heads, width of a head
 
 
 def attention_shape(tokens: int, width: int, num_heads: int) -> AttentionShape:
-    """Of the attention of so many heads over tokens of this width."""
+    """Return the shape of multi-head attention over tokens of an embedding dimension."""
     return tokens, num_heads, width // num_heads
 
 
-def split_heads(packed: Array, num_heads: int) -> tuple[Array, Array, Array]:
-    """Queries, keys and values [b, t, h, e] of one projection [b, t, 3d] to all of them."""
+def split_heads(qkv: Array, num_heads: int) -> tuple[Array, Array, Array]:
+    """Split a fused projection [b, t, 3d] into queries, keys and values [b, t, h, e]."""
     query, key, value = (
-        rearrange(part, "b t (h e) -> b t h e", h=num_heads)
-        for part in jnp.split(packed, 3, axis=-1)
+        rearrange(x, "b t (h e) -> b t h e", h=num_heads) for x in jnp.split(qkv, 3, axis=-1)
     )
     return query, key, value
 
 
 @dataclass(frozen=True)
 class AttentionImpl:
-    """Attention: cuDNN's fused kernel for the shapes in `cudnn_shapes`, and our own for all others."""
+    """Attention implementation: cuDNN's fused kernel for `cudnn_shapes`, XLA for other shapes."""
 
     cudnn_shapes: frozenset[AttentionShape] = frozenset()
 
     def __call__(self, query: Array, key: Array, value: Array) -> Array:
-        """Values [b, t, h, e] weighted by the softmax, in float32, of queries times keys."""
+        """Compute softmax(query @ key.T / sqrt(e)) @ value, all [b, t, h, e]; float32 softmax."""
         if query.shape[1:] in self.cudnn_shapes:
             return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         return _xla_attention(query, key, value)
@@ -47,7 +46,7 @@ def _xla_attention(query: Array, key: Array, value: Array) -> Array:
 
 
 def _forward(query: Array, key: Array, value: Array):
-    """Divides by the sum of the weights last, when there are [t, e] numbers of them, not [t, t]."""
+    """Normalize the softmax after the product with the values: [t, e] divisions, not [t, t]."""
     scores = _einsum_f32("bthe,bshe->bhts", query, key)
     scale = query.shape[-1] ** -0.5
     weights = jnp.exp(scale * (scores - scores.max(axis=-1, keepdims=True)))
@@ -58,13 +57,13 @@ def _forward(query: Array, key: Array, value: Array):
 
 
 def _backward(saved, gradient: Array) -> tuple[Array, Array, Array]:
-    """As autodiff does it, but from fewer arrays, and multiplying in the type of the queries."""
+    """Compute the gradients of autodiff from fewer saved arrays, with matmuls in query.dtype."""
     query, key, value, weights, total, result = saved
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     gradient = gradient / total
-    share = (gradient * result.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    row_dot = (gradient * result.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     gradient = gradient.astype(dtype)
-    dweights = _einsum_f32("bthe,bshe->bhts", gradient, value) - jnp.moveaxis(share, 1, 2)
+    dweights = _einsum_f32("bthe,bshe->bhts", gradient, value) - jnp.moveaxis(row_dot, 1, 2)
     dscores = (scale * weights * dweights).astype(dtype)
     dquery = _einsum_f32("bhts,bshe->bthe", dscores, key)
     dkey = _einsum_f32("bhts,bthe->bshe", dscores, query)

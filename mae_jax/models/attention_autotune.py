@@ -1,4 +1,4 @@
-"""Which implementation of attention a device is given: chosen by a trial when a run starts."""
+"""Selection of the attention implementation of a device, by timing both when a run starts."""
 
 import logging
 import math
@@ -13,124 +13,139 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mae_jax.models.attention import AttentionImpl, AttentionShape, split_heads
+from mae_jax.utils.errors import UserError
 
 log = logging.getLogger("mae_jax.run")
 
 CHOICES = ("auto", "xla", "cudnn")
-CALLS, IMAGES = 8, 32  # of a trial: passes in one program, over so many images each
-REPEATS = 5  # of a trial; the fastest counts
-MIN_SPEEDUP = 0.95  # share of XLA's time below which cuDNN is taken
-TOLERANCE = 2e-2  # relative, between results in bfloat16
+CALLS, IMAGES = 8, 32  # passes per timed program, and images per pass
+REPEATS = 5  # runs of the program; the fastest counts
+MIN_SPEEDUP = 0.95  # cuDNN is selected below this fraction of XLA's time
+TOLERANCE = 2e-2  # relative error allowed between results in bfloat16
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one forward and backward pass; infinite, with the reason, where it failed."""
+    """Seconds of one forward and backward pass; infinite, with the reason, if it failed."""
 
     seconds: float
     failure: str = ""
 
 
 def select_implementation(
-    wanted: str, shapes: Collection[AttentionShape], dtype: Any, *, single_process: bool = False
+    wanted: str,
+    shapes: Collection[AttentionShape],
+    dtype: Any,
+    *,
+    single_process: bool = False,
 ) -> AttentionImpl:
-    """For each shape the faster implementation that works on this device; "auto" tries both.
+    """Select XLA or cuDNN for each attention shape; "auto" times both and takes the faster.
 
-    cuDNN takes bfloat16 on GPUs only; elsewhere there is nothing to choose and nothing is tried.
-    Unless a process does so (`single_process`), all of a run have to call this together, and choose the same.
+    cuDNN needs a GPU and bfloat16; elsewhere "auto" selects XLA without timing anything. All
+    processes of a run must call this together and get the same result, unless `single_process`.
 
     Raises:
-      ValueError: `wanted` is "cudnn", which does not work here, or it is not known.
+      UserError: `wanted` is unknown, or it is "cudnn" and that does not work here.
     """
+    error = lambda problem: UserError(problem, key="model.attention", value=wanted)
     if wanted not in CHOICES:
-        raise ValueError(f"model.attention={wanted!r}; use one of {', '.join(CHOICES)}")
-    possible = jax.default_backend() == "gpu" and dtype == jnp.bfloat16
-    if wanted == "xla" or not (possible or wanted == "cudnn"):
+        raise error(f"must be one of {', '.join(CHOICES)}")
+    cudnn_possible = jax.default_backend() == "gpu" and dtype == jnp.bfloat16
+    if wanted == "xla" or (wanted == "auto" and not cudnn_possible):
         return AttentionImpl()
-    if not possible:
-        raise ValueError(
-            "model.attention='cudnn' needs a GPU and model.dtype='bfloat16'; this is "
+    if not cudnn_possible:
+        raise error(
+            "needs a GPU and model.dtype='bfloat16'; this is "
             f"{jnp.dtype(dtype).name} on a {jax.default_backend()}. 'auto' takes what works"
         )
-    trials = {shape: (time_xla(shape, dtype), time_cudnn(shape, dtype)) for shape in sorted(shapes)}
-    seconds = np.array([[trial.seconds for trial in pair] for pair in trials.values()], np.float32)
-    if not single_process:  # the mean over processes, so that all of them choose the same
-        gathered = multihost_utils.process_allgather(seconds)
-        seconds = np.asarray(gathered).reshape(-1, *seconds.shape).mean(axis=0)
+    timings = {
+        shape: (time_xla(shape, dtype), time_cudnn(shape, dtype)) for shape in sorted(shapes)
+    }
+    seconds = np.array([[timing.seconds for timing in pair] for pair in timings.values()])
+    if not single_process:
+        seconds = _mean_over_processes(seconds)
     cudnn_shapes = []
-    for (shape, (xla, cudnn)), (of_xla, of_cudnn) in zip(trials.items(), seconds):
-        if wanted == "cudnn" and not math.isfinite(of_cudnn):
-            why = cudnn.failure or "another process of this run says so"
-            raise ValueError(f"model.attention='cudnn' does not work for {_describe(shape)}: {why}")
-        if wanted == "cudnn" or of_cudnn < MIN_SPEEDUP * of_xla:
+    for (shape, (xla, cudnn)), (xla_s, cudnn_s) in zip(timings.items(), seconds):
+        if wanted == "cudnn" and not math.isfinite(cudnn_s):
+            reason = cudnn.failure or "it failed in another process"
+            raise error(f"does not work for {_describe(shape)}: {reason}")
+        if wanted == "cudnn" or cudnn_s < MIN_SPEEDUP * xla_s:
             cudnn_shapes.append(shape)
         log.info(
             "attention of %s: %s (xla %s, cudnn %s)",
             _describe(shape),
             "cudnn" if shape in cudnn_shapes else "xla",
-            xla.failure or f"{1e3 * of_xla:.3f} ms",
-            cudnn.failure or f"{1e3 * of_cudnn:.3f} ms",
+            xla.failure or f"{1e3 * xla_s:.3f} ms",
+            cudnn.failure or f"{1e3 * cudnn_s:.3f} ms",
         )
     return AttentionImpl(frozenset(cudnn_shapes))
 
 
+def _mean_over_processes(seconds: np.ndarray) -> np.ndarray:
+    """Average timings over processes, so that all of them select the same implementation."""
+    seconds = seconds.astype(np.float32)
+    gathered = multihost_utils.process_allgather(seconds)
+    return np.asarray(gathered).reshape(-1, *seconds.shape).mean(axis=0)
+
+
 def time_xla(shape: AttentionShape, dtype: Any) -> Timing:
+    """Time XLA's attention."""
     return _timed_or_failed(lambda: _seconds(AttentionImpl(), shape, dtype))
 
 
 def time_cudnn(shape: AttentionShape, dtype: Any) -> Timing:
-    """A trial that fails also where the results differ from XLA's."""
-    cudnn_shapes = AttentionImpl(frozenset([shape]))
+    """Time cuDNN's attention; results or gradients that differ from XLA's are a failure."""
+    cudnn = AttentionImpl(frozenset([shape]))
 
-    def trial() -> float:
+    def check_and_time() -> float:
         inputs = [x[0] for x in _inputs(shape, dtype)]
-        found, expected = (
+        actual, expected = (
             jax.jit(_forward_backward(attention, shape))(*inputs)
-            for attention in (cudnn_shapes, AttentionImpl())
+            for attention in (cudnn, AttentionImpl())
         )
-        error = np.max([_distance(*pair) for pair in zip(found, expected)])  # nan if one is
-        if not error <= TOLERANCE:
+        error = np.max([_relative_error(*pair) for pair in zip(actual, expected)])
+        if not error <= TOLERANCE:  # also if it is NaN
             raise ArithmeticError(f"its results or gradients are off by {error:.1g}")
-        return _seconds(cudnn_shapes, shape, dtype)
+        return _seconds(cudnn, shape, dtype)
 
-    return _timed_or_failed(trial)
+    return _timed_or_failed(check_and_time)
 
 
-def _timed_or_failed(trial: Callable[[], float]) -> Timing:
+def _timed_or_failed(timed: Callable[[], float]) -> Timing:
     try:
-        return Timing(trial())
-    except Exception as problem:  # of memory, a missing library, an old driver, a shape
+        return Timing(timed())
+    except Exception as problem:  # out of memory, missing library, old driver, unsupported shape
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         return Timing(math.inf, lines[0][:200])
 
 
 def _inputs(shape: AttentionShape, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Queries, keys and values packed as in the model, and gradients."""
-    tokens, heads, width = shape
+    """Return random fused qkv projections [calls, images, t, 3d] and output gradients."""
+    tokens, num_heads, width = shape
     rows, key = (CALLS, IMAGES, tokens), jax.random.key(0)
-    packed = jax.random.normal(key, (*rows, 3 * heads * width), dtype)
-    return packed, jax.random.normal(jax.random.fold_in(key, 1), (*rows, heads, width), dtype)
+    qkv = jax.random.normal(key, (*rows, 3 * num_heads * width), dtype)
+    return qkv, jax.random.normal(jax.random.fold_in(key, 1), (*rows, num_heads, width), dtype)
 
 
 def _forward_backward(
     attention: AttentionImpl, shape: AttentionShape
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    def both_ways(packed, gradient):
-        forward = lambda packed: attention(*split_heads(packed, shape[1]))
-        result, pull_back = jax.vjp(forward, packed)
-        return result, *pull_back(gradient)
+    def forward_backward(qkv, gradient):
+        forward = lambda qkv: attention(*split_heads(qkv, shape[1]))
+        result, vjp = jax.vjp(forward, qkv)
+        return result, *vjp(gradient)
 
-    return both_ways
+    return forward_backward
 
 
-def _distance(found: jax.Array, expected: jax.Array) -> float:
-    """Relative to the expected array's norm."""
-    result, wanted = (np.asarray(x, np.float32) for x in (found, expected))
-    return float(np.linalg.norm(result - wanted) / np.linalg.norm(wanted))
+def _relative_error(actual: jax.Array, expected: jax.Array) -> float:
+    """Return the norm of the difference over the norm of the expected array."""
+    result, reference = (np.asarray(x, np.float32) for x in (actual, expected))
+    return float(np.linalg.norm(result - reference) / np.linalg.norm(reference))
 
 
 def _seconds(attention: AttentionImpl, shape: AttentionShape, dtype: Any) -> float:
-    """Of one pass: many in one program, so that it is not the host that is timed."""
+    """Return seconds per pass, timed over many passes in one program to hide dispatch overhead."""
     inputs, one_pass = _inputs(shape, dtype), _forward_backward(attention, shape)
     run = jax.jit(lambda *inputs: jax.lax.map(lambda each: one_pass(*each), inputs))
     jax.block_until_ready(run(*inputs))
@@ -143,5 +158,5 @@ def _seconds(attention: AttentionImpl, shape: AttentionShape, dtype: Any) -> flo
 
 
 def _describe(shape: AttentionShape) -> str:
-    tokens, heads, width = shape
-    return f"{tokens} tokens, {heads} heads of {width}"
+    tokens, num_heads, width = shape
+    return f"{tokens} tokens, {num_heads} heads of {width}"

@@ -1,4 +1,4 @@
-"""What comes after an encoder of whole images: pooling, and a head that names classes."""
+"""Pooling and classification heads on top of an encoder of unmasked images."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,13 +13,14 @@ from mae_jax.models.layers import Dense, Intermediates, layer_norm
 from mae_jax.models.vit import Encoder
 
 POOLS = ("cls", "mean", "attention")
-MOMENTUM = 0.1  # of a batch in running statistics
+MOMENTUM = 0.1  # weight of a batch in the running statistics
 
 
 class BatchNorm(nn.Module):
-    """Normalises features [b, d] without a learned scale or bias, as before the probe's head.
+    """BatchNorm of features [b, d] without a learned scale or bias, as before a linear probe.
 
-    In training by the whole (global) batch, which running statistics follow; else by those.
+    Training normalizes by the statistics of the global batch and updates the running statistics;
+    evaluation normalizes by the running statistics.
     """
 
     eps: float = 1e-6
@@ -33,7 +34,7 @@ class BatchNorm(nn.Module):
         mean, var = running_mean.value, running_var.value
         if train and not self.is_initializing():
             mean, var = x.mean(axis=0), x.var(axis=0)
-            # As in the reference: the running variance is unbiased, the one divided by is not.
+            # As in the reference: the running variance is unbiased, the batch's own is biased.
             unbiased = var * (size / max(size - 1, 1))
             for running, new in ((running_mean, mean), (running_var, unbiased)):
                 running.value = (1 - MOMENTUM) * running.value + MOMENTUM * new
@@ -42,7 +43,7 @@ class BatchNorm(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query that attends to the patches, with as many heads as the encoder."""
+    """Attention pooling: one learned query attends to the patch tokens."""
 
     num_heads: int
 
@@ -67,9 +68,9 @@ class AttentionPool(nn.Module):
 def make_head(
     num_classes: int, *, norm: bool, attention_heads: int, init_std: float
 ) -> Callable[..., Float[Array, "b classes"]]:
-    """Attention pooling (0 heads: none), BatchNorm (or none) and a linear layer, in this order.
+    """Return a head: attention pooling (none for 0 heads), optional BatchNorm and a linear layer.
 
-    It takes features, [b, d] or where attention pools [b, n, d], and whether it is in training.
+    The head takes features, [b, d] or for attention pooling [b, n, d], and whether to train.
     """
 
     def head(x: Array, train: bool) -> Array:
@@ -84,7 +85,7 @@ def make_head(
 
 
 class Probe(nn.Module):
-    """A head alone, for features that are known already; parameters are named as in Classifier."""
+    """A head for precomputed features; its parameters have the same names as in Classifier."""
 
     num_classes: int
     norm: bool = True
@@ -103,9 +104,10 @@ class Probe(nn.Module):
 
 
 class Outputs(NamedTuple):
-    """tokens: of the encoder, cls first; pooled: what the head takes, float32.
+    """Outputs of a Classifier.
 
-    logits: None without a head. intermediates: what each block does, where that was asked for.
+    tokens: of the encoder, cls first; pooled: input of the head, float32; logits: None without a
+    head; intermediates: of every block, None unless asked for.
     """
 
     tokens: Float[Array, "b t d"]
@@ -115,11 +117,11 @@ class Outputs(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """An encoder of whole images, its pooled tokens and, with `num_classes`, a head.
+    """An encoder of unmasked images with pooling and, if `num_classes` is not 0, a head.
 
-    pool: the "cls" token, the "mean" of the patches, or learned "attention" to them. fc_norm:
-    normalise after pooling instead of before (the reference's fine-tuning). head_norm: a BatchNorm
-    before the linear layer (its probe). head_init_std: of that layer's kernel.
+    pool: "cls" token, "mean" of the patch tokens, or "attention" pooling of them. fc_norm:
+    LayerNorm after pooling instead of before (the reference's fine-tuning). head_norm: BatchNorm
+    before the linear layer (its linear probe). head_init_std: of the kernel of that layer.
     """
 
     encoder: Encoder
@@ -137,7 +139,7 @@ class Classifier(nn.Module):
         train: bool = False,
         drop_path_noise: Float[Array, "depth 2 b"] | None = None,
     ) -> Outputs:
-        """`drop_path_noise` drop paths, as in `Encoder`."""
+        """Encode, pool and classify; `drop_path_noise` as in `Encoder`."""
         if return_intermediates:
             tokens, intermediates = self.encoder.with_intermediates(patches)
         else:
@@ -157,7 +159,7 @@ class Classifier(nn.Module):
         return Outputs(tokens, pooled, logits, intermediates)
 
     def pool_tokens(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b *n d"]:
-        """What the head takes; attention is part of the head, and takes every patch."""
+        """Return the input of the head: all patch tokens for attention pooling."""
         tokens = tokens.astype(jnp.float32)
         if self.pool == "cls":
             return tokens[:, 0]
@@ -166,4 +168,5 @@ class Classifier(nn.Module):
 
     @property
     def attention_heads(self) -> int:
+        """Number of heads of attention pooling, 0 for other poolings."""
         return self.encoder.num_heads if self.pool == "attention" else 0

@@ -1,13 +1,65 @@
-"""Floating-point operations of an MAE, counted from its shapes, and what devices can do.
+"""Analytic FLOPs of an MAE, for the MFU (model FLOPs utilization), and peak FLOP/s of devices.
 
-Two per multiply-add of every matrix product, in the paper's form: all patches embedded, the full
-decoder and head on all tokens. MFU is always computed with this count, whatever shortcuts the
-implementation takes, so that it compares across implementations. Where only some of the masked
-patches are predicted (`predicted` of them), the decoder and the head have so many tokens fewer.
-What our own form asks for is counted apart, to hold the program to it.
+Counts two FLOPs per multiply-add of every matrix product, in the paper's form: all patches are
+embedded; decoder and head see all tokens. The MFU uses this count whatever shortcuts the
+implementation takes, so that it can be compared across implementations.
+
+Arguments: num_patches of an image; kept: those that the encoder sees; patch_values: values of a
+patch (patch * patch * channels); predicted: masked patches that the decoder predicts (None: all).
 """
 
 from mae_jax.models.variants import VitVariant
+
+
+def forward_flops(
+    variant: VitVariant,
+    num_patches: int,
+    kept: int,
+    patch_values: int,
+    *,
+    predicted: int | None = None,
+) -> float:
+    """Count the FLOPs of the loss of one image."""
+    tokens = num_patches + 1 if predicted is None else kept + 1 + predicted
+    encoder = encoder_flops(variant, num_patches, kept, patch_values)
+    decoder_embed = 2 * (kept + 1) * variant.width * variant.decoder_width
+    decoder = _blocks(variant.decoder_width, variant.decoder_depth, tokens, variant.mlp_ratio)
+    head = 2 * tokens * variant.decoder_width * patch_values
+    return encoder + decoder_embed + decoder + head
+
+
+def encoder_flops(variant: VitVariant, num_patches: int, kept: int, patch_values: int) -> float:
+    """Count the FLOPs of the encoder's forward pass over one image."""
+    embed = patch_embed_flops(variant, num_patches, patch_values)
+    return embed + _blocks(variant.width, variant.depth, kept + 1, variant.mlp_ratio)
+
+
+def train_flops(
+    variant: VitVariant,
+    num_patches: int,
+    kept: int,
+    patch_values: int,
+    *,
+    predicted: int | None = None,
+) -> float:
+    """Count the FLOPs of one image in pretraining.
+
+    The backward pass costs twice the forward pass, except for the patch embedding, which needs no
+    gradient with respect to its input.
+    """
+    forward = forward_flops(variant, num_patches, kept, patch_values, predicted=predicted)
+    return 3 * forward - patch_embed_flops(variant, num_patches, patch_values)
+
+
+def finetune_flops(variant: VitVariant, num_patches: int, patch_values: int) -> float:
+    """Count the FLOPs of one unmasked image in training of the encoder, without its head."""
+    forward = encoder_flops(variant, num_patches, num_patches, patch_values)
+    return 3 * forward - patch_embed_flops(variant, num_patches, patch_values)
+
+
+def patch_embed_flops(variant: VitVariant, num_patches: int, patch_values: int) -> float:
+    """Count the FLOPs of the forward pass of the patch embedding."""
+    return 2 * num_patches * patch_values * variant.width
 
 
 def _blocks(width: int, depth: int, tokens: int, mlp_ratio: float) -> float:
@@ -16,82 +68,7 @@ def _blocks(width: int, depth: int, tokens: int, mlp_ratio: float) -> float:
     return 2 * depth * (linears + attention)
 
 
-def forward_flops(
-    size: VitVariant,
-    num_patches: int,
-    kept: int,
-    patch_values: int,
-    mlp_ratio: float = 4.0,
-    *,
-    predicted: int | None = None,
-) -> float:
-    """FLOPs of the loss of one image; `predicted` is all masked patches unless given."""
-    tokens = num_patches + 1 if predicted is None else kept + 1 + predicted
-    encoder = encoder_flops(size, num_patches, kept, patch_values, mlp_ratio)
-    decoder_embed = 2 * (kept + 1) * size.width * size.decoder_width
-    decoder = _blocks(size.decoder_width, size.decoder_depth, tokens, mlp_ratio)
-    head = 2 * tokens * size.decoder_width * patch_values
-    return encoder + decoder_embed + decoder + head
-
-
-def encoder_flops(
-    size: VitVariant, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
-) -> float:
-    """FLOPs of the encoder's forward pass over one image."""
-    embed = _embed(size, num_patches, patch_values)
-    return embed + _blocks(size.width, size.depth, kept + 1, mlp_ratio)
-
-
-def train_flops(
-    size: VitVariant,
-    num_patches: int,
-    kept: int,
-    patch_values: int,
-    mlp_ratio: float = 4.0,
-    *,
-    predicted: int | None = None,
-) -> float:
-    """FLOPs of one image in training: the backward pass costs twice the forward one.
-
-    Except for the patch embedding, which needs no gradient with respect to its input.
-    """
-    forward = forward_flops(size, num_patches, kept, patch_values, mlp_ratio, predicted=predicted)
-    return 3 * forward - _embed(size, num_patches, patch_values)
-
-
-def executed_forward_flops(
-    size: VitVariant, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
-) -> float:
-    """FLOPs of the loss of one image in our form, which gives the same numbers.
-
-    Only kept patches are embedded, and only masked ones are predicted.
-    """
-    forward = forward_flops(size, num_patches, kept, patch_values, mlp_ratio)
-    unembedded = _embed(size, num_patches - kept, patch_values)
-    return forward - unembedded - 2 * (kept + 1) * size.decoder_width * patch_values
-
-
-def executed_train_flops(
-    size: VitVariant, num_patches: int, kept: int, patch_values: int, mlp_ratio: float = 4.0
-) -> float:
-    """FLOPs of one image in training, in our form."""
-    forward = executed_forward_flops(size, num_patches, kept, patch_values, mlp_ratio)
-    return 3 * forward - _embed(size, kept, patch_values)
-
-
-def finetune_flops(
-    size: VitVariant, num_patches: int, patch_values: int, mlp_ratio: float = 4.0
-) -> float:
-    """FLOPs of one whole image in training of the encoder alone."""
-    forward = encoder_flops(size, num_patches, num_patches, patch_values, mlp_ratio)
-    return 3 * forward - _embed(size, num_patches, patch_values)
-
-
-def _embed(size: VitVariant, num_patches: int, patch_values: int) -> float:
-    return 2 * num_patches * patch_values * size.width
-
-
-# Vendors' dense bf16 peak, FLOP/s, by a part of `jax.Device.device_kind`; the first match counts.
+# Dense bf16 peak FLOP/s by the vendor, by a substring of `jax.Device.device_kind`; first match.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -110,5 +87,5 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The peak of a device, or None where it is not known (CPUs, for one)."""
+    """Return the peak FLOP/s of a device, or None if it is unknown, as for CPUs."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)

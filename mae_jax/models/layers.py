@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from mae_jax.models.attention import AttentionImpl, split_heads
 from mae_jax.models.mixed_precision_dense import mixed_precision_dense
+from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import Tree, flatten, unflatten
 
 REMAT_POLICIES = {
@@ -24,13 +25,15 @@ REMAT_POLICIES = {
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How a network is computed; none of this changes the layout of its parameters.
+    """How a network is computed; the parameters and their shapes do not depend on it.
 
-    dtype: of activations and matmul inputs; parameters, norms and softmax stay float32.
-    remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full".
-    scan_unroll: blocks per iteration of the scan over depth; the depth itself means no loop.
-    shard_activations: applied to batch-leading activations, to pin how they are sharded.
-    attention: the implementation of attention.
+    dtype: of activations and matmul inputs (mixed precision); parameters, norms and softmax stay
+      float32.
+    remat: rematerialization (activation checkpointing): what the backward pass recomputes, "none",
+      "dots" (all but matmuls) or "full".
+    scan_unroll: blocks per iteration of the scan over depth; at least the depth means no loop.
+    shard_activations: applied to activations with a leading batch axis, to pin their sharding.
+    attention: attention implementation.
     """
 
     dtype: Any = jnp.float32
@@ -41,19 +44,20 @@ class ExecutionConfig:
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"model.remat={self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
+            problem = f"must be one of {', '.join(REMAT_POLICIES)}"
+            raise UserError(problem, key="model.remat", value=self.remat)
         if self.scan_unroll < 1:
-            raise ValueError(f"model.scan_unroll={self.scan_unroll} must be at least 1")
+            raise UserError("must be at least 1", key="model.scan_unroll", value=self.scan_unroll)
 
 
 Layer = Callable[[Float[Array, "b t x"]], Float[Array, "b t y"]]
 
 
 class Dense(nn.Module):
-    """A linear layer with the reference's xavier-uniform kernel.
+    """A linear layer over tokens, with the reference's Xavier-uniform kernel.
 
     Tokens are flattened to a matrix, which spares XLA a transposed copy in the backward pass. In
-    a type other than float32 it takes the kernel from `cast_kernels`, if there are any.
+    low precision the cast kernel comes from the collection of `cast_kernels`, if that is given.
     """
 
     features: int
@@ -69,18 +73,19 @@ class Dense(nn.Module):
         if self.dtype == jnp.float32:
             y = rows @ kernel + bias
         else:
-            narrow = self.get_variable(LOW_PRECISION, "kernel", kernel.astype(self.dtype))
-            y = mixed_precision_dense(rows, kernel, bias, narrow)
+            cast_kernel = self.get_variable(LOW_PRECISION, "kernel", kernel.astype(self.dtype))
+            y = mixed_precision_dense(rows, kernel, bias, cast_kernel)
         return rearrange(y, "(b t) y -> b t y", b=x.shape[0])
 
 
-LOW_PRECISION = "low_precision"  # the collection of `cast_kernels`
+LOW_PRECISION = "low_precision"  # flax collection of cast kernels
 
 
 def cast_kernels(params: Tree, dtype: Any) -> dict[str, Any]:
-    """{"low_precision": ...}: every kernel in the type of activations, to apply a network with.
+    """Cast every kernel to the dtype of activations; {} for float32.
 
-    So each is converted once in a step, not at every use and again where blocks are recomputed.
+    Pass the result, {"low_precision": tree}, to a network's `apply` as a collection: so each kernel
+    is cast once per step, not at every use and again where blocks are rematerialized.
     """
     leaves = flatten(jax.lax.stop_gradient(params))
     kernels = {n: x.astype(dtype) for n, x in leaves.items() if n.endswith("/kernel")}
@@ -88,15 +93,16 @@ def cast_kernels(params: Tree, dtype: Any) -> dict[str, Any]:
 
 
 def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
-    """Layer normalisation, computed in float32 whatever the dtype it takes and gives."""
+    """Return a layer normalization that computes in float32; input and output have `dtype`."""
     layer = nn.remat(nn.LayerNorm, prevent_cse=False)
     return layer(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Intermediates(NamedTuple):
-    """What one block does, or with a leading axis what each does.
+    """Intermediate outputs of one block, or of all blocks, stacked along a leading axis.
 
-    tokens: that it gives; attention: of the first token, cls, to every one, mean over the heads.
+    tokens: output of the block; attention: weights of the cls token (the first) over all tokens,
+    mean over the heads.
     """
 
     tokens: Float[Array, "*depth b t d"]
@@ -106,7 +112,8 @@ class Intermediates(NamedTuple):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values.
 
-    With `return_intermediates` it also gives the first token's attention weights, mean over the heads.
+    With `return_intermediates` it also returns the attention weights of the first token, cls, mean
+    over the heads.
     """
 
     num_heads: int
@@ -118,7 +125,7 @@ class Attention(nn.Module):
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t"] | None]:
         width, dtype = x.shape[-1], self.execution.dtype
-        # As in the reference: qkv is one xavier-initialised (d, 3d) matrix, laid out q, k, v.
+        # As in the reference: qkv is one Xavier-initialized (d, 3d) matrix, in the order q, k, v.
         qkv = Dense(3 * width, dtype, name="qkv")(x)
         q, k, v = split_heads(qkv, self.num_heads)
         x = self.execution.attention(q, k, v)
@@ -131,16 +138,16 @@ class Attention(nn.Module):
 
 @partial(jax.checkpoint, prevent_cse=False)
 def gelu(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """The exact GELU, computed in float32; of it the backward pass keeps nothing but x.
+    """Compute the exact GELU in float32; the backward pass recomputes it from x.
 
-    As in the reference: by erf, not by flax's default tanh (nor by erfc, which takes a CPU longer).
+    As in the reference: with erf, not flax's default tanh approximation (nor erfc, slower on CPUs).
     """
     exact = x.astype(jnp.float32)
     return (0.5 * exact * (1.0 + jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
 
 
 class Mlp(nn.Module):
-    """Two layers around a GELU."""
+    """Two linear layers with a GELU in between."""
 
     hidden: int
     dtype: Any
@@ -153,28 +160,29 @@ class Mlp(nn.Module):
 
 
 def mlp_dim(width: int, mlp_ratio: float) -> int:
-    """Hidden features of an MLP."""
-    return int(width * mlp_ratio + 1e-6)  # 29 / 49 * 49 comes out a hair below 29
+    """Return the hidden width of an MLP."""
+    return int(width * mlp_ratio + 1e-6)  # rounding: 29 / 49 * 49 is slightly below 29
 
 
 class DropPath(NamedTuple):
-    """Stochastic depth (Huang et al. 2016) of one block, or with a leading axis of each.
+    """Drop path (stochastic depth, Huang et al. 2016) of one block, or stacked over all blocks.
 
-    keep: probability that a branch stays; noise: in [0, 1), for attention and for the MLP.
+    keep_prob: probability that a residual branch is kept; noise: uniform in [0, 1), for the
+    attention branch and for the MLP branch of every image.
     """
 
-    keep: Float[Array, "*depth"]
+    keep_prob: Float[Array, "*depth"]
     noise: Float[Array, "*depth 2 b"]
 
     def __call__(self, x: Float[Array, "b t d"], branch: int) -> Float[Array, "b t d"]:
-        """The branch of each image, scaled up so that its mean stays, or dropped."""
-        # As in the reference: floor(keep + u), which at keep = 1 is always 1.
-        kept = jnp.floor(self.keep + self.noise[branch]) / self.keep
-        return (x * kept[:, None, None]).astype(x.dtype)
+        """Drop the branch of some images; scale it by 1 / keep_prob for the others."""
+        # As in the reference: floor(keep_prob + noise), which is always 1 for keep_prob = 1.
+        factor = jnp.floor(self.keep_prob + self.noise[branch]) / self.keep_prob
+        return (x * factor[:, None, None]).astype(x.dtype)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); `drop_path` may drop either addend."""
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), both with drop path."""
 
     num_heads: int
     mlp_ratio: float
@@ -186,9 +194,9 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "b t d"], drop_path: DropPath | None
     ) -> tuple[Float[Array, "b t d"], Intermediates | None]:
-        dtype, shard_activations = self.execution.dtype, self.execution.shard_activations
+        dtype, shard = self.execution.dtype, self.execution.shard_activations
         hidden = mlp_dim(x.shape[-1], self.mlp_ratio)
-        x = shard_activations(x)
+        x = shard(x)
         y = layer_norm("norm1", self.layer_norm_eps, dtype)(x)
         y, attention = Attention(
             self.num_heads, self.execution, self.return_intermediates, name="attn"
@@ -196,7 +204,7 @@ class Block(nn.Module):
         x = x + (drop_path(y, 0) if drop_path else y)
         y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
         y = Mlp(hidden, dtype, name="mlp")(y)
-        x = shard_activations(x + (drop_path(y, 1) if drop_path else y))
+        x = shard(x + (drop_path(y, 1) if drop_path else y))
         return x, None if attention is None else Intermediates(x, attention)
 
 
@@ -208,13 +216,14 @@ def make_blocks(
     execution: ExecutionConfig,
     return_intermediates: bool = False,
 ) -> Callable[..., tuple[Float[Array, "b t d"], Intermediates | None]]:
-    """`depth` blocks as one scanned module named "blocks", its parameters stacked [depth, ...].
+    """Return `depth` blocks as one scanned module "blocks" with parameters [depth, ...].
 
-    It takes tokens [b, t, d] and, where paths are dropped, a `DropPath` with one row per block.
+    It takes tokens [b, t, d] and optionally a `DropPath` stacked over the blocks; it returns tokens
+    and, if asked for, the stacked intermediates.
     """
     block = Block
     if execution.remat != "none":
-        # Inside a loop XLA cannot undo rematerialisation; without one it has to be told not to.
+        # XLA undoes rematerialization by common subexpression elimination, except in a loop.
         block = nn.remat(
             Block,
             policy=REMAT_POLICIES[execution.remat],

@@ -1,4 +1,4 @@
-"""A linear layer in a narrow type, whose parameters get their gradients in float32."""
+"""A linear layer in low precision (bfloat16) with float32 gradients of its parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,26 @@ def mixed_precision_dense(
     x: Float[Array, "r x"],
     kernel: Float[Array, "x y"],
     bias: Float[Array, " y"],
-    narrow: Float[Array, "x y"],
+    cast_kernel: Float[Array, "x y"],
 ) -> Float[Array, "r y"]:
-    """`x @ kernel + bias` in the type of x, where `narrow` is the kernel in that type.
+    """Compute `x @ kernel + bias` in x.dtype; `cast_kernel` is the kernel in that dtype.
 
-    The product is that of `narrow`; the gradient goes to `kernel` and is float32, as is the bias's.
-    Autodiff alone would round both to the type of x before they are added up over devices.
+    The product uses `cast_kernel`; gradients go to `kernel` and `bias`, in float32. Autodiff would
+    round both to x.dtype before they are summed over devices.
     """
-    return _forward(x, kernel, bias, narrow)[0]
+    return _forward(x, kernel, bias, cast_kernel)[0]
 
 
-def _forward(x, kernel, bias, narrow):
-    y = _product(x, narrow, 0) + bias.astype(_product_type(x))
-    return y.astype(x.dtype), (x, narrow)
+def _forward(x, kernel, bias, cast_kernel):
+    y = _matmul(x, cast_kernel, 0) + bias.astype(_matmul_dtype(x))
+    return y.astype(x.dtype), (x, cast_kernel)
 
 
 def _backward(saved, gradient):
-    x, narrow = saved
-    dx = _product(gradient, narrow, 1).astype(x.dtype)
+    x, cast_kernel = saved
+    dx = _matmul(gradient, cast_kernel, 1).astype(x.dtype)
     dbias = jnp.sum(gradient, axis=0, dtype=jnp.float32)
-    return dx, _outer(x, gradient), dbias, jnp.zeros_like(narrow)
+    return dx, _outer(x, gradient), dbias, jnp.zeros_like(cast_kernel)
 
 
 mixed_precision_dense.defvjp(_forward, _backward)
@@ -40,24 +40,24 @@ def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _product_type(x: Array):
-    # XLA's CPU backend widens the operands of a product in bfloat16 unless it may give float32; a
-    # GPU adds up in float32 either way, and writes half as much.
+def _matmul_dtype(x: Array):
+    # XLA's CPU backend casts bfloat16 operands to float32 unless the output is float32. A GPU
+    # accumulates in float32 either way, and writes half as much.
     return jnp.float32 if _on_cpu() else x.dtype
 
 
-def _product(x: Float[Array, "r i"], kernel: Array, axis: int) -> Float[Array, "r o"]:
-    """Rows of x times the kernel, along this axis of the kernel."""
+def _matmul(x: Float[Array, "r i"], kernel: Array, axis: int) -> Float[Array, "r o"]:
+    """Contract the rows of x with this axis of the kernel."""
     dimensions = (((1,), (axis,)), ((), ()))
-    return lax.dot_general(x, kernel, dimensions, preferred_element_type=_product_type(x))
+    return lax.dot_general(x, kernel, dimensions, preferred_element_type=_matmul_dtype(x))
 
 
 def _outer(x: Float[Array, "r x"], gradient: Float[Array, "r y"]) -> Float[Array, "x y"]:
-    """`x.T @ gradient` in float32."""
+    """Compute `x.T @ gradient` in float32."""
     width = x.shape[1]
     if _on_cpu() and width % 2 == 0:
-        # As a transposed copy in two halves the CPU multiplies it without widening the operands,
-        # twice as fast; as one matrix XLA would undo the transposition.
+        # The CPU multiplies a transposed copy in two halves without casting it, twice as fast; XLA
+        # would undo the transposition of a single matrix.
         halves = lax.optimization_barrier(x.T).reshape(2, width // 2, len(x))
         product = jnp.dot(halves, gradient, preferred_element_type=jnp.float32)
         return product.reshape(width, gradient.shape[1])

@@ -1,8 +1,8 @@
-"""Images as sequences of patches, and where each patch lies: pure functions.
+"""Patches of images and the position embeddings of patches: pure functions.
 
-The letters of every shape in this project: b batch, n patches of an image, k kept patches,
-m masked patches (k + m = n), t tokens, d width, p values of one patch (patch * patch * channels),
-h w c height, width and channels of an image.
+Letters of array shapes in this project: b batch, n patches of an image, k kept patches, m masked
+patches (k + m = n), t tokens, d width (embedding dimension), p values of a patch
+(patch * patch * channels), h w c height, width and channels of an image.
 """
 
 import jax.numpy as jnp
@@ -10,30 +10,37 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Shaped
 
+from mae_jax.utils.errors import UserError
+
 
 def patch_grid(image_size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Rows and columns of patches; ValueError where the patch does not divide the image."""
+    """Return rows and columns of patches.
+
+    Raises:
+      UserError: the height or width of images (pixels) is not a multiple of the patch size.
+    """
     for side in image_size:
         if side < patch or side % patch:
             below, above = side // patch * patch, (side // patch + 1) * patch
             use = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(
-                f"model.image_size={tuple(image_size)} does not divide into patches of "
-                f"model.patch={patch}: {side} = {side // patch} * {patch} + {side % patch}. "
-                f"Use {use}."
+            raise UserError(
+                f"must be a multiple of model.patch={patch}: {side} = {side // patch} * {patch} + "
+                f"{side % patch}. Use {use}.",
+                key="model.image_size",
+                value=tuple(image_size),
             )
     return image_size[0] // patch, image_size[1] // patch
 
 
 def patchify(images: Shaped[Array, "b h w c"], patch: int) -> Shaped[Array, "b n p"]:
-    """Cuts images into patches, row by row; a patch is flattened as (row, column, channel)."""
+    """Cut images into patches, row by row, each flattened as (row, column, channel)."""
     return rearrange(images, "b (gh r) (gw s) c -> b (gh gw) (r s c)", r=patch, s=patch)
 
 
 def unpatchify(
     patches: Shaped[Array, "b n p"], patch: int, grid: tuple[int, int]
 ) -> Shaped[Array, "b h w c"]:
-    """The inverse of `patchify`."""
+    """Invert `patchify`."""
     return rearrange(
         patches, "b (gh gw) (r s c) -> b (gh r) (gw s) c", r=patch, s=patch, gh=grid[0], gw=grid[1]
     )
@@ -42,18 +49,18 @@ def unpatchify(
 def gather_patches(
     patches: Shaped[Array, "b n x"], indices: Int[Array, "b i"]
 ) -> Shaped[Array, "b i x"]:
-    """Row by row, the patches at `indices`."""
+    """Gather the patches of every image at its own indices."""
     return jnp.take_along_axis(patches, indices[..., None], axis=1)
 
 
 def sincos_pos_embed_2d(width: int, grid: tuple[int, int]) -> Float[np.ndarray, "n1 d"]:
-    """MAE's fixed 2-D sine-cosine table, float32; row 0 is the cls token's and is zero.
+    """Compute MAE's fixed 2-D sine-cosine position embedding, float32; row 0 (cls) is zero.
 
     As in the reference: the first half of the channels encodes the column, the second the row;
     each half is all sines, then all cosines; computed in float64 (paper A.1).
     """
     if width % 4:
-        raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, not {width}")
+        raise ValueError(f"a 2-D sine-cosine embedding needs a width divisible by 4, not {width}")
     frequencies = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
     rows, columns = np.indices(grid).reshape(2, -1, 1)
     table = np.concatenate(
@@ -64,9 +71,10 @@ def sincos_pos_embed_2d(width: int, grid: tuple[int, int]) -> Float[np.ndarray, 
 
 
 def bicubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
-    """1-D bicubic resampling as torch does it: a = -0.75, half-pixel centres, edges repeated.
+    """Return the matrix of torch's 1-D bicubic interpolation: a = -0.75, half-pixel centers.
 
-    As in the reference: no antialiasing when shrinking, unlike `jax.image.resize` (a = -0.5).
+    As in the reference: edges are repeated, and no antialiasing when downsampling, unlike
+    `jax.image.resize` (a = -0.5).
     """
     a = -0.75
     position = (np.arange(new) + 0.5) * old / new - 0.5
@@ -84,7 +92,7 @@ def bicubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
 def interpolate_pos_embed(
     table: Float[np.ndarray, "old d"], old_grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Float[np.ndarray, "new d"]:
-    """The table (cls row first) for another grid of patches; the cls row stays as it is."""
+    """Interpolate a position embedding (cls row first) to another grid; cls is unchanged."""
     if len(table) != old_grid[0] * old_grid[1] + 1:
         raise ValueError(f"a table of {len(table)} rows is not cls + {old_grid} patches")
     cls, cells = table[:1], table[1:].reshape(*old_grid, -1)

@@ -1,11 +1,17 @@
-"""The model sizes, as pure data that configs, the FLOP count and checkpoint conversion share."""
+"""ViT variants: the shapes of encoders and decoders, as pure data."""
 
 from dataclasses import dataclass
+
+from mae_jax.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class VitVariant:
-    """Transformer widths (features), depths (blocks) and heads; `patch` is in pixels."""
+    """The shape of a ViT encoder and of the decoder of its MAE.
+
+    width: embedding dimension; depth: number of blocks; heads: attention heads; patch: side of a
+    patch, pixels; mlp_ratio: hidden width of an MLP over its width, in encoder and decoder.
+    """
 
     width: int
     depth: int
@@ -14,6 +20,7 @@ class VitVariant:
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    mlp_ratio: float = 4.0
 
 
 # B, L and H are the paper's (He et al. 2022, section 4); Ti and S are ours, with a lighter decoder.
@@ -27,7 +34,11 @@ VARIANTS = {
 
 
 def get_variant(name: str) -> VitVariant:
-    """The size called `name`; ValueError lists the known names."""
+    """Return the variant of this name.
+
+    Raises:
+      UserError: there is none; lists the known names.
+    """
     if name not in VARIANTS:
-        raise ValueError(f"unknown model size {name!r}; known: {', '.join(VARIANTS)}")
+        raise UserError(f"unknown model size {name!r}; known: {', '.join(VARIANTS)}")
     return VARIANTS[name]

@@ -1,4 +1,4 @@
-"""The encoder: a Vision Transformer that sees only the patches it is given."""
+"""The encoder: a Vision Transformer that sees only the patches that it is given."""
 
 from typing import Any
 
@@ -15,14 +15,16 @@ from mae_jax.models.layers import (
     make_blocks,
 )
 from mae_jax.models.patches import gather_patches, sincos_pos_embed_2d
+from mae_jax.models.variants import VitVariant
+from mae_jax.utils.errors import UserError
 
 POS_EMBEDS = ("sincos", "learned")
 
 
 class PosEmbed(nn.Module):
-    """Position embedding of the cls token (row 0) and every patch, [1, 1 + n, d].
+    """Position embedding of the cls token (row 0) and of every patch, [1, 1 + n, d].
 
-    "sincos" is computed and has no parameter; "learned" starts from the same table and trains.
+    "sincos" is fixed and has no parameter; "learned" is a parameter initialized from it.
     """
 
     kind: str
@@ -48,12 +50,13 @@ def _uniform_bias(fan_in: int):
 
 
 class Encoder(nn.Module):
-    """ViT over the kept patches (paper section 3, "MAE encoder").
+    """ViT over the kept patches (paper section 3, "MAE encoder"); see `make_encoder`.
 
-    `grid` is rows and columns of patches; `drop_path` is the rate at which the last block drops
-    its branches, which falls linearly to 0 in the first. Parameters: patch_embed, cls_token,
-    pos_embed (learned positions only), blocks (stacked over depth), norm (unless `final_norm` is
-    False).
+    grid: rows and columns of patches; pos_embed: "sincos" or "learned"; drop_path: rate of
+    stochastic depth in the last block, rising linearly from 0 in the first.
+
+    Parameters: patch_embed, cls_token, pos_embed (if learned), blocks (stacked over depth), norm
+    (if `final_norm`).
     """
 
     width: int
@@ -73,17 +76,16 @@ class Encoder(nn.Module):
         ids_keep: Int[Array, "b k"] | None = None,
         drop_path_noise: Float[Array, "depth 2 b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Tokens after the final norm, cls first, then the patches at `ids_keep` in its order.
+        """Encode the patches at `ids_keep` (None: all, in image order) and the cls token, first.
 
-        Without `ids_keep` every patch is encoded, in image order. With `drop_path_noise` in [0, 1) paths are
-        dropped by them; their order is the reference's: by block, attention before MLP.
+        `drop_path_noise`, uniform in [0, 1), turns on drop path; axis 1 is attention and MLP.
         """
         return self._encode(patches, ids_keep, drop_path_noise, return_intermediates=False)[0]
 
     def with_intermediates(
         self, patches: Float[Array, "b n p"]
     ) -> tuple[Float[Array, "b t d"], Intermediates]:
-        """Tokens of every patch, and what each block does; its tokens too take the final norm."""
+        """Encode every patch; also return the outputs of all blocks, tokens after final norm."""
         return self._encode(patches, None, None, return_intermediates=True)
 
     @nn.compact
@@ -94,12 +96,12 @@ class Encoder(nn.Module):
         positions = PosEmbed(self.pos_embed, self.grid, self.width, name="pos_embed")()
         cls_position, positions = positions[:, :1], positions[:, 1:]
         if ids_keep is not None:
-            # Embedding only what is kept gives the same numbers as embedding all and dropping.
+            # Embedding only the kept patches gives the same result as embedding all, then dropping.
             patches = shard(gather_patches(patches, ids_keep))
             positions = jnp.take(positions[0], ids_keep, axis=0)
         embed = Dense(self.width, dtype, _uniform_bias(patches.shape[-1]), name="patch_embed")
         x = shard(embed(patches) + positions.astype(dtype))
-        # As in the reference: cls and mask tokens are N(0, .02), not truncated.
+        # As in the reference: cls and mask tokens are N(0, 0.02), not truncated.
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls = (cls + cls_position).astype(dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
@@ -124,10 +126,43 @@ class Encoder(nn.Module):
         return x, intermediates
 
 
-def check_width(name: str, width: int, heads: int) -> None:
-    """ValueError unless a width suits its number of heads and a 2-D sine-cosine table."""
-    if heads < 1 or width % heads:
-        key = name.replace("width", "heads")
-        raise ValueError(f"{name}={width} does not divide by {key}={heads}")
+def make_encoder(
+    variant: VitVariant,
+    grid: tuple[int, int],
+    *,
+    pos_embed: str = "sincos",
+    layer_norm_eps: float = 1e-6,
+    final_norm: bool = True,
+    drop_path: float = 0.0,
+    execution: ExecutionConfig = ExecutionConfig(),
+) -> Encoder:
+    """Return the encoder of a variant for images of `grid` rows and columns of patches.
+
+    Raises:
+      UserError: the variant is not a valid ViT, or `pos_embed` is unknown.
+    """
+    check_width("model.width", variant.width, variant.heads)
+    if pos_embed not in POS_EMBEDS:
+        problem = f"must be one of {', '.join(POS_EMBEDS)}"
+        raise UserError(problem, key="model.position", value=pos_embed)
+    return Encoder(
+        variant.width,
+        variant.depth,
+        variant.heads,
+        grid,
+        mlp_ratio=variant.mlp_ratio,
+        pos_embed=pos_embed,
+        layer_norm_eps=layer_norm_eps,
+        final_norm=final_norm,
+        drop_path=drop_path,
+        execution=execution,
+    )
+
+
+def check_width(key: str, width: int, num_heads: int) -> None:
+    """Raise UserError unless a width is divisible by the number of heads, and by 4 (sincos)."""
+    if num_heads < 1 or width % num_heads:
+        heads_key = key.replace("width", "heads")
+        raise UserError(f"is not divisible by {heads_key}={num_heads}", key=key, value=width)
     if width % 4:
-        raise ValueError(f"{name}={width} must be a multiple of 4")
+        raise UserError("is not divisible by 4", key=key, value=width)

@@ -1,1 +1,1 @@
-"""Training objectives. A task knows its model's loss and draws its own randomness."""
+"""Training objectives: each samples the randomness of a batch and computes the loss."""

@@ -1,4 +1,4 @@
-"""Classification with labels: fine-tuning, probing and training from scratch (paper section 4)."""
+"""Supervised classification: fine-tuning, linear probing, training from scratch (section 4)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from mae_jax.models.patches import patchify
 from mae_jax.tasks import mixup
 from mae_jax.tasks.mixup import Mixup
 from mae_jax.tasks.optimizer import stop_frozen_gradients
+from mae_jax.utils.errors import UserError
 
 Params = dict[str, Any]
 Stats = dict[str, Any]
@@ -24,44 +25,44 @@ Stats = dict[str, Any]
 def apply_with_stats(
     module: Any, variables: dict[str, Any], *args: Any, **named: Any
 ) -> tuple[Any, Stats]:
-    """What a module makes of its arguments, and its running statistics afterwards."""
-    made, changed = module.apply(variables, *args, **named, mutable=["batch_stats"])
-    return made, changed.get("batch_stats", {})
+    """Apply a module; return its outputs and the updated running statistics."""
+    outputs, updated = module.apply(variables, *args, **named, mutable=["batch_stats"])
+    return outputs, updated.get("batch_stats", {})
 
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """Cross-entropy of a head alone, over {"pooled": [b, *shape], "label": int [b]}."""
+    """Cross-entropy of a head on features: {"pooled": [b, *shape], "label": int [b]}."""
 
     probe: Probe
     shape: tuple[int, ...]
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters."""
+        """Initialize the parameters."""
         return self._init(key)["params"]
 
     def init_stats(self) -> Stats:
-        """Running statistics before the first batch."""
+        """Initialize the running statistics."""
         return self._init(jax.random.key(0)).get("batch_stats", {})
 
     def _init(self, key: Key[Array, ""]) -> dict[str, Any]:
         return dict(self.probe.init(key, jnp.zeros((1, *self.shape)), False))
 
     def sample(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
-        """Adds "target", one-hot labels; nothing is random."""
+        """Add "target", one-hot labels; nothing is random."""
         del key
         return batch | {"target": jax.nn.one_hot(batch["label"], self.probe.num_classes)}
 
     def loss(
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
-        """Mean loss of a batch from `sample`, and the statistics after it."""
+        """Compute the mean loss of a batch from `sample`, and the updated statistics."""
         variables = {"params": params, "batch_stats": stats}
         logits, stats = apply_with_stats(self.probe, variables, batch["pooled"], train=True)
         return optax.softmax_cross_entropy(logits, batch["target"]).mean(), stats
 
     def logits(self, params: Params, stats: Stats, features: Array) -> Float[Array, "b classes"]:
-        """Outside training."""
+        """Compute logits in evaluation mode."""
         return self.probe.apply({"params": params, "batch_stats": stats}, features, False)  # type: ignore[return-value]
 
 
@@ -69,12 +70,15 @@ class ProbeTask:
 class Classify:
     """Cross-entropy over batches {"image": [b, h, w, c], "label": int [b]}.
 
-    In place of "image" a batch may hold what the head takes, "pooled", as the method of that name
-    makes it: then the head alone is computed, and images are neither mixed nor erased.
+    Instead of "image" a batch may have precomputed features, "pooled", from the method of that
+    name: then only the head is computed, without mixup, CutMix and random erasing.
 
-    patch: side in pixels; mean, std: per channel. train_last_blocks: None trains everything, 0 the
-    head alone, k also the last k blocks. smoothing: of labels. erase: share of images in which a
-    box is erased.
+    patch: side of a patch, pixels; mean, std: per channel; train_last_blocks: None trains all
+    parameters, 0 the head, k also the last k blocks (partial fine-tuning); smoothing: label
+    smoothing; erase: probability of random erasing.
+
+    Raises:
+      UserError: a value is invalid; the error has the config key.
     """
 
     model: Classifier
@@ -88,30 +92,31 @@ class Classify:
 
     def __post_init__(self):
         for name in ("smoothing", "erase"):
-            if not 0 <= vars(self)[name] <= 1:
-                raise ValueError(f"classify.{name}={vars(self)[name]} is not within 0 to 1")
-        if not 0 <= self.model.encoder.drop_path < 1:
-            raise ValueError(f"classify.drop_path={self.model.encoder.drop_path} is not in [0, 1)")
+            value = vars(self)[name]
+            if not 0 <= value <= 1:
+                raise UserError("must be within 0 to 1", key=f"classify.{name}", value=value)
+        drop_path = self.model.encoder.drop_path
+        if not 0 <= drop_path < 1:
+            problem = "must be at least 0 and below 1"
+            raise UserError(problem, key="classify.drop_path", value=drop_path)
         blocks, depth = self.train_last_blocks, self.model.encoder.depth
         if blocks is not None and not 0 <= blocks <= depth:
-            raise ValueError(
-                f"optim.train_last_blocks={blocks} is not from 0 to the {depth} blocks of the "
-                "encoder"
-            )
+            problem = f"must be from 0 to the {depth} blocks of the encoder"
+            raise UserError(problem, key="optim.train_last_blocks", value=blocks)
 
     @property
     def attention_shapes(self) -> set[AttentionShape]:
-        """Of all that is computed."""
+        """Attention shapes of the encoder."""
         encoder = self.model.encoder
         rows, columns = encoder.grid
         return {attention_shape(1 + rows * columns, encoder.width, encoder.num_heads)}
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters."""
+        """Initialize the parameters."""
         return self._init(key)["params"]
 
     def init_stats(self) -> Stats:
-        """Running statistics before the first batch; empty without a BatchNorm."""
+        """Initialize the running statistics; {} without BatchNorm."""
         return self._init(jax.random.key(0)).get("batch_stats", {})
 
     def _init(self, key: Key[Array, ""]) -> dict[str, Any]:
@@ -120,10 +125,10 @@ class Classify:
         return dict(self.model.init(key, jnp.zeros((1, rows * columns, values))))
 
     def sample(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
-        """The batch with everything random about its loss, drawn for all its rows at once.
+        """Add everything random about the loss to a global batch, for all rows at once.
 
-        Adds "target" [b, classes]; "pixels" where images are erased or mixed; "drop_path_noise" where
-        paths are dropped, [b, depth, 2].
+        This is "target" [b, classes]; "pixels" instead of "image" if images are erased or mixed;
+        "drop_path_noise" [b, depth, 2] with drop path.
         """
         erase_key, mix_key, path_key = jax.random.split(key, 3)
         targets = jax.nn.one_hot(batch["label"], self.model.num_classes)
@@ -146,32 +151,32 @@ class Classify:
     def loss(
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
-        """Mean loss of a batch from `sample`, and the statistics after it."""
+        """Compute the mean loss of a batch from `sample`, and the updated statistics."""
         params = dict(stop_frozen_gradients(params, self.train_last_blocks))
         if "pooled" in batch:
             return self._head.loss(params, stats, batch)
         pixels = batch.get("pixels")
         if pixels is None:
             pixels = normalize(batch["image"], self.mean, self.std)
-        drop_path_noise = batch.get("drop_path_noise")
-        if drop_path_noise is not None:
-            drop_path_noise = jnp.moveaxis(drop_path_noise, 0, -1)
+        noise = batch.get("drop_path_noise")
+        if noise is not None:
+            noise = jnp.moveaxis(noise, 0, -1)
         patches = patchify(pixels, self.patch)
-        copies = cast_kernels(params, self.model.encoder.execution.dtype)
-        variables = {"params": params, "batch_stats": stats, **copies}
-        made, stats = apply_with_stats(
-            self.model, variables, patches, train=True, drop_path_noise=drop_path_noise
+        cast_params = cast_kernels(params, self.model.encoder.execution.dtype)
+        variables = {"params": params, "batch_stats": stats, **cast_params}
+        outputs, stats = apply_with_stats(
+            self.model, variables, patches, train=True, drop_path_noise=noise
         )
-        return optax.softmax_cross_entropy(made.logits, batch["target"]).mean(), stats
+        return optax.softmax_cross_entropy(outputs.logits, batch["target"]).mean(), stats
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether training sees anything else of an image than evaluation does."""
+        """Whether training applies mixup, CutMix, random erasing or drop path."""
         return bool(self.erase or self.mixup.active or self.model.encoder.drop_path)
 
     @property
     def _head(self) -> ProbeTask:
-        """The head alone, for features that are known already."""
+        """The objective of the head alone, for precomputed features."""
         model = self.model
         probe = Probe(
             model.num_classes,
@@ -182,20 +187,20 @@ class Classify:
         return ProbeTask(probe, ())
 
     def outputs(self, params: Params, stats: Stats, images: Shaped[Array, "b h w c"]) -> Outputs:
-        """Everything that the encoder and the head make of whole images, outside training."""
+        """Apply encoder and head to images in evaluation mode."""
         patches = patchify(normalize(images, self.mean, self.std), self.patch)
         return self.model.apply({"params": params, "batch_stats": stats}, patches)  # type: ignore[return-value]
 
     def pooled(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b *n d"]:
-        """What the head takes of images."""
+        """Return the features of images that the head takes."""
         return self._encode_without_head(params, images).pooled
 
     def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
-        """Mean of the encoder's patch tokens, float32, after fc_norm where it is of that mean."""
-        made = self._encode_without_head(params, images)
+        """Return the mean of the patch tokens, float32, after the fc_norm of mean pooling."""
+        outputs = self._encode_without_head(params, images)
         if self.model.fc_norm and self.model.pool == "mean":
-            return made.pooled
-        return made.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
+            return outputs.pooled
+        return outputs.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 
     def _encode_without_head(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
         patches = patchify(normalize(images, self.mean, self.std), self.patch)

@@ -1,8 +1,8 @@
-"""Which patches an image keeps: exactly `len_keep` of them, whatever the sampling (Table 1f).
+"""Masking strategies: random, block, grid (paper Table 1f) and user masks.
 
-Every sampling is a noise per patch: the `len_keep` patches of lowest noise are kept. That is
-the paper's "shuffle and drop the tail", and it makes every mask fill or trim itself, at random,
-to the exact count that static shapes need.
+Every strategy assigns noise to the patches and keeps the `len_keep` patches of lowest noise, as in
+the paper's "shuffle and drop the tail": so every image keeps the same number of patches, which
+static shapes need.
 """
 
 from typing import NamedTuple
@@ -13,36 +13,40 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mae_jax.utils.errors import UserError
+
 
 class Mask(NamedTuple):
-    """A partition of the n patches of every image, both parts in order of their noise."""
+    """A partition of the n patches of every image, both parts sorted by noise."""
 
     ids_keep: Int[Array, "b k"]
     ids_masked: Int[Array, "b m"]
 
     def as_bool(self) -> Bool[Array, "b n"]:
-        """True where a patch is masked, in image order."""
+        """Return the mask in image order, True where a patch is masked."""
         rows = jnp.arange(len(self.ids_keep))[:, None]
         n = self.ids_keep.shape[1] + self.ids_masked.shape[1]
         return jnp.zeros((len(self.ids_keep), n), bool).at[rows, self.ids_masked].set(True)
 
 
 def len_keep(num_patches: int, mask_ratio: float) -> int:
-    """Number of kept patches; ValueError where nothing is kept or nothing is masked."""
+    """Return the number of kept patches.
+
+    Raises:
+      UserError: the ratio is not within 0 to 1, or no patch is kept or none is masked.
+    """
+    error = lambda problem: UserError(problem, key="mask.ratio", value=mask_ratio)
     if not 0 <= mask_ratio <= 1:
-        raise ValueError(f"mask.ratio={mask_ratio} must lie between 0 and 1, like the paper's .75")
-    # As in the reference: this very float expression, so 100 patches at .9 keep 9 and not 10.
+        raise error("must be within 0 to 1, as the paper's 0.75")
+    # As in the reference: exactly this float expression, so 100 patches at 0.9 keep 9 and not 10.
     kept = int(num_patches * (1 - mask_ratio))
     if not 0 < kept < num_patches:
-        raise ValueError(
-            f"mask.ratio={mask_ratio} keeps {kept} of {num_patches} patches; at least one must "
-            "be kept and one masked"
-        )
+        raise error(f"keeps {kept} of {num_patches} patches; it must keep and mask at least one")
     return kept
 
 
 def mask_from_noise(noise: Float[Array, "b n"], kept: int) -> Mask:
-    """Keeps the `kept` patches of lowest noise in every row."""
+    """Keep the `kept` patches of lowest noise in every row."""
     order = jnp.argsort(noise, axis=1)
     return Mask(order[:, :kept], order[:, kept:])
 
@@ -50,18 +54,18 @@ def mask_from_noise(noise: Float[Array, "b n"], kept: int) -> Mask:
 def sample_patches(
     key: Key[Array, ""], patches: Int[Array, "b m"], count: int
 ) -> Int[Array, "b q"]:
-    """Some of the patches of every image: an independent uniform choice, whatever their order."""
+    """Sample `count` of the given patches of every image, uniformly without replacement."""
     order = jnp.argsort(jax.random.uniform(key, patches.shape), axis=1)
     return jnp.take_along_axis(patches, order[:, :count], axis=1)
 
 
 def random_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:
-    """An independent uniform choice for every image (the paper's default)."""
+    """Sample the kept patches of every image uniformly (the paper's default)."""
     return mask_from_noise(jax.random.uniform(key, (batch, grid[0] * grid[1])), kept)
 
 
 def grid_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:
-    """Keeps one patch, drawn at random, of every 2x2 cell (Table 1f, "grid")."""
+    """Keep one random patch of every 2x2 cell (Table 1f, "grid")."""
     check_grid(grid, kept)
     cells = (grid[0] // 2) * (grid[1] // 2)
     corner = jax.random.randint(key, (batch, cells), 0, 4)
@@ -73,19 +77,21 @@ def grid_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int)
 
 
 def check_grid(grid: tuple[int, int], kept: int) -> None:
-    """ValueError unless one of each 2x2 patches is exactly what is kept."""
+    """Raise UserError unless a grid mask keeps this number of patches."""
     if grid[0] % 2 or grid[1] % 2 or kept * 4 != grid[0] * grid[1]:
-        raise ValueError(
-            f"mask.kind='grid' keeps one of each 2x2 patches: it needs mask.ratio=0.75 and an "
-            f"even number of rows and columns, not {kept} kept of {grid[0]}x{grid[1]} patches"
+        raise UserError(
+            "keeps one of each 2x2 patches: it needs mask.ratio=0.75 and an even number of rows "
+            f"and columns, not {kept} kept of {grid[0]}x{grid[1]} patches",
+            key="mask.kind",
+            value="grid",
         )
 
 
 def block_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:
-    """Masks rectangles, then single patches where no more fit (Table 1f, "block").
+    """Mask random rectangles, then single patches for the rest (Table 1f, "block").
 
-    As BEiT does (Bao et al. 2022, algorithm 1): a rectangle has between 16 patches and what is
-    still to be masked, and an aspect ratio between 0.3 and 1 / 0.3. Of 64, those that fit count.
+    As in BEiT (Bao et al. 2022, algorithm 1): the area of a rectangle is between 16 patches and the
+    number still to be masked, its aspect ratio between 0.3 and 1 / 0.3; there are 64 attempts.
     """
     noise_key, block_key = jax.random.split(key)
     noise = jax.random.uniform(noise_key, (batch, grid[0] * grid[1]))
@@ -97,14 +103,14 @@ def block_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int
 def _rectangles(
     key: Key[Array, ""], grid: tuple[int, int], wanted: int, attempts: int = 64
 ) -> Bool[Array, "y x"]:
-    """The union of random rectangles of at most `wanted` patches in all; True = masked."""
+    """Return the union, True = masked, of random rectangles with at most `wanted` patches."""
     size = jnp.array(grid)
     row, column = jnp.indices(grid)
 
     def add(blocks, key):
         area_key, aspect_key, corner_key = jax.random.split(key, 3)
-        left = wanted - blocks.sum()
-        area = jax.random.uniform(area_key, minval=jnp.minimum(16, left), maxval=left)
+        rest = wanted - blocks.sum()
+        area = jax.random.uniform(area_key, minval=jnp.minimum(16, rest), maxval=rest)
         log_aspect = jax.random.uniform(aspect_key, minval=jnp.log(0.3), maxval=-jnp.log(0.3))
         sides = jnp.sqrt(area * jnp.exp(log_aspect * jnp.array([1.0, -1.0]))).round().astype(int)
         top, start = jax.random.randint(corner_key, (2,), 0, jnp.maximum(size - sides, 0) + 1)
@@ -118,10 +124,10 @@ def _rectangles(
 
 
 def user_mask(masked: np.ndarray, batch: int, num_patches: int) -> Mask:
-    """The mask of a boolean array, True = masked: [n] for all images, or [r, n], row i % r for i.
+    """Return the mask of a boolean array, True = masked: [n], or [r, n] with row i % r for image i.
 
     Raises:
-      ValueError: another shape or dtype, or rows that do not all mask equally many patches.
+      UserError: wrong shape or dtype, or rows that mask different numbers of patches.
     """
     check_user_mask(masked, num_patches)
     rows = np.atleast_2d(masked)
@@ -130,25 +136,26 @@ def user_mask(masked: np.ndarray, batch: int, num_patches: int) -> Mask:
 
 
 def check_user_mask(masked: np.ndarray, num_patches: int) -> None:
-    """ValueError, naming the rows at fault, unless `user_mask` can use the array."""
+    """Raise UserError, with the numbers of the bad rows, unless `user_mask` accepts the array."""
     if masked.dtype != bool or masked.ndim not in (1, 2) or masked.shape[-1] != num_patches:
-        raise ValueError(
-            f"a user mask is a bool array [{num_patches}] or [batch, {num_patches}], True = "
+        raise UserError(
+            f"a user mask must be a bool array [{num_patches}] or [batch, {num_patches}], True = "
             f"masked; this one is {masked.dtype} {list(masked.shape)}"
         )
     counts = np.atleast_2d(masked).sum(axis=1)
-    usual = int(np.bincount(counts).argmax())
-    odd = np.flatnonzero(counts != usual)
-    if odd.size:
-        named = ", ".join(f"row {row} masks {counts[row]}" for row in odd[:8])
-        more = f" (and {odd.size - 8} more)" if odd.size > 8 else ""
-        raise ValueError(
-            f"every row of a user mask must mask equally many patches; most mask {usual}, "
+    mode = int(np.bincount(counts).argmax())
+    bad_rows = np.flatnonzero(counts != mode)
+    if bad_rows.size:
+        named = ", ".join(f"row {row} masks {counts[row]}" for row in bad_rows[:8])
+        more = f" (and {bad_rows.size - 8} more)" if bad_rows.size > 8 else ""
+        raise UserError(
+            f"all rows of a user mask must mask the same number of patches; most mask {mode}, "
             f"but {named}{more}"
         )
-    if usual in (0, num_patches):
-        raise ValueError(
-            f"the user mask masks {usual} of {num_patches} patches; leave some of each"
+    if mode in (0, num_patches):
+        raise UserError(
+            f"the user mask masks {mode} of {num_patches} patches; it must keep and mask at least "
+            "one"
         )
 
 

@@ -1,7 +1,7 @@
-"""Mixup, CutMix and random erasing of normalised images, and the soft labels that go with them.
+"""Mixup, CutMix and random erasing of normalized images, with soft labels.
 
-Mixup (Zhang et al. 2018) blends an image with its partner, CutMix (Yun et al. 2019) pastes a box
-of it. As in the reference: the partner of row i of a batch is row i from its end.
+Mixup (Zhang et al. 2018) blends an image with its partner, CutMix (Yun et al. 2019) pastes a box of
+the partner. As in the reference: the partner of row i of a batch is row -1 - i.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mae_jax.utils.errors import UserError
+
 MODES = ("batch", "pair", "elem")
-ATTEMPTS = 10  # at a box to erase that fits into the image
+ATTEMPTS = 10  # at sampling a box that fits into the image, in random erasing
 
 
 class Mix(NamedTuple):
     """How the images of a batch are mixed with their partners.
 
-    share: of its own that an image and its label keep, the papers' lambda; cut: paste the box
-    instead of blending; box: top, bottom, left and right of what is pasted, pixels, ends excluded.
+    lam: the papers' lambda, the weight of an image and its label against the partner's;
+    is_cutmix: paste the box instead of blending; box: top, bottom, left and right of the pasted
+    box, pixels, bottom and right excluded.
     """
 
     lam: Float[Array, " b"]
@@ -29,27 +32,27 @@ class Mix(NamedTuple):
 
 def cutmix_box(
     lam: Float[Array, " b"],
-    centre: Int[Array, "b 2"],
+    center: Int[Array, "b 2"],
     image_size: tuple[int, int],
 ) -> tuple[Int[Array, "b 4"], Float[Array, " b"]]:
-    """A box of about 1 - lam of the image around (y, x), and the lam that it really leaves."""
+    """Return the box of area 1 - lam around (y, x), clipped to the image, and the exact lam."""
     height, width = image_size
-    cut = jnp.sqrt(1 - lam)
-    # As in the reference: sides are cut off to whole pixels and halved, so odd ones lose one.
-    half = jnp.stack([(height * cut).astype(int) // 2, (width * cut).astype(int) // 2], axis=1)
+    ratio = jnp.sqrt(1 - lam)
+    # As in the reference: sides are truncated to pixels, then halved, so odd sides lose a pixel.
+    half = jnp.stack([(height * ratio).astype(int) // 2, (width * ratio).astype(int) // 2], axis=1)
     size = jnp.array(image_size)
-    low, high = jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
+    low, high = jnp.clip(center - half, 0, size), jnp.clip(center + half, 0, size)
     box = jnp.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], axis=1)
     return box, 1 - jnp.prod(high - low, axis=1) / (height * width)
 
 
 @dataclass(frozen=True)
 class Mixup:
-    """Which images are mixed, and how; alphas of 0 switch a kind off.
+    """Distribution of mixup and CutMix.
 
-    mixup, cutmix: of the Beta(alpha, alpha) that shares are drawn from. prob: that there is any
-    mixing. switch: probability of CutMix where both are on. mode: one draw for the whole "batch",
-    one for each "pair" of partners, or one for each image ("elem").
+    mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of lambda, 0 is off. prob: of any
+    mixing. switch: probability of CutMix if both are on. mode: sample once per "batch", per "pair"
+    of partners, or per image ("elem").
     """
 
     mixup: float = 0.0
@@ -59,36 +62,39 @@ class Mixup:
     mode: str = "batch"
 
     def __post_init__(self):
-        if self.mixup < 0 or self.cutmix < 0:
-            raise ValueError(
-                f"classify.mixup={self.mixup} and classify.cutmix={self.cutmix} must be at least 0"
-            )
+        for name in ("mixup", "cutmix"):
+            value = vars(self)[name]
+            if not value >= 0:
+                raise UserError("must be at least 0", key=f"classify.{name}", value=value)
         for name in ("prob", "switch"):
-            if not 0 <= vars(self)[name] <= 1:
-                raise ValueError(f"classify.mixup_{name}={vars(self)[name]} is not within 0 to 1")
+            value = vars(self)[name]
+            if not 0 <= value <= 1:
+                raise UserError("must be within 0 to 1", key=f"classify.mixup_{name}", value=value)
         if self.mode not in MODES:
-            raise ValueError(f"classify.mixup_mode={self.mode!r}; use one of {', '.join(MODES)}")
+            problem = f"must be one of {', '.join(MODES)}"
+            raise UserError(problem, key="classify.mixup_mode", value=self.mode)
 
     @property
     def active(self) -> bool:
-        """Whether anything is mixed at all."""
+        """Whether any images are mixed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.prob > 0
 
     def sample(self, key: Key[Array, ""], batch: int, image_size: tuple[int, int]) -> Mix:
-        """The mixing of a batch, at least one alpha being above 0."""
+        """Sample how to mix a batch; at least one alpha must be above 0."""
         keys = jax.random.split(key, 5)
         if self.mixup > 0 and self.cutmix > 0:
-            cut = jax.random.bernoulli(keys[0], self.switch, (batch,))
+            is_cutmix = jax.random.bernoulli(keys[0], self.switch, (batch,))
         else:
-            cut = jnp.full((batch,), self.cutmix > 0)
-        blend, paste = (
+            is_cutmix = jnp.full((batch,), self.cutmix > 0)
+        mixup_lam, cutmix_lam = (
             jax.random.beta(key, alpha or 1.0, alpha or 1.0, (batch,))
             for key, alpha in zip(keys[1:3], (self.mixup, self.cutmix))
         )
         mixed = jax.random.bernoulli(keys[3], self.prob, (batch,))
-        centre = jax.random.randint(keys[4], (batch, 2), 0, jnp.array(image_size))
-        box, own = cutmix_box(paste, centre, image_size)
-        mix = Mix(jnp.where(mixed, jnp.where(cut, own, blend), 1.0), cut & mixed, box)
+        center = jax.random.randint(keys[4], (batch, 2), 0, jnp.array(image_size))
+        box, cutmix_lam = cutmix_box(cutmix_lam, center, image_size)
+        lam = jnp.where(mixed, jnp.where(is_cutmix, cutmix_lam, mixup_lam), 1.0)
+        mix = Mix(lam, is_cutmix & mixed, box)
         rows = jnp.arange(batch)
         if self.mode == "batch":
             rows = jnp.zeros_like(rows)
@@ -98,19 +104,19 @@ class Mixup:
 
 
 def mix_images(pixels: Float[Array, "b h w c"], mix: Mix) -> Float[Array, "b h w c"]:
-    """Every image with its partner's pixels blended or pasted in."""
-    share, partner = mix.lam[:, None, None, None], pixels[::-1]
+    """Blend every image with its partner, or paste the partner's box into it."""
+    lam, partner = mix.lam[:, None, None, None], pixels[::-1]
     inside = _inside(mix.box, (pixels.shape[1], pixels.shape[2]))[..., None]
-    blended = pixels * share + partner * (1 - share)
+    blended = pixels * lam + partner * (1 - lam)
     return jnp.where(
         mix.is_cutmix[:, None, None, None], jnp.where(inside, partner, pixels), blended
     )
 
 
 def mix_targets(targets: Float[Array, "b classes"], mix: Mix) -> Float[Array, "b classes"]:
-    """Soft labels, mixed by the same shares."""
-    share = mix.lam[:, None]
-    return targets * share + targets[::-1] * (1 - share)
+    """Mix soft labels with the same lambda as the images."""
+    lam = mix.lam[:, None]
+    return targets * lam + targets[::-1] * (1 - lam)
 
 
 def _inside(box: Int[Array, "b 4"], image_size: tuple[int, int]) -> Bool[Array, "b h w"]:
@@ -122,10 +128,10 @@ def _inside(box: Int[Array, "b 4"], image_size: tuple[int, int]) -> Bool[Array, 
 def random_erasing(
     key: Key[Array, ""], pixels: Float[Array, "b h w c"], prob: float
 ) -> Float[Array, "b h w c"]:
-    """Random erasing (Zhong et al. 2020): N(0, 1) noise in a box of some of the images.
+    """Random erasing (Zhong et al. 2020): fill a box with N(0, 1) noise, with probability `prob`.
 
-    As in the reference: area 2 % to 1/3 of the image, aspect 0.3 to 1 / 0.3, the first of ten
-    attempts that fits inside.
+    As in the reference: area 2 % to 1/3 of the image, aspect ratio 0.3 to 1 / 0.3, and the first of
+    ten attempts that fits inside.
     """
     batch, height, width, _ = pixels.shape
     keys = jax.random.split(key, 5)

@@ -1,4 +1,4 @@
-"""Learning-rate schedule and optimizers of the paper's recipes."""
+"""Learning rate schedule and optimizers of the paper's recipes."""
 
 from collections.abc import Collection
 from typing import Any
@@ -8,26 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import Tree, flatten, logical_ndim, map_with_path, unflatten
 
 
 def warmup_cosine(
     *, peak: float, warmup_steps: float, total_steps: float, minimum: float = 0.0
 ) -> optax.Schedule:
-    """Linear warm-up, then half a cosine, as a function of the step (Loshchilov & Hutter 2017).
+    """Return the learning rate by step: linear warm-up, then a half-cosine decay to `minimum`.
 
-    As in the reference: set per step and not per epoch, and 0 at the very first step.
+    Loshchilov & Hutter 2017. As in the reference: per step, not per epoch, and 0 at step 0.
+
+    Raises:
+      UserError: the warm-up is not shorter than the run.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"the warm-up ({warmup_steps:g} steps) must be shorter than the whole run "
+        raise UserError(
+            f"the warm-up ({warmup_steps:g} steps) must be shorter than the run "
             f"({total_steps:g} steps)"
         )
 
     def learning_rate(step):
         warming = peak * step / max(warmup_steps, 1)
         left = (total_steps - step) / (total_steps - warmup_steps)
-        # (1 + cos(pi * done)) / 2 is sin(pi / 2 * left)^2, which float32 holds to the last step.
+        # (1 + cos(pi * done)) / 2 as sin(pi / 2 * left)^2, which float32 resolves to the last step.
         cooling = minimum + (peak - minimum) * jnp.sin(jnp.pi / 2 * left) ** 2
         return jnp.where(step < warmup_steps, warming, cooling)
 
@@ -38,10 +42,13 @@ PROBE_PARAMS = ("head", "attention_pool")
 
 
 def weight_decay_mask(params: Tree, exclude: Collection[str] = ()) -> dict:
-    """True where weight decay applies: everything but 1-D parameters (biases and norms).
+    """Return True where weight decay applies: all parameters but 1-D ones (biases and norms).
 
-    As in the reference: the cls and mask tokens are decayed in pretraining; fine-tuning is
-    `exclude` "cls_token" and "pos_embed".
+    As in the reference: pretraining decays the cls and mask tokens; fine-tuning excludes
+    "cls_token" and "pos_embed".
+
+    Args:
+      exclude: parts of parameter paths without weight decay.
     """
 
     def decayed(name: str, leaf: Any) -> bool:
@@ -53,15 +60,15 @@ def weight_decay_mask(params: Tree, exclude: Collection[str] = ()) -> dict:
 def lr_multipliers(
     params: Tree, *, layer_decay: float = 1.0, train_last_blocks: int | None = None
 ) -> dict:
-    """What the update of every parameter is multiplied by; 0 is frozen.
+    """Return learning rate multipliers of all parameters; 0 means frozen.
 
-    Stacked blocks have a vector over depth, broadcast over their other axes, all else a scalar.
+    They are scalars, except for stacked blocks: vectors over depth that broadcast to the stack.
 
     Args:
-      layer_decay: a layer's factor to the next (Clark et al. 2020): embeddings are layer 0, block i
-        (from 0) is i + 1, and what follows the blocks has factor 1. As in the reference.
-      train_last_blocks: freeze all before the last so many blocks (paper figure 9). None trains
-        everything; 0 trains the head alone.
+      layer_decay: ratio between successive layers (Clark et al. 2020). As in the reference:
+        embeddings are layer 0, block i (from 0) is layer i + 1, all after the blocks has factor 1.
+      train_last_blocks: train this number of last blocks and the head only (partial fine-tuning,
+        paper figure 9). None trains everything; 0 trains the head alone.
     """
     depth = len(jax.tree.leaves(params["encoder"]["blocks"])[0])
     first = 0 if train_last_blocks is None else depth + 1 - train_last_blocks
@@ -81,22 +88,22 @@ def lr_multipliers(
 
 
 def stop_frozen_gradients(params: Tree, train_last_blocks: int | None) -> Tree:
-    """The parameters, those that are not trained cut off from gradients.
+    """Stop the gradients of frozen parameters.
 
-    That keeps them out of gradient norms and clipping; a wholly frozen encoder also costs no
-    backward pass (part of a stack of blocks does: it is one loop).
+    That excludes them from the gradient norm and from clipping. A fully frozen encoder needs no
+    backward pass; a partly frozen one does, as its blocks are one loop.
     """
     if train_last_blocks is None:
         return params
     scales = lr_multipliers(params, train_last_blocks=train_last_blocks)
 
-    def cut(leaf: jax.Array, scale: Any) -> jax.Array:
+    def stop(leaf: jax.Array, scale: Any) -> jax.Array:
         if np.all(scale):
             return leaf
         stopped = jax.lax.stop_gradient(leaf)
         return jnp.where(scale, leaf, stopped) if np.any(scale) else stopped
 
-    return jax.tree.map(cut, params, scales)
+    return jax.tree.map(stop, params, scales)
 
 
 def adamw(
@@ -111,7 +118,10 @@ def adamw(
     layer_decay: float = 1.0,
     train_last_blocks: int | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after optional clipping of the global gradient norm."""
+    """Return AdamW (Loshchilov & Hutter 2019), with optional clipping of the gradient norm first.
+
+    See `weight_decay_mask` for `no_weight_decay` and `lr_multipliers` for the last two arguments.
+    """
     mask = lambda params: weight_decay_mask(params, no_weight_decay)
     update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
     if clip_norm is not None:
@@ -128,7 +138,7 @@ def lars(
     trust_coefficient: float = 1e-3,
     train_last_blocks: int | None = None,
 ) -> optax.GradientTransformation:
-    """LARS (You et al. 2017), for linear probing.
+    """Return LARS (You et al. 2017), for linear probing.
 
     As in the reference: weight decay and trust ratio for matrices only, then momentum without
     Nesterov, and the learning rate last, on the momentum (`optax.lars` has it before).
@@ -144,17 +154,17 @@ def lars(
 
 
 def _trust_ratio(updates: Any, params: Any, coefficient: float) -> dict:
-    """Updates of matrices scaled to a share of the parameters' norm, layer by layer."""
+    """Scale updates of matrices by coefficient * |parameter| / |update|, for each layer."""
 
     def ratio(name: str, pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         update, param = pair
         ndim = logical_ndim(name, update)
         if ndim <= 1:
             return update
-        axes = tuple(range(update.ndim - ndim, update.ndim))  # all but the stack of blocks
+        axes = tuple(range(update.ndim - ndim, update.ndim))  # not the axis of stacked blocks
         p, u = (jnp.sqrt(jnp.square(x).sum(axes, keepdims=True)) for x in (param, update))
-        known = (p > 0) & (u > 0)
-        return update * jnp.where(known, coefficient * p / jnp.where(known, u, 1.0), 1.0)
+        valid = (p > 0) & (u > 0)
+        return update * jnp.where(valid, coefficient * p / jnp.where(valid, u, 1.0), 1.0)
 
     return map_with_path(ratio, jax.tree.map(lambda u, p: (u, p), updates, params))
 
@@ -162,7 +172,7 @@ def _trust_ratio(updates: Any, params: Any, coefficient: float) -> dict:
 def _with_lr_multipliers(
     tx: optax.GradientTransformation, layer_decay: float, train_last_blocks: int | None
 ) -> optax.GradientTransformation:
-    """The optimizer with `update_scales`; what is frozen as a whole costs it no memory."""
+    """Apply `lr_multipliers` to an optimizer, without optimizer state for frozen arrays."""
     if layer_decay == 1.0 and train_last_blocks is None:
         return tx
 
@@ -181,12 +191,12 @@ def _with_lr_multipliers(
         assert params is not None
         factors = scales(params)
         updates, state = tx.update(trained(updates, factors), state, trained(params, factors))
-        found = flatten(updates)
-        # x + -0.0 is x for every x, where x + 0.0 would make a 0.0 of -0.0.
+        trained_updates = flatten(updates)
+        # Adding -0.0 keeps the bits of every x; adding 0.0 would turn -0.0 into 0.0.
         return map_with_path(
             lambda name, param: (
-                jnp.where(factors[name], found[name] * factors[name], -0.0)
-                if name in found
+                jnp.where(factors[name], trained_updates[name] * factors[name], -0.0)
+                if name in trained_updates
                 else jnp.full_like(param, -0.0)
             ),
             params,

@@ -15,30 +15,35 @@ from mae_jax.models.mae import MAE
 from mae_jax.models.patches import gather_patches, patchify, unpatchify
 from mae_jax.tasks import masking
 from mae_jax.tasks.masking import Mask
+from mae_jax.utils.errors import UserError
 
 Params = dict[str, Any]
 
-# Folded into the key of a step for the choice of predicted patches: the samplers of masks derive
-# theirs from small numbers, and the masks are the same whether some or all are predicted.
-_CHOICE = 2**31 - 1
+# Folded into the key of a step to sample the predicted patches, so that masks are the same whether
+# all masked patches are predicted or some. The mask samplers fold in small numbers only.
+_PREDICTED = 2**31 - 1
 
 
 def patch_statistics(
     patches: Float[Array, "b n p"], eps: float
 ) -> tuple[Float[Array, "b n 1"], Float[Array, "b n 1"]]:
-    """Mean and standard deviation of every patch."""
+    """Compute mean and standard deviation of every patch."""
     mean = patches.mean(axis=-1, keepdims=True)
-    # As in the reference: unbiased variance (p - 1), and eps inside the root.
+    # As in the reference: unbiased variance (ddof 1), and eps inside the square root.
     return mean, jnp.sqrt(patches.var(axis=-1, ddof=1, keepdims=True) + eps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """The MAE objective over batches {"image": [b, h, w, c]}, of any type that `normalise` takes.
+    """The MAE objective over batches {"image": [b, h, w, c]}, of any dtype of `normalize`.
 
-    grid: rows and columns of patches; patch: side in pixels; mean, std: per channel.
-    mask: "random", "block", "grid", or "user" with `user_mask` bool [n] or [b, n], True = masked.
-    predict_ratio: share of the masked patches that the decoder sees and predicts in training.
+    grid: rows and columns of patches; patch: side of a patch, pixels; mean, std: per channel;
+    mask: masking strategy, "random", "block", "grid", or "user" with `user_mask`, bool [n] or
+    [r, n], True = masked; predict_ratio: fraction of the masked patches that the decoder sees and
+    predicts in training; norm_pix: normalize the pixels of each target patch (norm_pix_loss).
+
+    Raises:
+      UserError: a value is invalid; the error has the config key.
     """
 
     model: MAE
@@ -55,14 +60,16 @@ class Pretrain:
 
     def __post_init__(self):
         if not 0 < self.predict_ratio <= 1:
-            raise ValueError(
-                f"decoder.predict_ratio={self.predict_ratio} must be above 0 and at most 1"
-            )
+            problem = "must be above 0 and at most 1"
+            raise UserError(problem, key="decoder.predict_ratio", value=self.predict_ratio)
         if self.mask not in (*masking.SAMPLERS, "user"):
-            known = ", ".join((*masking.SAMPLERS, "user"))
-            raise ValueError(f"mask.kind={self.mask!r}; use one of {known}")
+            problem = f"must be one of {', '.join((*masking.SAMPLERS, 'user'))}"
+            raise UserError(problem, key="mask.kind", value=self.mask)
         if (self.mask == "user") != (self.user_mask is not None):
-            raise ValueError("mask.kind='user' and a mask file (mask.path) go together")
+            needs = "needs a mask file: set mask.path"
+            unused = "does not use the mask file of mask.path: set mask.kind='user'"
+            problem = needs if self.mask == "user" else unused
+            raise UserError(problem, key="mask.kind", value=self.mask)
         if self.user_mask is not None:
             masking.check_user_mask(self.user_mask, self.num_patches)
             return
@@ -72,82 +79,82 @@ class Pretrain:
 
     @property
     def num_patches(self) -> int:
+        """Number of patches of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def num_kept(self) -> int:
-        """Patches that the encoder sees."""
+        """Number of patches that the encoder sees."""
         if self.user_mask is not None:
             return self.num_patches - int(np.atleast_2d(self.user_mask)[0].sum())
         return masking.len_keep(self.num_patches, self.mask_ratio)
 
     @property
     def num_masked(self) -> int:
-        """Patches that the encoder does not see."""
+        """Number of patches that the encoder does not see."""
         return self.num_patches - self.num_kept
 
     @property
     def num_predicted(self) -> int:
-        """Masked patches that the decoder predicts in training: rounded, and at least one."""
+        """Number of masked patches that the decoder predicts in training, at least one."""
         return max(1, round(self.predict_ratio * self.num_masked))
 
     @property
     def attention_shapes(self) -> set[AttentionShape]:
-        """Of all that is computed, in training and in evaluation."""
-        whole, kept = 1 + self.num_patches, 1 + self.num_kept
-        encoder, decoder = self.model.encoder, self.model.decoder
-        shapes = {
-            attention_shape(tokens, encoder.width, encoder.num_heads) for tokens in (whole, kept)
+        """Attention shapes of training and of evaluation."""
+        everything, kept = 1 + self.num_patches, 1 + self.num_kept
+        calls = [
+            (self.model.encoder, (everything, kept)),
+            (self.model.decoder, (everything, kept + self.num_predicted)),
+        ]
+        return {
+            attention_shape(tokens, network.width, network.num_heads)
+            for network, lengths in calls
+            for tokens in lengths
         }
-        for tokens in (whole, kept + self.num_predicted):
-            shapes.add(attention_shape(tokens, decoder.width, decoder.num_heads))
-        return shapes
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters {"encoder": ..., "decoder": ...}, float32."""
-        values = self.model.decoder.patch_values
-        order = jnp.arange(self.num_patches)[None]
-        patches = jnp.zeros((1, self.num_patches, values))
-        return dict(self.model.init(key, patches, order[:, :1], order[:, 1:])["params"])
+        """Initialize the parameters {"encoder": ..., "decoder": ...}, float32."""
+        ids = jnp.arange(self.num_patches)[None]
+        patches = jnp.zeros((1, self.num_patches, self.model.decoder.patch_values))
+        return dict(self.model.init(key, patches, ids[:, :1], ids[:, 1:])["params"])
 
     def init_stats(self) -> dict[str, Any]:
-        """Nothing here has running statistics."""
+        """Return {}: there are no running statistics."""
         return {}
 
     def apply(self, method: str, params: Params, *args: Array) -> Array:
-        """Runs a method of the model."""
-        copies = cast_kernels(params, self.model.encoder.execution.dtype)
-        return cast(Array, self.model.apply({"params": params, **copies}, *args, method=method))
+        """Apply a method of the model."""
+        cast_params = cast_kernels(params, self.model.encoder.execution.dtype)
+        variables = {"params": params, **cast_params}
+        return cast(Array, self.model.apply(variables, *args, method=method))
 
     def sample_mask(self, key: Key[Array, ""], batch: int) -> Mask:
-        """One independent mask per image (the same for all under a user mask [n])."""
+        """Sample an independent mask for every image; a user mask is not random."""
         if self.user_mask is not None:
             return masking.user_mask(self.user_mask, batch, self.num_patches)
         return masking.SAMPLERS[self.mask](key, batch, self.grid, self.num_kept)
 
     def sample(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
-        """The batch with everything random about its loss, sampled for all its rows at once.
+        """Add everything random about the loss to a global batch, for all rows at once.
 
-        "ids_keep" and "ids_masked" are those of a Mask; where not all masked patches are to be predicted,
-        "ids_predicted" are those that are.
+        This is the Mask, "ids_keep" [b, k] and "ids_masked" [b, m]; if not all masked patches are
+        predicted, also "ids_predicted" [b, q].
         """
         mask = self.sample_mask(key, len(batch["image"]))
         sampled = batch | mask._asdict()
         if self.num_predicted < self.num_masked:
-            key = jax.random.fold_in(key, _CHOICE)
-            sampled["ids_predicted"] = masking.sample_patches(
-                key, mask.ids_masked, self.num_predicted
-            )
+            key = jax.random.fold_in(key, _PREDICTED)
+            ids_predicted = masking.sample_patches(key, mask.ids_masked, self.num_predicted)
+            sampled["ids_predicted"] = ids_predicted
         return sampled
 
     def loss(
         self, params: Params, stats: dict[str, Any], batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """Mean squared error over the predicted patches of a sampled batch (paper section 3)."""
-        patches, mask = (
-            self.to_patches(batch["image"]),
-            Mask(batch["ids_keep"], batch["ids_masked"]),
-        )
+        """Compute the MSE of the predicted patches of a batch from `sample` (paper section 3)."""
+        patches = self.to_patches(batch["image"])
+        mask = Mask(batch["ids_keep"], batch["ids_masked"])
         return self.loss_of_patches(params, patches, mask, batch.get("ids_predicted")), stats
 
     def loss_of_patches(
@@ -157,7 +164,7 @@ class Pretrain:
         mask: Mask,
         ids_predicted: Int[Array, "b q"] | None = None,
     ) -> Float[Array, ""]:
-        """The loss of already normalised patches; all masked ones are predicted, or some."""
+        """Compute the loss of normalized patches; all masked ones are predicted, or some."""
         if ids_predicted is None:
             ids_predicted = mask.ids_masked
         pred = self.apply("__call__", params, patches, mask.ids_keep, ids_predicted)
@@ -168,22 +175,25 @@ class Pretrain:
         return jnp.mean(jnp.square(pred - target))
 
     def to_patches(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b n p"]:
-        """Normalised pixels, cut into patches."""
+        """Normalize images and cut them into patches."""
         return patchify(normalize(images, self.mean, self.std), self.patch)
 
     def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
-        """Mean of the encoder's patch tokens over the whole, unmasked image, float32."""
+        """Return the mean of the encoder's patch tokens of unmasked images, float32."""
         tokens = self.apply("encode", params, self.to_patches(images))
         return tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 
     def reconstruct(
         self, params: Params, images: Shaped[Array, "b h w c"], mask: Mask, stats: str = "gt"
     ) -> Shaped[Array, "b h w c"]:
-        """The model's picture of each image from its kept patches alone.
+        """Reconstruct images, in their dtype, from their kept patches alone.
 
-        Under norm_pix predictions have no brightness or contrast of their own. `stats` says where
-        those come from: "gt", each patch's own true mean and deviation, which the model has never
-        seen; or "visible", those of the image's kept patches, near ones counting most.
+        With norm_pix the model does not predict the mean and standard deviation of a patch. `stats`
+        is where these come from: "gt", the patch itself, which the model has not seen; or
+        "visible", the kept patches of the image, nearer ones with more weight.
+
+        Raises:
+          UserError: `stats` is unknown.
         """
         patches = self.to_patches(images)
         pred = self.apply("predict", params, patches, *mask)
@@ -193,13 +203,13 @@ class Pretrain:
                 weights = self._gaussian_weights(mask.ids_keep)
                 mean, std = (weights @ gather_patches(x, mask.ids_keep) for x in (mean, std))
             elif stats != "gt":
-                raise ValueError(f"stats={stats!r}; use 'gt' or 'visible'")
+                raise UserError("must be 'gt' or 'visible'", key="stats", value=stats)
             pred = pred * std + mean
         pixels = unpatchify(pred, self.patch, self.grid)
         return denormalize(pixels, self.mean, self.std, images.dtype)
 
     def _gaussian_weights(self, ids_keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
-        """Weights of the kept patches for every patch: a Gaussian of one patch, summing to 1."""
-        places = jnp.indices(self.grid).reshape(2, -1).T.astype(jnp.float32)
-        offsets = places[None, :, None] - places[ids_keep][:, None]
+        """Return weights of the kept patches for every patch: a Gaussian with sigma one patch."""
+        positions = jnp.indices(self.grid).reshape(2, -1).T.astype(jnp.float32)
+        offsets = positions[None, :, None] - positions[ids_keep][:, None]
         return jax.nn.softmax(-jnp.square(offsets).sum(axis=-1) / 2, axis=-1)

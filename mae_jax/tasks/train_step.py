@@ -1,4 +1,4 @@
-"""The train step and the loop around it. Everything that observes the loop is handed in."""
+"""The train step: gradient accumulation, optimizer update, EMA and skipping of NaN/Inf steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,34 +18,33 @@ Metrics = dict[str, Float[Array, ""]]
 
 @runtime_checkable
 class Task(Protocol):
-    """A model together with its objective."""
+    """A model with its training objective."""
 
     def init(self, key: Key[Array, ""]) -> PyTree:
-        """Fresh parameters."""
+        """Initialize the parameters."""
         ...
 
     def sample(self, key: Key[Array, ""], batch: Batch) -> Batch:
-        """The batch with all that is random about its loss, for all of its rows at once."""
+        """Add everything random about the loss to a global batch, for all rows at once."""
         ...
 
     def init_stats(self) -> PyTree:
-        """Running statistics before the first batch; empty where there are none."""
+        """Initialize the running statistics; empty if there are none."""
         ...
 
     def loss(self, params: PyTree, stats: PyTree, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
-        """The mean loss of the rows of a batch from `sample`, and the statistics after it."""
+        """Compute the mean loss of a batch from `sample`, and the updated statistics."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes.
+    """State of training.
 
-    step: counts finished steps; position: the next batch of data, which is the step unless some
-    were passed over; skipped: steps that changed nothing, since their numbers were not finite;
-    ema: an average of the parameters, None where not asked for; batch_stats: running statistics of
-    the model, empty where it has none.
+    step: number of finished steps; position: index of the next batch, equal to the step unless a
+    rollback skipped batches; skipped: steps without an update because of NaN/Inf; ema: exponential
+    moving average of the parameters, or None; batch_stats: running statistics of BatchNorm, or {}.
     """
 
     step: Int[Array, ""]
@@ -60,7 +59,7 @@ class TrainState:
 def init_state(
     task: Task, tx: optax.GradientTransformation, key: Key[Array, ""], *, with_ema: bool = False
 ) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     params = task.init(key)
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
     step, position, skipped = jnp.zeros((3,), jnp.int32)
@@ -78,13 +77,17 @@ def make_train_step(
     grad_accum_steps: int = 1,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step on one batch, to be jitted.
+    """Return a function for one optimizer step on one batch; jit it with `jit_step`.
 
-    What is drawn is a function of (key, step, row of the global batch), so it does not depend on
-    devices, on accumulation or on interruptions. `preprocess` makes of a batch, as the loader gives
-    it, one as the task takes it. `grad_accum_steps` computes the same mean gradient in that many smaller
-    parts. Where the loss or the gradients are not finite numbers, the parameters and all that
-    belongs to them stay as they are.
+    Randomness is a function of (key, step, row of the global batch): it does not depend on devices,
+    gradient accumulation or restarts. If the loss or the gradient norm is NaN/Inf, the update is
+    skipped: parameters, optimizer state, EMA and statistics are unchanged.
+
+    Args:
+      learning_rate: of `tx`, to report it in the metrics.
+      preprocess: applied to the batches of the loader, on the devices.
+      grad_accum_steps: micro-batches in which to compute the gradient of a batch.
+      ema_decay: of the moving average of the parameters.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -93,23 +96,23 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def changed() -> tuple[PyTree, ...]:
+        def update() -> tuple[PyTree, ...]:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None and ema_decay is not None:
-                # In this form an average of what does not change does not either, to the bit.
+                # In this form the average of constant parameters is constant, to the bit.
                 rate = 1 - ema_decay
                 ema = jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
             return params, opt_state, ema, stats
 
         before = (state.params, state.opt_state, state.ema, state.batch_stats)
-        after = _if_finite(finite, changed, before)
+        after = _if_finite(finite, update, before)
         skipped = 1 - finite.astype(jnp.int32)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            # The optimizer counts the steps that it takes.
+            # The optimizer does not count skipped steps.
             "learning_rate": jnp.asarray(learning_rate(state.step - state.skipped)),
             "skipped": skipped,
         }
@@ -119,20 +122,20 @@ def make_train_step(
     return train_step
 
 
-def _if_finite(finite: Array, changed: Callable[[], PyTree], before: PyTree) -> PyTree:
-    """What `changed` gives, or where something is not finite what was before."""
+def _if_finite(finite: Array, update: Callable[[], PyTree], before: PyTree) -> PyTree:
+    """Return `update()` if finite, else `before` (as `optax.apply_if_finite`, for all state)."""
     if jax.default_backend() == "cpu" and jax.device_count() == 1:
-        # Selecting costs a CPU a copy of the optimizer's state. To branch, a GPU would have to wait
-        # for the host, which reads the condition; and processes might send in different orders.
-        return jax.lax.cond(finite, changed, lambda: before)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed(), before)
+        # On a CPU, selecting copies the optimizer state. A GPU would synchronize with the host to
+        # branch, and the collectives of processes might run in different orders.
+        return jax.lax.cond(finite, update, lambda: before)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(), before)
 
 
 def jit_step(
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     shardings: TrainState | None = None,
 ) -> Any:
-    """The step jitted: the new state lies as `shardings` say, in the memory of the one before."""
+    """Jit a train step that donates its state; the new state has the given shardings."""
     return jax.jit(
         step,
         donate_argnums=0,
@@ -147,23 +150,25 @@ def _loss_and_grads(
     batch: Batch,
     num_microbatches: int,
 ) -> tuple[Float[Array, ""], PyTree, PyTree]:
-    """Mean loss, statistics and mean gradient of a batch, computed in `parts` equal slices.
+    """Compute mean loss, statistics and mean gradient of a batch, with gradient accumulation.
 
-    Running statistics see one slice after the other, as the reference's do.
+    As in the reference, running statistics are updated with every micro-batch.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if num_microbatches == 1:
         (value, stats), grads = value_and_grad(state.params, state.batch_stats, batch)
         return value, stats, grads
-    # Slice i takes rows i, i + num_microbatches, ...: so every device keeps the rows that it has.
-    slices = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=num_microbatches), batch)
+    # Strided, not contiguous, micro-batches: so every device keeps its own rows.
+    microbatches = jax.tree.map(
+        lambda x: rearrange(x, "(b a) ... -> a b ...", a=num_microbatches), batch
+    )
 
-    def add(carry, part):
+    def add(carry, microbatch):
         total, stats = carry
-        (value, stats), grads = value_and_grad(state.params, stats, part)
+        (value, stats), grads = value_and_grad(state.params, stats, microbatch)
         return (jax.tree.map(jnp.add, total, (value, grads)), stats), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
-    (total, stats), _ = jax.lax.scan(add, (zeros, state.batch_stats), slices)
+    (total, stats), _ = jax.lax.scan(add, (zeros, state.batch_stats), microbatches)
     value, grads = jax.tree.map(lambda x: x / num_microbatches, total)
     return value, stats, grads

@@ -15,7 +15,7 @@ from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_grid
 from mae_jax.models.variants import VitVariant
-from mae_jax.models.vit import Encoder, check_width
+from mae_jax.models.vit import make_encoder
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.mixup import Mixup
 from mae_jax.tasks.optimizer import adamw, lars, warmup_cosine
@@ -35,6 +35,7 @@ def make_variant(config: Config) -> VitVariant:
         decoder_width=model.decoder_width,
         decoder_depth=model.decoder_depth,
         decoder_heads=model.decoder_heads,
+        mlp_ratio=model.mlp_ratio,
     )
 
 
@@ -73,7 +74,6 @@ def _make_pretrain(config: Config, execution: ExecutionConfig) -> Pretrain:
         variant,
         grid=grid,
         channels=model.channels,
-        mlp_ratio=model.mlp_ratio,
         pos_embed=model.position,
         layer_norm_eps=model.layer_norm_eps,
         execution=execution,
@@ -101,13 +101,9 @@ def _make_classify(config: Config, execution: ExecutionConfig, num_classes: int)
             "num_classes",
             f"is less than the {num_classes} classes of the dataset: leave it out to use these",
         )
-    check_width("model.width", variant.width, variant.heads)
-    encoder = Encoder(
-        variant.width,
-        variant.depth,
-        variant.heads,
+    encoder = make_encoder(
+        variant,
         patch_grid((model.image_size[0], model.image_size[1]), variant.patch),
-        mlp_ratio=model.mlp_ratio,
         pos_embed=model.position,
         layer_norm_eps=model.layer_norm_eps,
         final_norm=not classify.fc_norm,
@@ -160,7 +156,7 @@ def load_user_mask(path: str | None) -> np.ndarray | None:
 
 def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
     """Return the model FLOPs of one training step per image, as the paper counts them."""
-    variant, mlp_ratio = make_variant(config), config.model.mlp_ratio
+    variant = make_variant(config)
     patch_values = variant.patch**2 * config.model.channels
     if isinstance(task, Pretrain):
         return flops.train_flops(
@@ -168,7 +164,6 @@ def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
             task.num_patches,
             task.num_kept,
             patch_values,
-            mlp_ratio,
             predicted=task.num_predicted,
         )
     if config.data.cache_features:
@@ -176,8 +171,8 @@ def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
     rows, columns = task.model.encoder.grid
     num_patches = rows * columns
     if task.train_last_blocks == 0:
-        return flops.encoder_flops(variant, num_patches, num_patches, patch_values, mlp_ratio)
-    return flops.finetune_flops(variant, num_patches, patch_values, mlp_ratio)
+        return flops.encoder_flops(variant, num_patches, num_patches, patch_values)
+    return flops.finetune_flops(variant, num_patches, patch_values)
 
 
 @dataclass(frozen=True)
