@@ -100,7 +100,7 @@ def lower_step(setup: Setup) -> Step:
     tx = adamw(rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
     shapes = jax.eval_shape(lambda key: init_state(task, tx, key), jax.random.key(0))
     shardings = sharding.state_shardings(shapes, mesh, setup.min_split_bytes)
-    sharding.check_split(shapes, shardings, mesh, sharding.MAX_REPLICATED)
+    sharding.check_sharded(shapes, shardings, mesh, sharding.MAX_REPLICATED)
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     images = jax.ShapeDtypeStruct((batch_size, setup.image_size, setup.image_size, 3), jnp.uint8)
     batch = {"image": place(images, NamedSharding(mesh, sharding.BATCH_SPEC))}

@@ -1,4 +1,5 @@
-import jax
+"""Checksums do not depend on the sharding, and detect changes."""
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ STATE = {
 }
 
 
-@pytest.mark.parametrize("fsdp", [1, 2, 4])
-def test_devices_and_numpy_agree(fsdp):
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_jax_and_numpy_have_equal_checksums(fsdp):
     mesh = sharding.make_mesh(fsdp)
     shardings = sharding.state_shardings(STATE, mesh, min_bytes=1024)
     state = sharding.device_put_tree(STATE, shardings)
@@ -26,32 +27,21 @@ def test_devices_and_numpy_agree(fsdp):
     assert checksums(state) == checksums(STATE)
 
 
-def changed(array, change):
-    array = array.copy()
-    change(array.view(np.uint32).reshape(-1))
-    return checksums({"stacked": array})
+def checksum(array):
+    (text,) = checksums({"x": array}).values()
+    return text
 
 
-@pytest.mark.parametrize("bit", range(32))
-def test_every_flipped_bit_shows(bit):
-    def flip(words):
-        words[1234] ^= np.uint32(1 << bit)
-
-    assert changed(STATE["stacked"], flip) != checksums({"stacked": STATE["stacked"]})
-
-
-@pytest.mark.parametrize("bit", [0, 31, 32, 63])
-def test_every_flipped_bit_of_eight_bytes_shows(bit):
-    """Which have no jax array here, but a file of another framework may hold them."""
-    numbers = RNG.normal(size=100)
-    flipped = numbers.copy()
-    flipped.view(np.uint64)[42] ^= np.uint64(1 << bit)
-    assert checksums({"x": flipped}) != checksums({"x": numbers})
+def test_every_flipped_bit_is_detected():
+    float32, float64 = STATE["stacked"], RNG.normal(size=100)  # float64 from other frameworks
+    for array, dtype in ((float32, np.uint32), (float64, np.uint64)):
+        for bit in range(8 * array.itemsize):
+            flipped = array.copy()
+            flipped.view(dtype).reshape(-1)[42] ^= dtype(1 << bit)
+            assert checksum(flipped) != checksum(array), bit
 
 
-def test_what_keeps_the_sum_of_the_bits_shows_too():
-    before = checksums({"stacked": STATE["stacked"]})
-
+def test_changes_that_preserve_the_sum_are_detected():
     def swap(words):
         words[[10, 20]] = words[[20, 10]]
 
@@ -61,13 +51,15 @@ def test_what_keeps_the_sum_of_the_bits_shows_too():
     def clear(words):
         words[100:200] = 0
 
-    found = [changed(STATE["stacked"], change) for change in (swap, flip_two_signs, clear)]
-    assert before not in found
-    assert len({str(digest) for digest in found}) == 3
+    results = {checksum(STATE["stacked"])}
+    for change in (swap, flip_two_signs, clear):
+        array = STATE["stacked"].copy()
+        change(array.view(np.uint32).reshape(-1))
+        results.add(checksum(array))
+    assert len(results) == 4
 
 
-def test_large_arrays_are_taken_in_parts(monkeypatch):
-    whole = checksums(STATE)
+def test_large_arrays_are_hashed_in_chunks(monkeypatch):
+    expected = checksums(STATE)
     monkeypatch.setattr("mae_jax.distributed.checksums.CHUNK", 1000)
-    assert checksums(STATE) == whole
-    assert checksums(jax.device_put(STATE)) == whole
+    assert checksums(STATE) == expected

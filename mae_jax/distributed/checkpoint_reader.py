@@ -1,4 +1,4 @@
-"""Reading checkpoints: what is believed of them only when it reads back as it was written."""
+"""Reads checkpoints and verifies their checksums, without changing anything."""
 
 import json
 import logging
@@ -18,46 +18,47 @@ from mae_jax.utils.errors import UserError
 
 log = logging.getLogger("mae_jax.run")
 
-FORMAT = 2  # of what "meta" holds
+FORMAT = 2  # version of the content of "meta"
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be used; the message says why and what to do."""
+    """A checkpoint that cannot be used: why, and what to do."""
 
 
 class CorruptCheckpointError(Exception):
-    """A step does not read back as it was written."""
+    """A step of a checkpoint that fails verification."""
 
 
 def load_run_checkpoint(
     directory: Path, step: int | None = None, items: Sequence[str] = ("params",)
 ) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
-    """A step of a run, items of its state as numpy arrays, and its meta; changes nothing.
+    """Return a step of a run, items of its state as numpy arrays, and its metadata; read-only.
 
     Args:
-      step: None takes the newest that reads back as it was written.
-      items: "params", "ema" for the average of the parameters, "batch_stats", which may be empty.
+      step: None reads the latest step that passes verification.
+      items: "params", "ema" (EMA of the parameters), "batch_stats" (may be empty).
 
     Raises:
-      CheckpointError: there is no such step or item, or it is damaged.
+      CheckpointError: the step or an item does not exist, or is corrupt.
     """
     with open_reader(directory, ocp.PyTreeCheckpointHandler) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
             raise CheckpointError(f"{directory} has no step {step}; it has {steps}")
-        for number in steps if step is None else [step]:
+        for candidate in steps if step is None else [step]:
             try:
                 with wrap_read_errors():
-                    meta = read_meta(manager, number)
-                    found = [_read_item(manager, number, item, meta["digests"]) for item in items]
-                return number, found, meta
+                    meta = read_meta(manager, candidate)
+                    trees = [_read_item(manager, candidate, i, meta["digests"]) for i in items]
+                return candidate, trees, meta
             except CorruptCheckpointError as error:
-                log.warning("checkpoint %s is damaged: %s", directory / str(number), error)
-    which = "holds no checkpoint" if step is None else f"has a step {step}, but none"
-    raise CheckpointError(f"{directory} {which} that can be read; its steps are {steps}")
+                log.warning("checkpoint %s is damaged: %s", directory / str(candidate), error)
+    which = "no readable checkpoint" if step is None else f"no readable step {step}"
+    raise CheckpointError(f"{directory} has {which}; its steps are {steps}")
 
 
 def make_handlers(arrays: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Return the orbax handlers of the items of a checkpoint; `arrays` makes those of arrays."""
     return {
         "params": arrays(**options),
         "train": arrays(**options),
@@ -67,20 +68,22 @@ def make_handlers(arrays: Callable[..., Any], **options: Any) -> dict[str, Any]:
 
 @contextmanager
 def open_reader(directory: Path, arrays: Callable[..., Any]) -> Iterator[ocp.CheckpointManager]:
-    """A manager that changes nothing, and reads in this process without waiting for others.
+    """Open a read-only manager of this process alone, without barriers between processes.
 
-    So a step that only some of them can read stops nobody.
+    So a step that only some processes can read does not block the others.
     """
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+    process = jax.process_index()
+    single_process = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"reader_{process}",
     )
     options = ocp.CheckpointManagerOptions(
-        read_only=True, create=False, save_interval_steps=0, multiprocessing_options=alone
+        read_only=True, create=False, save_interval_steps=0, multiprocessing_options=single_process
     )
-    handlers = make_handlers(arrays, multiprocessing_options=alone)
+    handlers = make_handlers(arrays, multiprocessing_options=single_process)
     verbosity = absl.logging.get_verbosity()
-    absl.logging.set_verbosity("error")  # it would warn that it is read only
+    absl.logging.set_verbosity("error")  # orbax warns about read_only
     try:
         with ocp.CheckpointManager(
             directory.absolute(), options=options, item_handlers=handlers
@@ -92,49 +95,56 @@ def open_reader(directory: Path, arrays: Callable[..., Any]) -> Iterator[ocp.Che
 
 @contextmanager
 def wrap_read_errors() -> Iterator[None]:
-    """Makes of whatever reading raises a DamageError, unless it may be over the next time."""
+    """Re-raise read errors as CorruptCheckpointError, transient ones as CheckpointError."""
     try:
         yield
     except (CheckpointError, CorruptCheckpointError):
         raise
-    except Exception as error:  # orbax has no common class for what can go wrong
+    except Exception as error:  # orbax has no common base class
+        reason = summarize_error(error)
         if _is_transient(error):
             raise CheckpointError(
-                f"a checkpoint cannot be read just now ({summarize_error(error)}); nothing was changed"
+                f"a checkpoint cannot be read now ({reason}); nothing was changed"
             ) from error
-        raise CorruptCheckpointError(summarize_error(error)) from error
+        raise CorruptCheckpointError(reason) from error
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether an error is of the machine, such as too little memory, and not of what is read."""
+    """Return whether an error is due to the machine (I/O, out of memory), not to the file."""
     if isinstance(error, OSError):
         return not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def summarize_error(error: BaseException) -> str:
-    """What an error says, on one line; the first words of tensorstore's are the least telling."""
+    """Return an error on one line; tensorstore puts the cause at the end of a long message."""
     text = str(error).strip()
-    for known in ("No space left on device", "File too large", "Read-only file system"):
-        if known in text:
-            return known
+    for cause in ("No space left on device", "File too large", "Read-only file system"):
+        if cause in text:
+            return cause
     return text.splitlines()[0][:200] if text else repr(error)
 
 
 def meta_crc(meta: Mapping[str, Any]) -> int:
-    """Of what a run says of a step, in the form in which it is read back."""
+    """Return the CRC32 of JSON-serialized metadata."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """Return the metadata of a step.
+
+    Raises:
+      ValueError: its CRC32 does not match.
+      CheckpointError: it has another format version.
+    """
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    crc, known = meta.pop("crc", None), "format" in meta  # the first format had neither
-    if known and crc != meta_crc(meta):
-        raise ValueError("what it says of its run is not what was written")
+    crc = meta.pop("crc", None)
+    if "format" in meta and crc != meta_crc(meta):  # format 1 had neither key
+        raise ValueError("the CRC32 of its metadata does not match")
     if meta.get("format", 1) != FORMAT:
         raise CheckpointError(
             f"checkpoint {manager.directory / str(step)} was written by another version of "
-            f"mae_jax, as format {meta.get('format', 1)}; this version reads {FORMAT}"
+            f"mae_jax, in format {meta.get('format', 1)}; this version reads format {FORMAT}"
         )
     return meta
 
@@ -150,22 +160,18 @@ def _read_item(
     if group == "train" and not stored[item]:
         if item == "batch_stats":
             return {}
-        raise CheckpointError(
-            f"step {step} in {manager.directory} keeps no {item}: read it without"
-        )
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    arguments = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+        raise CheckpointError(f"step {step} in {manager.directory} has no {item}; read it without")
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    arguments = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
     restored = manager.restore(step, args=ocp.args.Composite(**{group: arguments}))[group]
     state = {"params": restored} if item == "params" else restored
-    check_digests(state, expected)
+    verify_checksums(state, expected)
     return state[item]
 
 
-def check_digests(state: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """DamageError unless the arrays of a state are those that were saved."""
-    changed = [name for name, digest in checksums(state).items() if digest != expected.get(name)]
-    if changed:
-        raise CorruptCheckpointError(
-            f"{len(changed)} arrays are not what was saved, {changed[0]} for one"
-        )
+def verify_checksums(state: Mapping[str, Any], expected: Mapping[str, str]) -> None:
+    """Raise CorruptCheckpointError unless all arrays of a state have the expected checksums."""
+    wrong = [name for name, checksum in checksums(state).items() if checksum != expected.get(name)]
+    if wrong:
+        raise CorruptCheckpointError(f"the checksums of {len(wrong)} arrays differ, as {wrong[0]}")

@@ -1,4 +1,4 @@
-"""Checkpoints with orbax, believed only where they read back as they were written."""
+"""Orbax checkpoints with integrity verification."""
 
 import itertools
 import logging
@@ -16,12 +16,12 @@ from mae_jax.distributed.checkpoint_reader import (
     FORMAT,
     CheckpointError,
     CorruptCheckpointError,
-    check_digests,
     make_handlers,
     meta_crc,
     open_reader,
     read_meta,
     summarize_error,
+    verify_checksums,
     wrap_read_errors,
 )
 from mae_jax.distributed.checksums import checksums
@@ -31,23 +31,26 @@ log = logging.getLogger("mae_jax.run")
 
 
 class CheckpointSaveError(Exception):
-    """A checkpoint could not be written; the message says why and what is left."""
+    """A checkpoint that could not be written: why, and which one is the last."""
 
 
 class Checkpointer:
-    """Saves and restores states in `directory`, one numbered folder per step.
+    """Saves and restores train states in `directory`, one folder per step.
 
-    The parameters are an item of their own, "params", so that other programs can read them alone.
-    "train" holds the rest of the state, "meta" what the run wants to know on resuming, and the
-    digests by which a damaged checkpoint is recognised: orbax itself would restore flipped bytes.
-    Saving goes on in the background; a step's folder appears only when it is complete, and only
-    then older ones are removed. All processes of a run save and restore together.
+    The parameters are an item of their own, "params", so that other programs can read them alone;
+    "train" has the rest of the state, "meta" the metadata of the run and the checksums of all
+    arrays: orbax alone would restore flipped bits. Saving is asynchronous and atomic: the folder of
+    a step appears when it is complete, and only then older ones are removed.
+
+    All processes of a run must save and restore together. Reading opens a second, single-process
+    manager (`open_reader`): the first has barriers, at which the other processes would wait forever
+    for one that finds a corrupt file.
     """
 
     def __init__(self, directory: Path, max_to_keep: int):
         self.directory = directory
         self._max_to_keep = max_to_keep
-        self._last: int | None = None  # the step whose save may still go on
+        self._last: int | None = None  # step of the last save, which may not have finished
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -61,10 +64,10 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Saves {"params": ..., other items of the state}; does nothing if the step is there.
+        """Start saving {"params": ..., other items of the state}, unless the step exists.
 
         Raises:
-          SaveError: this save, or the one before it, failed.
+          CheckpointSaveError: this save, or the one before it, failed.
         """
         if step in self._manager.all_steps():
             return
@@ -80,14 +83,14 @@ class Checkpointer:
         with self._saving():
             self._manager.save(step, args=arguments)
 
-    def check(self) -> None:
-        """SaveError if the save in the background has failed by now."""
-        # Not by `check_for_errors`: it would take the error from the thread that is to see it.
+    def raise_if_failed(self) -> None:
+        """Raise CheckpointSaveError if the save in the background has failed by now."""
+        # `check_for_errors` would hide the error from the thread that waits for the save.
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save in the background; SaveError if it fails."""
+        """Wait for the save in the background; raise CheckpointSaveError if it fails."""
         with self._saving():
             self._manager.wait_until_finished()
 
@@ -95,34 +98,35 @@ class Checkpointer:
     def _saving(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # orbax has no common class for what can go wrong
-            self._clear()
-            steps = _steps_in(self.directory)
-            kept = (
-                f"the last complete one is that of step {steps[-1]}" if steps else "there is none"
-            )
+        except Exception as error:  # orbax has no common base class
+            self._remove_partial()
+            steps = _list_steps(self.directory)
+            kept = f"the last complete one is of step {steps[-1]}" if steps else "there is none yet"
             raise CheckpointSaveError(
                 f"the checkpoint of step {self._last} could not be written to {self.directory} "
-                f"({summarize_error(error)}); {kept}. Make room or mend the disk: the same command goes "
-                "on from there"
+                f"({summarize_error(error)}); {kept}. Free some space or repair the disk: the same "
+                "command resumes from there"
             ) from error
 
-    def restore_newest(
+    def restore_latest(
         self,
         shapes: Mapping[str, Any],
         shardings: Mapping[str, Any],
-        accept: Callable[[dict[str, Any]], None],
+        validate_meta: Callable[[dict[str, Any]], None],
     ) -> tuple[int, dict[str, Any]] | None:
-        """The newest step that reads back as it was written, and its state; None if there is none.
+        """Return the latest step that passes verification, and its state; None without any step.
 
-        Damaged steps are renamed to "<step>.damaged" and named in the log. `accept` is given the
-        meta of a step, and raises where the run must not continue from it.
+        Corrupt steps are renamed to "<step>.damaged", with a warning.
+
+        Args:
+          shapes, shardings: of the items of the state.
+          validate_meta: called with the metadata of a step; raises if the run must not resume it.
 
         Raises:
-          CheckpointError: a step does not fit the model or cannot be read just now, or all steps
-            are damaged.
+          CheckpointError: a step does not fit the model or cannot be read now, or all steps are
+            corrupt.
         """
-        wanted = jax.tree.map(
+        target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             dict(shapes),
             dict(shardings),
@@ -133,29 +137,29 @@ class Checkpointer:
         )
         for step in steps:
             try:
-                return step, self._read_verified(step, wanted, accept)
+                return step, self._restore_verified(step, target, validate_meta)
             except CorruptCheckpointError as error:
-                self._set_aside(step, str(error))
-        if any(self.directory.glob("*.damaged*")):  # of now, or of an earlier try
+                self._quarantine(step, str(error))
+        if any(self.directory.glob("*.damaged*")):  # of this restore or of an earlier one
             raise CheckpointError(
-                f"every checkpoint in {self.directory} is damaged (renamed to *.damaged). To start "
-                "anew, use another --workdir"
+                f"every checkpoint in {self.directory} is damaged (renamed to *.damaged); to start "
+                "from scratch, use another --workdir"
             )
         return None
 
-    def _read_verified(
-        self, step: int, wanted: Mapping[str, Any], accept: Callable[[dict[str, Any]], None]
+    def _restore_verified(
+        self, step: int, target: Mapping[str, Any], validate_meta: Callable[[dict[str, Any]], None]
     ) -> dict[str, Any]:
         with processes.raise_together():
-            meta, state = self._read(step, wanted, accept)
-        check_digests(state, meta["digests"])  # computed together: all find the same
+            meta, state = self._restore(step, target, validate_meta)
+        verify_checksums(state, meta["digests"])  # global sums: all processes get the same
         return state
 
-    def _read(
-        self, step: int, wanted: Mapping[str, Any], accept: Callable[[dict[str, Any]], None]
+    def _restore(
+        self, step: int, target: Mapping[str, Any], validate_meta: Callable[[dict[str, Any]], None]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A step's meta and state; each process reads what it holds, and waits for nobody."""
-        params, train = wanted["params"], {k: v for k, v in wanted.items() if k != "params"}
+        """Return the metadata and the state of a step; each process reads its own shards."""
+        params, train = target["params"], {k: v for k, v in target.items() if k != "params"}
         arguments = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), train=ocp.args.StandardRestore(train)
         )
@@ -164,37 +168,34 @@ class Checkpointer:
                 meta, stored = read_meta(manager, step), manager.item_metadata(step)["params"]
                 if stored is None:
                     raise ValueError("it has no parameters")
-            accept(meta)
-            self._check_fits(step, params, stored.tree)
+            validate_meta(meta)
+            self._check_shapes(step, params, stored.tree)
             with wrap_read_errors():
                 restored = manager.restore(step, args=arguments)
         return meta, {"params": restored["params"], **restored["train"]}
 
-    def _check_fits(self, step: int, wanted: Mapping, stored: Mapping) -> None:
-        wrong = diff(wanted, stored)
-        if wrong:
+    def _check_shapes(self, step: int, expected: Mapping, stored: Mapping) -> None:
+        mismatches = diff(expected, stored)
+        if mismatches:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} does not fit the model:\n  "
-                + "\n  ".join(wrong)
+                + "\n  ".join(mismatches)
             )
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        """Renames a damaged step; left in place it would count as the newest for ever."""
+    def _quarantine(self, step: int, reason: str) -> None:
+        """Rename a corrupt step; otherwise it would remain the latest one."""
         folder = self.directory / str(step)
-        kept = next(
-            path
-            for number in itertools.count()
-            if not (path := folder.with_name(f"{step}.damaged{number or ''}")).exists()
-        )
-        log.warning("checkpoint %s is damaged and renamed to %s: %s", folder, kept.name, reason)
+        candidates = (folder.with_name(f"{step}.damaged{n or ''}") for n in itertools.count())
+        renamed = next(path for path in candidates if not path.exists())
+        log.warning("checkpoint %s is damaged and renamed to %s: %s", folder, renamed.name, reason)
         self._manager.close()
         with processes.raise_together():
             if processes.is_main():
-                folder.rename(kept)
+                folder.rename(renamed)
         self._manager = self._open()
 
     def close(self) -> None:
-        """Waits for the save in the background, and releases everything."""
+        """Wait for the save in the background, and release all resources."""
         self.wait()
         self._manager.close()
 
@@ -204,20 +205,20 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        elif jax.process_count() == 1:  # else the others may wait for something else
-            with suppress(Exception):  # what has been raised already matters more
+        elif jax.process_count() == 1:  # with several, the others may be at another barrier
+            with suppress(Exception):  # the first error matters more
                 self.close()
             if kind is CheckpointSaveError:
-                self._clear()  # threads of it may have gone on writing
+                self._remove_partial()  # its threads may have continued to write
 
-    def _clear(self) -> None:
-        """Removes what a save that failed has left; it may be what fills the disk."""
-        for part in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)
+    def _remove_partial(self) -> None:
+        """Remove the files of a failed save; they may be what fills the disk."""
+        for partial in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _steps_in(directory: Path) -> list[int]:
-    """Steps whose folders are complete, in order."""
+def _list_steps(directory: Path) -> list[int]:
+    """Return the steps with complete folders, in ascending order."""
     with suppress(OSError):
         return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
     return []

@@ -1,9 +1,9 @@
-"""Digests of arrays that do not depend on how these are split over devices.
+"""Checksums of arrays that do not depend on their sharding.
 
-The bits of each element (of 8 bytes: of each half) and its place are hashed to 32 bits, and these
-summed modulo 2^32, twice with other numbers. A change of one element always shows, since the hash
-of one place is one to one; any other change but once in 2^64. Sums of integers are the same in any
-order, so each device adds up what it holds.
+The bits of each element (of 8 bytes: of each half) and its index are hashed to 32 bits. The hashes
+are summed modulo 2^32, twice with different constants. A change of one element is always detected,
+since the hash is bijective for a given index; other changes collide with probability 2^-64. Integer
+sums do not depend on their order, so each device sums its own shards.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-FACTORS = (0x9E3779B1, 0x27D4EB2F)  # of the place, one for each sum
-CHUNK = 2**22  # elements of a numpy array
+FACTORS = (0x9E3779B1, 0x27D4EB2F)  # multiply the index, one for each sum
+CHUNK = 2**22  # elements of a numpy array to hash at a time
 
 
 def checksums(state: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of every array of a state, of jax or of numpy, by its path; 16 hex digits."""
+    """Return the checksum of every jax or numpy array of a state, 16 hex digits, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(state))
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     on_devices = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
@@ -36,26 +36,26 @@ def _sums_on_devices(arrays: dict[str, Array]) -> dict[str, list[Array]]:
 
 
 def _sums_on_device(array: Array) -> list[Array]:
-    kind = _uint_dtype(array)
+    dtype = _uint_dtype(array)
     if array.dtype == jnp.bool_:
-        array = array.astype(kind)
-    words = jax.lax.bitcast_convert_type(array, kind).astype(jnp.uint32)
-    # The place in the flattened array, made per axis: flattening would gather a split array.
-    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+        array = array.astype(dtype)
+    words = jax.lax.bitcast_convert_type(array, dtype).astype(jnp.uint32)
+    # The index in the flattened array, axis by axis: flattening would gather a sharded array.
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         offset = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        place += offset * np.uint32(stride % 2**32)
+        index += offset * np.uint32(stride % 2**32)
         stride *= words.shape[axis]
-    return [jnp.sum(_hash(words, place, factor), dtype=jnp.uint32) for factor in FACTORS]
+    return [jnp.sum(_hash(words, index, factor), dtype=jnp.uint32) for factor in FACTORS]
 
 
 def _sums_of_numpy(array: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(array).reshape(-1).view(_uint_dtype(array))
     total = np.zeros(len(FACTORS), np.uint32)
     for start in range(0, len(words), CHUNK):
-        part = words[start : start + CHUNK].astype(np.uint32)
-        place = np.arange(start, start + len(part), dtype=np.uint64).astype(np.uint32)
-        hashes = [_hash(part, place, factor) for factor in FACTORS]
+        chunk = words[start : start + CHUNK].astype(np.uint32)
+        index = np.arange(start, start + len(chunk), dtype=np.uint64).astype(np.uint32)
+        hashes = [_hash(chunk, index, factor) for factor in FACTORS]
         total += np.array([np.sum(x, dtype=np.uint32) for x in hashes])
     return total
 
@@ -64,9 +64,9 @@ def _uint_dtype(array: Array | np.ndarray) -> np.dtype:
     return np.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
 
 
-def _hash(words: Any, place: Any, factor: int) -> Any:
-    """Bits mixed as at the end of MurmurHash3 (Appleby, public domain)."""
-    x = words ^ (place * np.uint32(factor) + np.uint32(factor))
+def _hash(words: Any, index: Any, factor: int) -> Any:
+    """Mix bits with the finalizer of MurmurHash3 (Appleby, public domain)."""
+    x = words ^ (index * np.uint32(factor) + np.uint32(factor))
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     except (WorkerError, OSError) as error:  # OSError: a full disk, for example
         _fail(str(error), code=1)
     except CheckpointSaveError as error:  # its threads may still be writing
-        _fail(str(error), code=1, at_once=True)
+        _fail(str(error), code=1, immediate=True)
     except NonFiniteError as error:
         _fail(str(error) if processes.is_main() else "", code=3)
     except Exception:
@@ -88,12 +88,12 @@ def _reason(error: BaseException) -> str:
     return text
 
 
-def _fail(message: str, code: int = 2, *, at_once: bool = False) -> NoReturn:
+def _fail(message: str, code: int = 2, *, immediate: bool = False) -> NoReturn:
     from mae_jax.distributed import processes
 
     if message:
         print(f"error: {message}", file=sys.stderr)
-    processes.shutdown(code, at_once=at_once)
+    processes.shutdown(code, immediate=immediate)
 
 
 if __name__ == "__main__":

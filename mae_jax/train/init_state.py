@@ -60,7 +60,7 @@ def make_state_layout(
     limits = config.mesh
     shapes = jax.eval_shape(_init_function(config, task, tx), split_rng(config.seed)[0])
     shardings = sharding.state_shardings(shapes, mesh, limits.min_split_bytes)
-    sharding.check_split(shapes, shardings, mesh, limits.max_whole)
+    sharding.check_sharded(shapes, shardings, mesh, limits.max_whole)
     return StateLayout(shapes, shardings)
 
 
@@ -88,7 +88,7 @@ def restore_or_init(
         another run.
     """
     allow = [key.strip() for key in config.resume.allow.split(",") if key.strip()]
-    restored = checkpointer.restore_newest(
+    restored = checkpointer.restore_latest(
         vars(layout.shapes),
         vars(layout.shardings),
         lambda old_meta: check_compatible(old_meta, meta, allow),

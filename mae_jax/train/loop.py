@@ -166,7 +166,7 @@ class Trainer:
                 self.checkpointer.save(step, vars(state), self.meta)
 
         def check(step: int, metrics: Mapping[str, float]) -> bool:
-            self.checkpointer.check()
+            self.checkpointer.raise_if_failed()
             return guard.check(step, metrics)
 
         prefetcher = make_prefetcher(

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever stops their writing."""
+"""Atomic file and directory writes."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to, a file or a folder, which takes the path's place after.
+    """Give a temporary path for a file or folder to write, and rename it to `path` at the end.
 
-    Folders above are created. In a folder that is there already files are replaced one by one, and
-    others stay. Where anything is raised, the temporary neighbour is removed.
+    Parent folders are created. If `path` is an existing folder, its files are replaced one by one,
+    and other files in it stay. If the block raises, the temporary file or folder is removed.
     """
-    path = Path(os.path.abspath(path))  # "." has no name of its own
+    path = Path(os.path.abspath(path))  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The host too: on a shared disk others may write the same, from a process of the same number.
+    # With the host name: on a shared disk, processes of other hosts may have the same id.
     part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     _remove(part)
     try:
@@ -30,14 +30,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         else:
             part.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file
+        error.filename = error.filename or str(path)  # missing if the disk is full
         raise
     finally:
         _remove(part)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that is there whole or not at all."""
+    """Write a JSON file atomically."""
     with atomic_path(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Parameters as nested dicts of arrays: their names, and how two such trees differ."""
+"""Nested dicts of arrays: names of the leaves, and the differences of two trees."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,26 +31,25 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
-    """The tree of `function(name, leaf)`."""
+    """Return the tree of `function(name, leaf)`."""
     return unflatten({name: function(name, leaf) for name, leaf in flatten(tree).items()})
 
 
 def logical_ndim(name: str, leaf: Any) -> int:
-    """Number of axes without the depth axis along which the parameters of blocks are stacked."""
+    """Return the number of axes without the depth axis of the stacked parameters of blocks."""
     return leaf.ndim - ("blocks" in name.split("/"))
 
 
-def diff(wanted: Tree, found: Tree) -> list[str]:
-    """One line per leaf that is missing (-), unexpected (+) or of another shape (!)."""
-    shapes = [{n: tuple(x.shape) for n, x in flatten(t).items()} for t in (wanted, found)]
-    wanted_shapes, found_shapes = shapes
+def diff(expected: Tree, actual: Tree) -> list[str]:
+    """Return one line per leaf that is missing (-), unexpected (+) or of another shape (!)."""
+    shapes = [{n: tuple(x.shape) for n, x in flatten(t).items()} for t in (expected, actual)]
     lines = []
-    for name in sorted(wanted_shapes | found_shapes):
-        ours, theirs = wanted_shapes.get(name), found_shapes.get(name)
-        if theirs is None:
-            lines.append(f"- {name} {ours} is missing")
-        elif ours is None:
-            lines.append(f"+ {name} {theirs} is not part of the model")
-        elif ours != theirs:
-            lines.append(f"! {name} has shape {theirs}, the model needs {ours}")
+    for name in sorted(shapes[0] | shapes[1]):
+        needed, given = (tree.get(name) for tree in shapes)
+        if given is None:
+            lines.append(f"- {name} {needed} is missing")
+        elif needed is None:
+            lines.append(f"+ {name} {given} is not part of the model")
+        elif given != needed:
+            lines.append(f"! {name} has shape {given}, the model needs {needed}")
     return lines

@@ -57,7 +57,9 @@ def batch_of(step):
 
 def make(name, mesh, **execution):
     """A task, its optimizer, and how its state lies on a mesh."""
-    task = TASKS[name](ExecutionConfig(shard_activations=sharding.batch_constraint(mesh), **execution))
+    task = TASKS[name](
+        ExecutionConfig(shard_activations=sharding.batch_constraint(mesh), **execution)
+    )
     tx = adamw(LEARNING_RATE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
     init = lambda key: init_state(task, tx, key)
     shapes = jax.eval_shape(init, KEY)
@@ -134,8 +136,10 @@ def test_a_split_state_takes_its_share_of_memory():
         first = sum(array.addressable_shards[0].data.nbytes for array in arrays)
         small = sum(array.nbytes for array in arrays if array.nbytes < 1024)
         assert first <= total / 4 + small
-    split, whole = sharding.bytes_per_device(shapes, shardings)
-    assert split + whole == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    sharded, replicated = sharding.bytes_per_device(shapes, shardings)
+    assert sharded + replicated == sum(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
+    )
 
 
 def test_no_device_holds_all_of_a_first_state():
