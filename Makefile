@@ -22,7 +22,7 @@ test-slow: $(VENV)/.dev  ## more fault tolerance tests, and programs for hundred
 	$(BIN)/python -m pytest tests/slow $(ARGS)
 
 test-torch: .venv-torch/.peers  ## run the interoperability tests against torch, transformers and timm
-	HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/interop $(ARGS)
+	XLA_FLAGS= HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/interop $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff format --check .
