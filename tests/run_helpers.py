@@ -1,4 +1,4 @@
-"""Runs of train.py as its users start them: real processes, real files, a tiny model."""
+"""Helpers that run train.py as users do: real processes, real files, a tiny model."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def get_config():
 
 
 def write_tiny(folder):
-    """A config file, beside the folder of noise in two classes that it trains on."""
+    """Write a folder of noise in two classes, and a config file that trains on it."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 3)):
         for name, low in (("dark", 0), ("light", 128)):
@@ -65,14 +65,14 @@ def environment(devices=1):
 
 
 def run(config, workdir, *overrides, code=0, processes=1, devices=1, before=":"):
-    """What a run prints, which has to end with an exit code; `before` is a line of shell."""
+    """Run to the end and return the output; `before` is a line of shell run first."""
     done = subprocess.run(
         ["bash", "-c", f'{before} && exec "$@"', "bash"]
         + command(config, workdir, *overrides, processes=processes),
         capture_output=True,
         text=True,
         env=environment(devices),
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
@@ -80,7 +80,7 @@ def run(config, workdir, *overrides, code=0, processes=1, devices=1, before=":")
 
 
 def start(config, workdir, *overrides, processes=1, devices=1):
-    """The process of a run."""
+    """Start a run and return its process."""
     return subprocess.Popen(
         command(config, workdir, *overrides, processes=processes),
         stdout=subprocess.PIPE,
@@ -91,24 +91,26 @@ def start(config, workdir, *overrides, processes=1, devices=1):
 
 
 def children(pid):
-    """Processes that a process has started, from whichever of its threads."""
+    """Return the child processes of all threads of a process."""
     lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return [int(child) for text in lists for child in text.split()]
 
 
 def processes_of(launcher):
-    """The processes of a run that a launcher has started, by number."""
-    found = {}
+    """Return the processes of a run that a launcher has started, by process index."""
+    processes = {}
     for pid in children(launcher.pid):
-        with contextlib.suppress(OSError):  # one that has ended just now
+        with contextlib.suppress(OSError):  # it has just exited
             environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
-            found |= {int(x.split("=")[1]): pid for x in environ if x.startswith("JAX_PROCESS_ID=")}
-    return found
+            processes |= {
+                int(x.split("=")[1]): pid for x in environ if x.startswith("JAX_PROCESS_ID=")
+            }
+    return processes
 
 
 def wait_for(process, condition, pause=0.01):
-    """Until the condition holds, or the process ends first, which fails."""
-    deadline = time.monotonic() + 120
+    """Wait until the condition holds; fail if the process exits first."""
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -116,7 +118,7 @@ def wait_for(process, condition, pause=0.01):
 
 
 def final_arrays(workdir, step):
-    """All arrays of the last checkpoint, as orbax alone reads them."""
+    """Return all arrays of the last checkpoint, read by orbax alone."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -127,7 +129,7 @@ def final_arrays(workdir, step):
 
 
 def assert_same_end(ours, theirs, step=24):
-    """Both runs have ended with the same parameters and optimizer, to the bit."""
+    """Assert that both runs ended with bit-identical parameters and optimizer state."""
     for mine, others in zip(final_arrays(ours, step), final_arrays(theirs, step), strict=True):
         np.testing.assert_array_equal(mine, others)
 
@@ -137,5 +139,5 @@ def lines(workdir):
 
 
 def losses(workdir):
-    """By step."""
+    """Return the losses by step."""
     return {row["step"]: row["loss"] for row in lines(workdir) if "loss" in row}

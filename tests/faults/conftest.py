@@ -1,4 +1,4 @@
-"""The runs that all tests of faults compare with."""
+"""Runs that the fault tolerance tests compare with."""
 
 import pytest
 from run_helpers import run, write_tiny
@@ -11,7 +11,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def straight(tiny, tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
+    """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("straight")
     run(tiny, workdir, "--config.log.every_steps=1")
     return workdir

@@ -1,4 +1,4 @@
-"""Disks that are full, and checkpoints that are not what they were."""
+"""Full disks and corrupt checkpoints."""
 
 import os
 import shutil
@@ -21,26 +21,26 @@ LIMIT = "ulimit -f 300"
 
 @pytest.fixture(scope="module")
 def roomy(tiny, tmp_path_factory):
-    """What the runs that ran out of space would have come to."""
+    """The result of the runs that run out of space, without a limit."""
     workdir = tmp_path_factory.mktemp("roomy")
     run(tiny, workdir, *SMALL)
     return workdir
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(tiny, roomy, tmp_path):
+def test_a_failed_save_aborts_the_run(tiny, roomy, tmp_path):
     run(tiny, tmp_path, *SMALL, "--config.steps=5", "--config.resume.allow=steps")
     output = run(tiny, tmp_path, *SMALL, "--config.resume.allow=steps", code=1, before=LIMIT)
     last = output.splitlines()[-1]
-    assert "Traceback" not in output, "every write that was still to be done has failed, too"
+    assert "Traceback" not in output, "all pending writes have failed, too"
     assert f"error: the checkpoint of step 10 could not be written to {tmp_path}/check" in last
     assert "(File too large); the last complete one is of step 5" in last
-    assert steps(tmp_path) == {"5"}, "what is half written is gone, what is complete is not"
-    # Step 5 was the last of a run of 5 steps: only the learning rates after it are the others'.
+    assert steps(tmp_path) == {"5"}, "partial checkpoints are removed, complete ones stay"
+    # Step 5 ended a run of 5 steps, with the learning rates of that run.
     run(tiny, tmp_path, *SMALL, "--config.resume.allow=steps")
     assert steps(tmp_path) == {"15", "20", "24"}
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tiny, tmp_path):
+def test_a_failed_last_save_is_an_error(tiny, tmp_path):
     flags = [*SMALL, "--config.checkpoint.every_steps=1000"]
     output = run(tiny, tmp_path, *flags, code=1, before=LIMIT)
     assert "the checkpoint of step 24 could not be written" in output
@@ -54,30 +54,30 @@ def test_a_full_disk(tiny, roomy, tmp_path):
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("not even root can mount a small disk here")
+        pytest.skip("root cannot mount a small disk here")
     try:
         output = run(tiny, disk / "run", *SMALL, code=1)
         assert "No space left on device" in output.splitlines()[-1]
-        assert "GB are free in" in output, "it was to be foreseen"
+        assert "GB are free in" in output, "the run warns at its start"
         assert "Make room or mend the disk: the same command goes on from there" in output
         complete = steps(disk / "run")
         assert complete
         assert all(name.isdecimal() for name in complete)
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         output = run(tiny, disk / "run", *SMALL)
-        assert f"continuing from step {max(map(int, complete))}" in output
+        assert f"resuming from step {max(map(int, complete))}" in output
         assert_same_end(disk / "run", roomy)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def interrupted(tiny, workdir):
-    """A run that was killed when it had three checkpoints, of steps 5, 10 and 15."""
+    """Kill a run when it has checkpoints of steps 5, 10 and 15."""
     process = start(tiny, workdir)
     wait_for(process, (workdir / "checkpoints" / "15").exists)
     process.kill()
     process.communicate()
-    shutil.rmtree(workdir / "checkpoints" / "20", ignore_errors=True)  # it may have been quick
+    shutil.rmtree(workdir / "checkpoints" / "20", ignore_errors=True)  # it may have gone further
     return workdir / "checkpoints"
 
 
@@ -88,7 +88,7 @@ def flip_a_bit(folder):
         file.write_bytes(data)
 
 
-def test_damaged_copied_and_empty_steps_are_passed_over(tiny, straight, tmp_path):
+def test_corrupt_copied_and_empty_steps_are_quarantined(tiny, straight, tmp_path):
     folder = interrupted(tiny, tmp_path)
     flip_a_bit(folder / "15")
     (folder / "40").mkdir()
@@ -96,12 +96,12 @@ def test_damaged_copied_and_empty_steps_are_passed_over(tiny, straight, tmp_path
     output = run(tiny, tmp_path)
     for step in ("15", "30", "40"):
         assert f"checkpoint {folder / step} is damaged and renamed to {step}.damaged" in output
-    assert "continuing from step 10" in output
+    assert "resuming from step 10" in output
     assert_same_end(tmp_path, straight)
-    assert {"15", "20", "24"} <= steps(tmp_path), "saves after the return to step 10 are there"
+    assert {"15", "20", "24"} <= steps(tmp_path), "saves after the fallback to step 10 exist"
 
 
-def test_nothing_but_damaged_steps(tiny, tmp_path):
+def test_only_corrupt_steps_are_an_error(tiny, tmp_path):
     folder = interrupted(tiny, tmp_path)
     for step in folder.iterdir():
         flip_a_bit(step)
@@ -110,14 +110,14 @@ def test_nothing_but_damaged_steps(tiny, tmp_path):
     assert "another --workdir" in output
 
 
-def test_what_would_load_in_silence_is_refused_by_name(tiny, straight):
+def test_changes_that_would_load_silently_are_an_error(tiny, straight):
     flags = ["--config.model.heads=4", "--config.mask.ratio=0.5", "--config.target.norm_pix=False"]
     output = run(tiny, straight, *flags, code=2)
     for change in ("model.heads: 2 -> 4", "mask.ratio: 0.75 -> 0.5", "target.norm_pix: True -> F"):
         assert change in output
 
 
-def test_a_second_run_in_one_workdir(tiny, tmp_path):
+def test_a_second_run_in_one_workdir_is_an_error(tiny, tmp_path):
     first = start(tiny, tmp_path, "--config.steps=100000")
     wait_for(first, (tmp_path / "checkpoints" / "5").exists)
     output = run(tiny, tmp_path, code=2)
@@ -127,7 +127,7 @@ def test_a_second_run_in_one_workdir(tiny, tmp_path):
     first.communicate()
 
 
-def test_a_workdir_that_cannot_be_written_fails_at_the_start(tiny):
+def test_an_unwritable_workdir_fails_at_the_start(tiny):
     done = subprocess.run(
         command(tiny, "/proc/mae_jax"), capture_output=True, text=True, env=environment()
     )
