@@ -7,7 +7,7 @@ from mae_jax.convert.key_maps import LAYOUTS
 from mae_jax.convert.state_dict import import_state_dict
 from mae_jax.utils.pytree import unflatten
 
-(LAYOUT,) = (o for o in LAYOUTS if o.dialect == "official" and not o.form)
+(LAYOUT,) = (o for o in LAYOUTS if o.dialect == "official" and not o.variant)
 
 
 def our_names(names) -> dict[str, list[str]]:

@@ -179,7 +179,7 @@ def test_all_three_layouts_of_huggingface(golden, tmp_path):
     folder = golden / "hf" / "hf_tiny"
     four = weights.read(folder / "pretrained_v4")
     assert_same(weights.read(folder / "pretrained_v5").arrays, four.arrays)
-    (in_memory,) = (o for o in LAYOUTS if o.form == "5.x in memory")
+    (in_memory,) = (o for o in LAYOUTS if o.variant == "5.x in memory")
     tensors = state_dict.export_state_dict(in_memory, dict(four.arrays), four.info.patch)
     assert "vit.layers.0.attention.q_proj.weight" in tensors
     save_file(tensors, tmp_path / "memory.safetensors")

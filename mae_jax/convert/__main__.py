@@ -1,4 +1,4 @@
-"""Converts MAE weights between mae_jax, the official code, HuggingFace and timm.
+"""Convert MAE weights between mae_jax, the official code, Hugging Face and timm.
 
 python -m mae_jax.convert SRC DST --to {mae_jax,official,hf,timm}
 python -m mae_jax.convert inspect SRC
@@ -23,18 +23,18 @@ def main(argv: list[str]) -> None:
 
 def convert(argv: list[str]) -> None:
     parser = cli.make_parser("mae_jax.convert", __doc__)
-    parser.epilog = "`python -m mae_jax.convert inspect SRC` says what a file is."
-    parser.add_argument("src", help="a weights file or directory, or a workdir of ours")
+    parser.epilog = "`python -m mae_jax.convert inspect SRC` describes a checkpoint."
+    parser.add_argument("src", help="a weights file or directory, or a workdir")
     parser.add_argument(
         "dst", type=Path, help="one file if it ends in .safetensors or .pth, else a directory"
     )
     parser.add_argument("--to", choices=DIALECTS, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace DST where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     parser.add_argument(
         "--image-size",
         type=cli.int_pair,
         metavar="H,W",
-        help="resample the position tables to images of this size (bicubic, as in the reference)",
+        help="interpolate the positional embeddings to this image size (bicubic, as the reference)",
     )
     parser.add_argument(
         "--channels",
@@ -42,66 +42,70 @@ def convert(argv: list[str]) -> None:
         help="of images: 1 sums the patch embedding over the old channels; more repeat them in "
         "order, scaled by old / new",
     )
-    parser.add_argument("--encoder-only", action="store_true", help="leave the decoder behind")
+    parser.add_argument("--encoder-only", action="store_true", help="do not convert the decoder")
     convert_cli.add_format_flags(parser)
     arguments = parser.parse_args(argv)
     weights.check_destination(arguments.dst, arguments.to, overwrite=arguments.overwrite)
-    found = weights.read(arguments.src, **convert_cli.format_kwargs(arguments))
+    checkpoint = weights.read(arguments.src, **convert_cli.format_kwargs(arguments))
     if arguments.encoder_only:
-        found = weights.encoder_only(found)
-    found = weights.adapt(found, channels=arguments.channels, image_size=arguments.image_size)
-    weights.write(found, arguments.dst, arguments.to, overwrite=arguments.overwrite)
+        checkpoint = weights.encoder_only(checkpoint)
+    checkpoint = weights.adapt(
+        checkpoint, channels=arguments.channels, image_size=arguments.image_size
+    )
+    weights.write(checkpoint, arguments.dst, arguments.to, overwrite=arguments.overwrite)
 
 
 def inspect(argv: list[str]) -> None:
-    parser = cli.make_parser("mae_jax.convert inspect", "Says what a checkpoint is.")
-    parser.add_argument("src", help="a weights file or directory, or a workdir of ours")
+    parser = cli.make_parser("mae_jax.convert inspect", "Describe a checkpoint.")
+    parser.add_argument("src", help="a weights file or directory, or a workdir")
     convert_cli.add_format_flags(parser)
     arguments = parser.parse_args(argv)
-    found = weights.read(arguments.src, need_heads=(), **convert_cli.format_kwargs(arguments))
-    print_summary_table(str(arguments.src), describe(found))
+    checkpoint = weights.read(
+        arguments.src, require_num_heads=(), **convert_cli.format_kwargs(arguments)
+    )
+    print_summary_table(str(arguments.src), describe(checkpoint))
 
 
-def describe(found: weights.Weights) -> dict[str, str]:
-    """What a person wants to know of a checkpoint, by name."""
-    info = found.info
+def describe(checkpoint: weights.Weights) -> dict[str, str]:
+    """Return the rows of the table of `inspect`."""
+    info = checkpoint.info
     size = f"{info.width} features x {info.depth} deep, {_heads(info.heads)}"
     decoder, head = "none", "none"
     if info.decoder_depth:
         decoder = (
-            f"{_count(found, 'decoder/')}: {info.decoder_width} features x "
+            f"{_count(checkpoint, 'decoder/')}: {info.decoder_width} features x "
             f"{info.decoder_depth} deep, {_heads(info.decoder_heads)}"
         )
     if info.num_classes:
         head = f"{info.num_classes} classes, {'named' if info.class_names else 'without names'}"
         head += ", after a BatchNorm" if info.head_norm else ""
     pools = {"cls": "cls token", "mean": "mean of the patches", "attention": "learned attention"}
-    dtypes = Counter(array.dtype.name for array in found.arrays.values())
+    dtypes = Counter(array.dtype.name for array in checkpoint.arrays.values())
     return {
-        "names": found.layout,
+        "names": checkpoint.layout,
         "weights from": info.source,
         "size": info.size_name,
-        "encoder": f"{_count(found, 'encoder/')}: {size}",
+        "encoder": f"{_count(checkpoint, 'encoder/')}: {size}",
         "decoder": decoder,
         "head": head,
         "pooling": f"{pools[info.pool]}, "
         f"{'then fc_norm' if info.fc_norm else 'after the final norm'}",
         "images": f"{info.image_size[0]} x {info.image_size[1]} x {info.channels}, "
         f"patches of {info.patch}",
-        "preparation": _preparation(info),
+        "preprocessing": _preprocessing(info),
         "mean, std": f"{_numbers(info.mean)}, {_numbers(info.std)}",
         "target": f"{info.target} (norm_pix_eps {info.norm_pix_eps:g})"
         if info.decoder_depth
         else "none",
         "layer_norm_eps": f"{info.layer_norm_eps:g}",
         "dtype": ", ".join(f"{name} ({count} arrays)" for name, count in dtypes.items()),
-        "good for": ", ".join(_uses(info)),
+        "supports": ", ".join(_uses(info)),
         "converts to": ", ".join(weights.compatible_formats(info)),
     }
 
 
-def _count(found: weights.Weights, part: str) -> str:
-    number = found.count(part)
+def _count(checkpoint: weights.Weights, part: str) -> str:
+    number = checkpoint.count(part)
     return f"{number / 1e6:.1f} M parameters" if number >= 1e6 else f"{number:,} parameters"
 
 
@@ -113,15 +117,15 @@ def _numbers(values: tuple[float, ...]) -> str:
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
 
 
-def _preparation(info: weights.ModelInfo) -> str:
+def _preprocessing(info: weights.ModelInfo) -> str:
     if info.resize == "squash":
-        return f"whole image resized, {info.interpolation}"
-    return f"central {info.crop:.4g} of the sides, {info.interpolation}"
+        return f"full image resized, {info.interpolation}"
+    return f"center crop {info.crop:.4g}, {info.interpolation}"
 
 
 def _uses(info: weights.ModelInfo) -> list[str]:
     uses = ["features"]
-    if not info.fc_norm:  # pretraining needs the final norm that such an encoder has lost
+    if not info.fc_norm:  # pretraining needs the final norm, which fc_norm replaces
         uses.append("warm start")
     if info.decoder_depth:
         known = info.target != "unknown"

@@ -37,7 +37,7 @@ def detect(
     target: str | None = None,
     pool: str | None = None,
     grid: tuple[int, int] | None = None,
-    need_heads: Collection[str] = ("encoder", "decoder"),
+    require_num_heads: Collection[str] = ("encoder", "decoder"),
 ) -> tuple[Layout, ModelInfo, Shapes]:
     """What tensors are, and the shapes of ours that they make; `path` is for messages.
 
@@ -46,7 +46,7 @@ def detect(
       heads, decoder_heads: where the file does not tell, and the size is not a known one.
       layer_norm_eps, target, pool: instead of what the file or its dialect says.
       grid: rows and columns of patches, where they are not as many and the file does not tell.
-      need_heads: of which an unknown number of heads is an error.
+      require_num_heads: of which an unknown number of heads is an error.
 
     Raises:
       ConvertError: anything is missing, unexpected, of a wrong shape, or cannot be known.
@@ -55,7 +55,7 @@ def detect(
     log.info("%s is %s", path, layout)
     _check_types(found.tensors, path)
     structure, rows = _structure(layout, found, path)
-    facts = found.facts | structure
+    facts = found.metadata | structure
     facts["image_size"] = _image_size(facts, rows, grid, path)
     facts["heads"] = _heads(facts, "", heads, path)
     if facts.get("decoder_depth"):
@@ -70,7 +70,7 @@ def detect(
     try:
         info = _fill_defaults(layout, facts, path)
         _check_sizes(found, info, path)
-        _check_heads(info, need_heads, path)
+        _check_heads(info, require_num_heads, path)
         shapes = expected_shapes(info)
     except ConvertError:
         raise
@@ -88,7 +88,7 @@ def _raise_mismatch(path: Path, layout: Layout, lines: list[str]) -> None:
 
 def _check_sizes(found: RawCheckpoint, info: ModelInfo, path: Path) -> None:
     """ConvertError where config.json tells of another model: of more blocks, as a rule."""
-    if odd := size_mismatches(found.sizes, info):
+    if odd := size_mismatches(found.declared_sizes, info):
         raise ConvertError(
             f"{path / 'config.json'} contradicts the weights beside it: {', '.join(odd)}. "
             "Some of the weights are missing, or one of the files is another model's"
@@ -114,7 +114,7 @@ def _structure(
     The names of mae_jax tell none of that: there the metadata is needed.
     """
     if layout.dialect == "mae_jax":
-        missing = REQUIRED - DEFAULTS["mae_jax"].keys() - found.facts.keys()
+        missing = REQUIRED - DEFAULTS["mae_jax"].keys() - found.metadata.keys()
         if missing:
             raise ConvertError(
                 f"{path} has the names of mae_jax, but lost its metadata: {', '.join(missing)}"
@@ -139,7 +139,7 @@ def _structure(
         "head_norm": "head_norm" in parts,
         "num_classes": shapes["head/bias"][0] if "head" in parts else 0,
     }
-    if "fc_norm" in parts and "pool" not in found.facts:
+    if "fc_norm" in parts and "pool" not in found.metadata:
         facts["pool"] = "mean"
     if "decoder" in parts:
         facts["decoder_depth"] = depths["decoder"]
@@ -176,7 +176,7 @@ def _reference_shapes(
     shapes, odd = {}, []
     for ours, ndim in _REFERENCE_SHAPES.items():
         if ours.split("/")[0] in parts | {"encoder"}:
-            name = layout.first_of(ours)
+            name = layout.external_name(ours)
             if name not in tensors:
                 odd.append(f"- {name} is missing")
             elif tensors[name].ndim != ndim or 0 in tensors[name].shape:
@@ -185,7 +185,7 @@ def _reference_shapes(
                 shapes[ours] = tensors[name].shape
     kernel = shapes.get("encoder/patch_embed/kernel", (1, 1, 1, 1))
     if kernel[2] != kernel[3]:
-        odd.append(f"! {layout.first_of('encoder/patch_embed/kernel')} {kernel} is not square")
+        odd.append(f"! {layout.external_name('encoder/patch_embed/kernel')} {kernel} is not square")
     if odd:
         odd += [
             f"+ {name} {array.shape} is not part of the model"

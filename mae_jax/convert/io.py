@@ -38,9 +38,9 @@ class RawCheckpoint:
     """
 
     tensors: dict[str, np.ndarray]
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     dialect: str | None = None
-    sizes: dict[str, Any] = field(default_factory=dict)
+    declared_sizes: dict[str, Any] = field(default_factory=dict)
 
 
 def load(path: Path, *, ema: bool = False) -> RawCheckpoint:
@@ -161,18 +161,18 @@ def _load_directory(path: Path) -> RawCheckpoint:
     with _invalid_values(path / "config.json"):
         if "architecture" in config:
             found.dialect = "timm"
-            found.facts |= hf_timm.parse_timm_config(config)
-            found.sizes = hf_timm.declared_sizes(config.get("model_args", {}))
+            found.metadata |= hf_timm.parse_timm_config(config)
+            found.declared_sizes = hf_timm.declared_sizes(config.get("model_args", {}))
         elif config.get("model_type") in ("vit_mae", "vit"):
             told = hf_timm.parse_hf_config(config)
-            if found.facts.get("target") == "unknown":  # which config.json cannot say
+            if found.metadata.get("target") == "unknown":  # which config.json cannot say
                 told.pop("target", None)
-            found.facts |= told
-            found.sizes = hf_timm.declared_sizes(config)
+            found.metadata |= told
+            found.declared_sizes = hf_timm.declared_sizes(config)
             with _invalid_values(path / "preprocessor_config.json"):
                 preprocessor = _read_json(path / "preprocessor_config.json")
                 channels = config.get("num_channels", 3)
-                found.facts |= hf_timm.parse_hf_preprocessor(preprocessor, channels)
+                found.metadata |= hf_timm.parse_hf_preprocessor(preprocessor, channels)
     if config and config.get("model_type", "vit") not in ("vit_mae", "vit"):
         log.warning(
             "%s says model_type=%r, which is neither vit_mae nor vit; it is not used",
@@ -225,7 +225,7 @@ def _load_shards(index: Path) -> RawCheckpoint:
     found = RawCheckpoint({})
     for part in map(_load_file, shards):
         found.tensors |= part.tensors
-        found.facts |= part.facts
+        found.metadata |= part.metadata
     if lacking := [f"{name} ({file})" for name, file in files.items() if name not in found.tensors]:
         raise ConvertError(f"{index} names tensors that its files lack: {', '.join(lacking)}")
     return found

@@ -15,103 +15,106 @@ from einops import rearrange
 
 @dataclass(frozen=True)
 class KeyMap:
-    """ours = forward(*theirs); theirs = inverse(ours, patch), patch being its side in pixels."""
+    """param = to_param(*external); external = from_param(param, patch), patch in pixels."""
 
-    ours: str
-    theirs: tuple[str, ...]
-    forward: Callable[..., np.ndarray]
-    inverse: Callable[[np.ndarray, int], Sequence[np.ndarray]]
+    param: str
+    external: tuple[str, ...]
+    to_param: Callable[..., np.ndarray]
+    from_param: Callable[[np.ndarray, int], Sequence[np.ndarray]]
 
     def names(self, depth: int) -> list[tuple[str, ...]]:
         """Their names, block by block for a stacked row."""
         if not self.stacked:
-            return [self.theirs]
-        return [tuple(name.format(i=i) for name in self.theirs) for i in range(depth)]
+            return [self.external]
+        return [tuple(name.format(i=i) for name in self.external) for i in range(depth)]
 
     @property
     def stacked(self) -> bool:
-        return "{i}" in self.theirs[0]
+        return "{i}" in self.external[0]
 
 
-def _same(ours: str, theirs: str) -> KeyMap:
-    return KeyMap(ours, (theirs,), lambda x: x, lambda x, _: (x,))
+def _same(param: str, external: str) -> KeyMap:
+    return KeyMap(param, (external,), lambda x: x, lambda x, _: (x,))
 
 
-def _linear(ours: str, theirs: str) -> list[KeyMap]:
+def _linear(param: str, external: str) -> list[KeyMap]:
     """torch's Linear keeps its matrix as (outputs, inputs)."""
     kernel = KeyMap(
-        f"{ours}/kernel", (f"{theirs}.weight",), lambda w: w.T, lambda kernel, _: (kernel.T,)
+        f"{param}/kernel", (f"{external}.weight",), lambda w: w.T, lambda kernel, _: (kernel.T,)
     )
-    return [kernel, _same(f"{ours}/bias", f"{theirs}.bias")]
+    return [kernel, _same(f"{param}/bias", f"{external}.bias")]
 
 
-def _norm(ours: str, theirs: str) -> list[KeyMap]:
-    return [_same(f"{ours}/scale", f"{theirs}.weight"), _same(f"{ours}/bias", f"{theirs}.bias")]
+def _norm(param: str, external: str) -> list[KeyMap]:
+    return [
+        _same(f"{param}/scale", f"{external}.weight"),
+        _same(f"{param}/bias", f"{external}.bias"),
+    ]
 
 
-def _patch_embed(ours: str, theirs: str) -> list[KeyMap]:
+def _patch_embed(param: str, external: str) -> list[KeyMap]:
     """A convolution's (d, channel, row, column) is our matrix over (row, column, channel)."""
     kernel = KeyMap(
-        f"{ours}/kernel",
-        (f"{theirs}.weight",),
+        f"{param}/kernel",
+        (f"{external}.weight",),
         lambda w: rearrange(w, "d c r s -> (r s c) d"),
         lambda kernel, patch: (rearrange(kernel, "(r s c) d -> d c r s", r=patch, s=patch),),
     )
-    return [kernel, _same(f"{ours}/bias", f"{theirs}.bias")]
+    return [kernel, _same(f"{param}/bias", f"{external}.bias")]
 
 
-def _split_qkv(ours: str, theirs: Sequence[str]) -> list[KeyMap]:
+def _split_qkv(param: str, external: Sequence[str]) -> list[KeyMap]:
     """Three projections side by side are our one."""
     return [
         KeyMap(
-            f"{ours}/kernel",
-            tuple(f"{name}.weight" for name in theirs),
+            f"{param}/kernel",
+            tuple(f"{name}.weight" for name in external),
             lambda *weights: np.concatenate([w.T for w in weights], axis=1),
             lambda kernel, _: [part.T for part in np.split(kernel, 3, axis=1)],
         ),
         KeyMap(
-            f"{ours}/bias",
-            tuple(f"{name}.bias" for name in theirs),
+            f"{param}/bias",
+            tuple(f"{name}.bias" for name in external),
             lambda *biases: np.concatenate(biases),
             lambda bias, _: np.split(bias, 3),
         ),
     ]
 
 
-def _timm_blocks(ours: str, theirs: str) -> list[KeyMap]:
+def _timm_blocks(param: str, external: str) -> list[KeyMap]:
     return [
-        *_norm(f"{ours}/norm1", f"{theirs}.{{i}}.norm1"),
-        *_linear(f"{ours}/attn/qkv", f"{theirs}.{{i}}.attn.qkv"),
-        *_linear(f"{ours}/attn/proj", f"{theirs}.{{i}}.attn.proj"),
-        *_norm(f"{ours}/norm2", f"{theirs}.{{i}}.norm2"),
-        *_linear(f"{ours}/mlp/fc1", f"{theirs}.{{i}}.mlp.fc1"),
-        *_linear(f"{ours}/mlp/fc2", f"{theirs}.{{i}}.mlp.fc2"),
+        *_norm(f"{param}/norm1", f"{external}.{{i}}.norm1"),
+        *_linear(f"{param}/attn/qkv", f"{external}.{{i}}.attn.qkv"),
+        *_linear(f"{param}/attn/proj", f"{external}.{{i}}.attn.proj"),
+        *_norm(f"{param}/norm2", f"{external}.{{i}}.norm2"),
+        *_linear(f"{param}/mlp/fc1", f"{external}.{{i}}.mlp.fc1"),
+        *_linear(f"{param}/mlp/fc2", f"{external}.{{i}}.mlp.fc2"),
     ]
 
 
-def _hf4_blocks(ours: str, theirs: str) -> list[KeyMap]:
-    block = f"{theirs}.{{i}}"
+def _hf4_blocks(param: str, external: str) -> list[KeyMap]:
+    block = f"{external}.{{i}}"
     attention = [f"{block}.attention.attention.{name}" for name in ("query", "key", "value")]
     return [
-        *_norm(f"{ours}/norm1", f"{block}.layernorm_before"),
-        *_split_qkv(f"{ours}/attn/qkv", attention),
-        *_linear(f"{ours}/attn/proj", f"{block}.attention.output.dense"),
-        *_norm(f"{ours}/norm2", f"{block}.layernorm_after"),
-        *_linear(f"{ours}/mlp/fc1", f"{block}.intermediate.dense"),
-        *_linear(f"{ours}/mlp/fc2", f"{block}.output.dense"),
+        *_norm(f"{param}/norm1", f"{block}.layernorm_before"),
+        *_split_qkv(f"{param}/attn/qkv", attention),
+        *_linear(f"{param}/attn/proj", f"{block}.attention.output.dense"),
+        *_norm(f"{param}/norm2", f"{block}.layernorm_after"),
+        *_linear(f"{param}/mlp/fc1", f"{block}.intermediate.dense"),
+        *_linear(f"{param}/mlp/fc2", f"{block}.output.dense"),
     ]
 
 
-def _hf5_blocks(ours: str, theirs: str) -> list[KeyMap]:
-    block = f"{theirs}.{{i}}"
+def _hf5_blocks(param: str, external: str) -> list[KeyMap]:
+    block = f"{external}.{{i}}"
     attention = [f"{block}.attention.{name}_proj" for name in ("q", "k", "v")]
     return [
-        *_norm(f"{ours}/norm1", f"{block}.layernorm_before"),
-        *_split_qkv(f"{ours}/attn/qkv", attention),
-        *_linear(f"{ours}/attn/proj", f"{block}.attention.o_proj"),
-        *_norm(f"{ours}/norm2", f"{block}.layernorm_after"),
-        *_linear(f"{ours}/mlp/fc1", f"{block}.mlp.fc1"),
-        *_linear(f"{ours}/mlp/fc2", f"{block}.mlp.fc2"),
+        *_norm(f"{param}/norm1", f"{block}.layernorm_before"),
+        *_split_qkv(f"{param}/attn/qkv", attention),
+        *_linear(f"{param}/attn/proj", f"{block}.attention.o_proj"),
+        *_norm(f"{param}/norm2", f"{block}.layernorm_after"),
+        *_linear(f"{param}/mlp/fc1", f"{block}.mlp.fc1"),
+        *_linear(f"{param}/mlp/fc2", f"{block}.mlp.fc2"),
     ]
 
 
@@ -170,15 +173,15 @@ def _hf4(decoder_blocks: str) -> list[KeyMap]:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """One way in which a dialect names its arrays; `form` tells it from the dialect's others."""
+    """One way in which a dialect names its arrays; `variant` tells it from the dialect's others."""
 
     dialect: str
-    form: str
+    variant: str
     rows: Sequence[KeyMap]
 
     @cached_property
     def _ours(self) -> dict[str, str]:
-        return {theirs: row.ours for row in self.rows for theirs in row.theirs}
+        return {theirs: row.param for row in self.rows for theirs in row.external}
 
     def match(self, name: str) -> tuple[str, int] | None:
         """Our name for one of theirs, and its block (0 where it has none)."""
@@ -188,17 +191,17 @@ class Layout:
         ours = number and self._ours.get(f"{name[: number.start()]}{{i}}{name[number.end() :]}")
         return (ours, int(number[0])) if number and ours else None
 
-    def first_of(self, ours: str) -> str:
+    def external_name(self, param: str) -> str:
         """Their name of the first array that ours is made of, in block 0."""
-        return next(row.theirs[0].format(i=0) for row in self.rows if row.ours == ours)
+        return next(row.external[0].format(i=0) for row in self.rows if row.param == param)
 
     def __str__(self) -> str:
-        return f"{self.dialect} ({self.form})" if self.form else self.dialect
+        return f"{self.dialect} ({self.variant})" if self.variant else self.dialect
 
 
 _OFFICIAL_NAMES = [*TIMM_ENCODER, *OFFICIAL_DECODER, *OFFICIAL_PROBE]
 ATTENTION_POOL = ("query", "key/kernel", "key/bias", "value/kernel", "value/bias")
-_OUR_NAMES = [row.ours for row in _OFFICIAL_NAMES]
+_OUR_NAMES = [row.param for row in _OFFICIAL_NAMES]
 _OUR_NAMES += [f"attention_pool/{name}" for name in ATTENTION_POOL]  # nobody else's
 
 # In a dialect the first layout that has a place for everything is the one that is written.

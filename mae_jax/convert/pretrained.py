@@ -1,4 +1,4 @@
-"""A checkpoint of any dialect as a model that runs: features, reconstructions, classes."""
+"""Any checkpoint as a model: features, reconstructions, class predictions."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,22 +43,22 @@ def load(
     channels: int | None = None,
     dtype: str = "float32",
     attention: str = "xla",
-    **reading: Any,
+    **overrides: Any,
 ) -> tuple["PretrainedModel", Params]:
-    """A model and its parameters (float32) from a checkpoint of any dialect.
+    """Load a model and its parameters (float32) from a checkpoint of any format.
 
     Args:
-      path: a file or directory: official, HuggingFace, timm, or a run of ours.
-      image_size: side, or height and width, in pixels; the checkpoint's own unless given. Position
-        tables are resampled as in the reference.
-      channels: of the images; the checkpoint's own unless given.
+      path: a file or directory: official, Hugging Face, timm, or the workdir of a run.
+      image_size: side, or height and width, in pixels; the checkpoint's by default. Positional
+        embeddings are interpolated as in the reference.
+      channels: of the images; the checkpoint's by default.
       dtype: "float32" or "bfloat16", of activations.
-      attention: "xla", "cudnn" (GPUs, bfloat16), or "auto", the faster one, which takes seconds to
-        find out.
-      reading: what the file does not tell, as in `mae_jax.convert.weights.read`.
+      attention: "xla", "cudnn" (GPUs, bfloat16), or "auto", which times both for some seconds and
+        takes the faster.
+      overrides: metadata that the file lacks, as in `mae_jax.convert.weights.read`.
 
     Raises:
-      mae_jax.convert.info.ConvertError: the checkpoint cannot be read; says why and what to do.
+      mae_jax.convert.model_info.ConvertError: the checkpoint cannot be read; has the remedy.
 
     Example:
       model, params = mae_jax.load("mae_pretrain_vit_base_full.pth")
@@ -67,17 +67,19 @@ def load(
       pictures = model.reconstruct(params, images)         # uint8 [2, 224, 224, 3]
     """
     if dtype not in ("float32", "bfloat16"):
-        raise ConvertError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
-    found = weights.read(path, need_heads=("encoder",), **reading)
+        raise ConvertError("must be 'float32' or 'bfloat16'", key="dtype", value=dtype)
+    checkpoint = weights.read(path, require_num_heads=("encoder",), **overrides)
     pair = None if image_size is None else np.broadcast_to(np.asarray(image_size, int), 2).tolist()
-    found = weights.adapt(found, channels=channels, image_size=pair and (pair[0], pair[1]))
+    size = pair and (pair[0], pair[1])
+    checkpoint = weights.adapt(checkpoint, channels=channels, image_size=size)
     params = {
-        name: jnp.asarray(np.asarray(array, np.float32)) for name, array in found.arrays.items()
+        name: jnp.asarray(np.asarray(array, np.float32))
+        for name, array in checkpoint.arrays.items()
     }
-    execution = ExecutionConfig(
-        dtype=jnp.dtype(dtype), attention=_select_attention(found.info, attention, dtype)
-    )
-    return PretrainedModel(found.info, execution, str(path)), unflatten(params)
+    info = checkpoint.info
+    implementation = _select_attention(info, attention, dtype)
+    execution = ExecutionConfig(dtype=jnp.dtype(dtype), attention=implementation)
+    return PretrainedModel(info, execution, str(path)), unflatten(params)
 
 
 def _select_attention(info: ModelInfo, wanted: str, dtype: str) -> AttentionImpl:
@@ -106,8 +108,8 @@ def _outputs(
 class PretrainedModel:
     """A model from a checkpoint. Its methods take the parameters, and work under `jax.jit`.
 
-    Images are [b, h, w, c] of `info.image_size`, as `read_images` gives them: uint8, or uint16 or
-    float32 where the model was trained on such.
+    Images are [b, h, w, c] of `info.image_size`, as `read_images` returns them: uint8, or uint16
+    or float32 if the model was trained on these.
     """
 
     info: ModelInfo
@@ -117,7 +119,7 @@ class PretrainedModel:
     def outputs(
         self, params: Params, images: Shaped[Array, "b h w c"], *, observe: bool = False
     ) -> Outputs:
-        """Everything that the encoder, and the head if there is one, make of whole images."""
+        """Return all outputs of the encoder, and of the head if there is one, without masking."""
         self._check(images)
         return _outputs(self.info, self.execution, params, images, observe)
 
@@ -130,43 +132,50 @@ class PretrainedModel:
         grid: bool = False,
         attention: bool = False,
     ) -> dict[str, Float[Array, "b ..."]]:
-        """Features of whole images, nothing masked, float32.
+        """Return features of images without masking, float32.
 
         "cls" [b, d]: the cls token; "mean" [b, d]: the mean of the patches. Both after the final
-        norm; a model with fc_norm has none, and normalises only the mean.
-        layers: also "cls_3", "mean_3" and so on after block 3, counted from 1, final norm included.
-        grid: also "grid" (and "grid_3") [b, rows, columns, d], the token of every patch.
-        attention: also "attention" [b, rows, columns]: of the cls token in the last block, mean
-          over the heads.
+        norm; a model with fc_norm has no such norm, and normalizes only the mean.
+
+        Args:
+          layers: also "cls_3", "mean_3" and so on after block 3, counted from 1, with final norm.
+          grid: also "grid" (and "grid_3") [b, rows, columns, d], the token of every patch.
+          attention: also "attention" [b, rows, columns]: of the cls token in the last block, mean
+            over the heads.
+
+        Raises:
+          ConvertError: there is no such layer.
         """
         depth = self.info.depth
         for layer in layers:
             if not 1 <= layer <= depth:
                 raise ConvertError(f"there is no layer {layer}: {self.path} has 1 to {depth}")
-        made = self.outputs(params, images, observe=bool(layers) or attention)
-        found = self._of_tokens(made.tokens, "", grid)
+        outputs = self.outputs(params, images, observe=bool(layers) or attention)
+        features = self._pool_tokens(outputs.tokens, "", grid)
         if self.info.fc_norm and self.info.pool == "mean":
-            found["mean"] = made.pooled
+            features["mean"] = outputs.pooled
         for layer in layers:
-            assert made.intermediates is not None
-            found |= self._of_tokens(made.intermediates.tokens[layer - 1], f"_{layer}", grid)
+            assert outputs.intermediates is not None
+            tokens = outputs.intermediates.tokens[layer - 1]
+            features |= self._pool_tokens(tokens, f"_{layer}", grid)
         if attention:
-            assert made.intermediates is not None
-            found["attention"] = self._as_grid(made.intermediates.attention[-1][..., None])[..., 0]
-        return found
+            assert outputs.intermediates is not None
+            weights = outputs.intermediates.attention[-1][..., None]
+            features["attention"] = self._as_grid(weights)[..., 0]
+        return features
 
-    def _of_tokens(self, tokens: Array, suffix: str, grid: bool) -> dict[str, Array]:
+    def _pool_tokens(self, tokens: Array, suffix: str, grid: bool) -> dict[str, Array]:
         tokens = tokens.astype(jnp.float32)
-        found = {f"cls{suffix}": tokens[:, 0], f"mean{suffix}": tokens[:, 1:].mean(axis=1)}
+        features = {f"cls{suffix}": tokens[:, 0], f"mean{suffix}": tokens[:, 1:].mean(axis=1)}
         if grid:
-            found[f"grid{suffix}"] = self._as_grid(tokens)
-        return found
+            features[f"grid{suffix}"] = self._as_grid(tokens)
+        return features
 
     def _as_grid(self, tokens: Array) -> Array:
         return rearrange(tokens[:, 1:], "b (y x) d -> b y x d", y=self.info.grid[0])
 
     def logits(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b classes"]:
-        """What the head of a fine-tuned or probed model makes of images.
+        """Return the class logits of a fine-tuned or probed model.
 
         Raises:
           ConvertError: the checkpoint has no head.
@@ -177,36 +186,40 @@ class PretrainedModel:
         return logits
 
     def check_head(self) -> None:
-        """ConvertError unless the checkpoint has a classification head."""
+        """Raise ConvertError unless the checkpoint has a classification head."""
         if not self.info.num_classes:
             raise ConvertError(
-                f"{self.path} has no classification head: classes take a fine-tuned checkpoint, "
-                "such as the official mae_finetuned_vit_base.pth"
+                f"{self.path} has no classification head: use a fine-tuned checkpoint, such as the "
+                "official mae_finetuned_vit_base.pth"
             )
 
     def task(self, *, mask: str = "random", mask_ratio: float | None = None) -> Pretrain:
-        """The pretraining objective of a checkpoint with a decoder; with its mask ratio, or yours.
+        """Return the pretraining objective of a checkpoint with a decoder.
+
+        Args:
+          mask: masking strategy: "random", "block" or "grid".
+          mask_ratio: fraction of the patches to hide; the checkpoint's by default.
 
         Raises:
-          ConvertError: it has none, or does not tell what its decoder predicts.
+          ConvertError: there is no decoder, or its target or number of heads is unknown.
         """
         info = self.info
         if not info.decoder_depth:
             names = {"vit_b16": "base", "vit_l16": "large", "vit_h14": "huge"}
             size = names.get(info.size_name, "base")
             raise ConvertError(
-                f"{self.path} holds no decoder, so it cannot reconstruct. Of the official files, "
-                f"mae_pretrain_vit_{size}_full.pth (normalised pixels) and "
+                f"{self.path} has no decoder, so it cannot reconstruct. Of the official files, "
+                f"mae_pretrain_vit_{size}_full.pth (normalized pixels) and "
                 f"mae_visualize_vit_{size}.pth (pixels) have one"
             )
         if info.target == "unknown":
             raise ConvertError(
-                f"{self.path} does not tell whether its decoder predicts pixels or normalised "
-                "pixels; say it with --target pixels or --target normalized (in Python, target=)"
+                f"{self.path} does not record whether its decoder predicts pixels or normalized "
+                "pixels: set --target pixels or normalized (in Python, target=)"
             )
         if not info.decoder_heads:
             raise ConvertError(
-                f"{self.path} does not tell how many attention heads its decoder has: say it with "
+                f"{self.path} does not record the number of attention heads of its decoder: set "
                 "--decoder-num-heads (in Python, decoder_heads=)"
             )
         return Pretrain(
@@ -231,29 +244,30 @@ class PretrainedModel:
         seed: int = 0,
         stats: str = "visible",
     ) -> Shaped[Array, "b h w c"]:
-        """The model's picture of each image from the patches that a random mask leaves.
+        """Return the reconstruction of each image from the visible patches of a random mask.
 
-        `stats` is where the brightness of patches comes from if the model predicts normalised
-        pixels: "visible" neighbours, or "gt", the truth. See `task` for the mask ratio and errors.
+        Args:
+          stats: where mean and deviation of patches come from if the model predicts normalized
+            pixels: "visible" neighbors, or the ground truth ("gt").
+          mask, mask_ratio: as in `task`, which also has the errors.
         """
         self._check(images)
         key = jax.random.key(seed)
         return _reconstruct(self, params, images, key, mask, mask_ratio, stats)
 
     def _check(self, images: Any) -> None:
-        wanted = (*self.info.image_size, self.info.channels)
-        typed = images.dtype.name in ("uint8", "uint16", "float32")
-        typed = typed and stats_match_dtype(images.dtype, self.info.mean)
-        if not typed or images.ndim != 4 or images.shape[1:] != wanted:
+        shape = (*self.info.image_size, self.info.channels)
+        valid_dtype = images.dtype.name in ("uint8", "uint16", "float32")
+        valid_dtype = valid_dtype and stats_match_dtype(images.dtype, self.info.mean)
+        if not valid_dtype or images.ndim != 4 or images.shape[1:] != shape:
             raise ValueError(
-                f"images are {images.dtype} {list(images.shape)}, and this model takes those that "
-                f"read_images gives, [b, {wanted[0]}, {wanted[1]}, {wanted[2]}], of uint8 for a "
-                "model of photographs"
+                f"images are {images.dtype} {list(images.shape)}, but this model takes those of "
+                f"read_images, [b, {shape[0]}, {shape[1]}, {shape[2]}], of uint8 for photographs"
             )
 
     @property
     def transform(self) -> EvalTransform:
-        """How an encoded image becomes an array for this model."""
+        """Return the transform from an encoded image to an array for this model."""
         info = self.info
         return EvalTransform(
             info.image_size,
@@ -267,10 +281,10 @@ class PretrainedModel:
     def read_images(
         self, paths: str | Path | Sequence[str | Path]
     ) -> Shaped[np.ndarray, "b h w c"]:
-        """Image files, and those in folders, resized as this model is used to.
+        """Read image files, and those in folders, resized for this model.
 
         Raises:
-          mae_jax.data.sources.DataError: names the file that is missing or no image.
+          mae_jax.data.sources.DataError: names the file that is missing or is not an image.
         """
         source = FileSource([paths] if isinstance(paths, (str, Path)) else paths)
         (batch,) = self.batches(source, len(source))
@@ -279,13 +293,13 @@ class PretrainedModel:
     def batches(
         self, source: Source, batch_size: int, num_classes: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The images of a source in order; see `ordered_batches`."""
+        """Return the images of a source in order; see `eval_batches`."""
         return eval_batches(
             source,
             self.transform,
             batch_size,
             threads=available_cpus(),
-            advice="Mend it, or leave it out",
+            advice="Fix or remove it",
             num_classes=num_classes,
         )
 

@@ -43,12 +43,12 @@ def find_mismatches(
     """A line for every tensor of theirs that is missing, unexpected or of another shape or type."""
     wanted, mixed = {}, []
     for row in layout.rows:
-        if row.ours in shapes:
-            shape = shapes[row.ours]
+        if row.param in shapes:
+            shape = shapes[row.param]
             blank = np.broadcast_to(np.float32(0), shape[1:] if row.stacked else shape)
             names = row.names(shape[0] if shape else 0)
             for several in names:
-                wanted |= dict(zip(several, row.inverse(blank, patch)))
+                wanted |= dict(zip(several, row.from_param(blank, patch)))
             mixed += _mixed([name for several in names for name in several], found)
     return diff(wanted, found) + mixed
 
@@ -75,12 +75,12 @@ def import_state_dict(layout: Layout, shapes: Shapes, tensors: Arrays) -> Arrays
     """Arrays by our names; takes theirs out of `tensors`, so that memory holds each once."""
     arrays = {}
     for row in layout.rows:
-        if row.ours in shapes:
-            depth = shapes[row.ours][0] if row.stacked else 0
+        if row.param in shapes:
+            depth = shapes[row.param][0] if row.stacked else 0
             parts = [
-                row.forward(*[tensors.pop(name) for name in names]) for names in row.names(depth)
+                row.to_param(*[tensors.pop(name) for name in names]) for names in row.names(depth)
             ]
-            arrays[row.ours] = np.stack(parts) if row.stacked else _contiguous(parts[0])
+            arrays[row.param] = np.stack(parts) if row.stacked else _contiguous(parts[0])
     return arrays
 
 
@@ -88,11 +88,11 @@ def export_state_dict(layout: Layout, arrays: Arrays, patch: int) -> Arrays:
     """Arrays by their names; takes ours out of `arrays`, all that the layout has a place for."""
     tensors = {}
     for row in layout.rows:
-        if row.ours in arrays:
-            array = arrays.pop(row.ours)
+        if row.param in arrays:
+            array = arrays.pop(row.param)
             parts = array if row.stacked else [array]
             for names, part in zip(row.names(len(parts)), parts):
-                inverted = [_contiguous(x) for x in row.inverse(part, patch)]
+                inverted = [_contiguous(x) for x in row.from_param(part, patch)]
                 tensors |= dict(zip(names, inverted))
     return tensors
 
@@ -101,4 +101,4 @@ def select_layout(dialect: str, names: Iterable[str]) -> Layout:
     """The dialect's first layout with a place for all names, else the one with most places."""
     names = set(names)
     layouts = [layout for layout in LAYOUTS if layout.dialect == dialect]
-    return max(layouts, key=lambda layout: len(names & {row.ours for row in layout.rows}))
+    return max(layouts, key=lambda layout: len(names & {row.param for row in layout.rows}))

@@ -1,4 +1,4 @@
-"""MAE weights in our names: read from any dialect, adapted, written to any dialect."""
+"""Read weights from any format into our parameter names, adapt them, write them to any format."""
 
 import dataclasses
 import logging
@@ -22,9 +22,10 @@ log = logging.getLogger("mae_jax")
 
 @dataclass(frozen=True)
 class Weights:
-    """arrays: by our names, as in "encoder/blocks/attn/qkv/kernel", in the dtypes of the file.
+    """The arrays of a checkpoint.
 
-    layout: how the file that they were read from names them, for people.
+    arrays: by our names, as in "encoder/blocks/attn/qkv/kernel", in the dtypes of the file.
+    layout: description of the naming scheme of the file.
     """
 
     arrays: Arrays
@@ -32,27 +33,27 @@ class Weights:
     layout: str = ""
 
     def count(self, part: str) -> int:
-        """Parameters whose names begin with `part`."""
+        """Return the number of parameters whose names begin with `part`."""
         return sum(array.size for name, array in self.arrays.items() if name.startswith(part))
 
 
-def read(path: str | Path, *, ema: bool = False, **reading: Any) -> Weights:
-    """The weights in a file, a directory or a run, strictly: every tensor has its place.
+def read(path: str | Path, *, ema: bool = False, **overrides: Any) -> Weights:
+    """Read the weights of a file, a directory or a workdir, strictly: every tensor is used.
 
     Args:
-      ema: of a run, the average of the parameters instead of the last ones.
-      reading: what the file does not tell, as in `identify`.
+      ema: read the EMA parameters of a run instead of the last ones.
+      overrides: metadata that the file lacks, as in `detect`.
 
     Raises:
-      ConvertError: anything is missing, unexpected, of a wrong shape, or cannot be known.
+      ConvertError: a tensor is missing, unexpected or of a wrong shape, or metadata is unknown.
     """
     path = Path(path)
-    found = io.load(path, ema=ema)
-    layout, info, shapes = detect(found, path, **reading)
-    arrays = state_dict.import_state_dict(layout, shapes, found.tensors)
-    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    if bad:
-        log.warning("%s holds numbers that are not finite in %s", path, ", ".join(bad))
+    raw = io.load(path, ema=ema)
+    layout, info, shapes = detect(raw, path, **overrides)
+    arrays = state_dict.import_state_dict(layout, shapes, raw.tensors)
+    nonfinite = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if nonfinite:
+        log.warning("%s contains NaN or Inf in %s", path, ", ".join(nonfinite))
     return Weights(arrays, info, str(layout))
 
 
@@ -62,14 +63,14 @@ def adapt(
     channels: int | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Weights:
-    """The same weights for images of another number of channels or another size, where given."""
+    """Adapt weights to another number of channels or image size, if given."""
     if channels is not None:
         weights = adapt_input_channels(weights, channels)
     return weights if image_size is None else resize_pos_embed(weights, image_size)
 
 
 def resize_pos_embed(weights: Weights, image_size: tuple[int, int]) -> Weights:
-    """The same weights for images of another height and width: position tables are resampled.
+    """Interpolate the positional embeddings to another image size (height and width, pixels).
 
     As in the reference: bicubic, a = -0.75, without antialiasing.
     """
@@ -91,9 +92,9 @@ def resize_pos_embed(weights: Weights, image_size: tuple[int, int]) -> Weights:
 
 
 def adapt_input_channels(weights: Weights, channels: int) -> Weights:
-    """The same weights for images of another number of channels.
+    """Adapt weights to another number of channels.
 
-    To one channel, kernels of the patch embedding are summed over the old channels: a grey image
+    To one channel, kernels of the patch embedding are summed over the old channels, so a gray image
     embeds as its RGB copy did. To n > 1, the old channels repeat in order, scaled by old / n. The
     decoder predicts the mean of the old channels, or repeats them.
     """
@@ -101,7 +102,7 @@ def adapt_input_channels(weights: Weights, channels: int) -> Weights:
     if channels == old:
         return weights
     if channels < 1:
-        raise ConvertError(f"channels={channels} must be at least 1")
+        raise ConvertError("must be at least 1", key="channels", value=channels)
     order = np.arange(channels) % old
     arrays = dict(weights.arrays)
 
@@ -123,7 +124,7 @@ def adapt_input_channels(weights: Weights, channels: int) -> Weights:
 
 
 def encoder_only(weights: Weights) -> Weights:
-    """The same weights without their decoder."""
+    """Return the weights without their decoder."""
     arrays = {n: array for n, array in weights.arrays.items() if not n.startswith("decoder/")}
     info = dataclasses.replace(
         weights.info,
@@ -136,38 +137,38 @@ def encoder_only(weights: Weights) -> Weights:
 
 
 def check_destination(path: Path, dialect: str, *, overwrite: bool) -> None:
-    """ConvertError if writing there would replace something that it must not."""
+    """Raise ConvertError if writing to a path would replace something by accident."""
     if dialect not in DIALECTS:
-        raise ConvertError(f"dialect={dialect!r}; use one of {', '.join(DIALECTS)}")
+        raise ConvertError(f"must be one of {', '.join(DIALECTS)}", key="dialect", value=dialect)
     suffix = io.single_file_suffix(path)
     if path.exists() and path.is_file() != bool(suffix):
         kind = "file" if path.is_file() else "directory"
-        raise ConvertError(f"{path} exists and is a {kind}: name another")
+        raise ConvertError(f"{path} exists and is a {kind}: choose another path")
     if path.suffix.lower() in io.TORCH_SUFFIXES and not suffix:
         log.warning("%s becomes a directory: only .safetensors and .pth are single files", path)
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-        raise ConvertError(f"{path} exists: name another, or replace it with --overwrite")
+        raise ConvertError(f"{path} exists: choose another path, or replace it with --overwrite")
     if path.is_dir():
         others = {*io.list_weight_files(path), *(p.name for p in path.glob("*.json"))}
         others -= {io.weights_name(dialect), *io.CONFIG_NAMES[dialect]}
         if others:
             raise ConvertError(
-                f"{path} also holds {', '.join(sorted(others))}, which would be read together with "
-                f"the new weights: remove it, or name another directory"
+                f"{path} also contains {', '.join(sorted(others))}, which would be read with the "
+                "new weights: remove it, or choose another directory"
             )
 
 
 def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool = False) -> None:
-    """Writes a file (.safetensors, .pth) or a directory in a dialect.
+    """Write a file (.safetensors, .pth) or a directory in a format.
 
     Raises:
-      ConvertError: the path exists, or the dialect has no place for a part of the weights.
+      ConvertError: the path exists, or the format cannot represent a part of the weights.
     """
     path = Path(path)
     check_destination(path, dialect, overwrite=overwrite)
     if dialect == "timm" and weights.info.decoder_depth:
         log.warning(
-            "timm has no place for a decoder: its %s parameters are left behind",
+            "timm has no decoder: its %s parameters are not written",
             f"{weights.count('decoder/'):,}",
         )
         weights = encoder_only(weights)
@@ -183,65 +184,63 @@ def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool =
 
 
 def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
-    """Why a dialect's own code could not compute with the weights, if it could not."""
+    """Return why the code of a format could not run the weights; None if it can."""
     if dialect == "mae_jax":
         return None
     if info.pool == "attention":
-        return f"{dialect} has no place for the learned attention of a probe; mae_jax alone has"
+        return f"{dialect} has no learned attention pooling; --to mae_jax has"
     if info.head_norm and dialect != "official":
-        return (
-            f"{dialect} has no place for the BatchNorm of a linear probe's head; --to official has"
-        )
+        return f"{dialect} has no BatchNorm in a linear probe's head; --to official has"
     if dialect == "official" and info.fc_norm and info.pool == "cls":
-        return "the official code has fc_norm after the mean of patches alone; --to timm has both"
+        return "the official code has fc_norm only after the mean of patches; --to timm has both"
     if dialect == "hf" and info.fc_norm:
         return (
             "transformers' ViTForImageClassification takes the cls token after the last norm; this "
-            "model pools its patches and normalises afterwards (fc_norm). --to timm has that"
+            "model pools its patches and normalizes afterwards (fc_norm), as --to timm does"
         )
     if dialect != "timm" and info.num_classes and info.pool == "mean" and not info.fc_norm:
         return f"{dialect} has no head over the mean of the patches without fc_norm; --to timm has"
     square_only = dialect == "official" or (dialect == "hf" and not info.num_classes)
     if square_only and info.image_size[0] != info.image_size[1]:
         return (
-            f"the code of {dialect} makes square images only, not {info.image_size}: use "
-            "--image-size, or another dialect"
+            f"the code of {dialect} takes square images only, not {info.image_size}: use "
+            "--image-size, or another format"
         )
     return None
 
 
 def compatible_formats(info: ModelInfo) -> list[str]:
-    """The dialects that have a place for the weights (timm: without the decoder)."""
+    """Return the formats that can represent the weights (timm: without the decoder)."""
     return [dialect for dialect in DIALECTS if _unsupported_reason(info, dialect) is None]
 
 
 def _warn_lossy(info: ModelInfo, path: Path, dialect: str) -> None:
-    """Says what another program that opens the file will take for granted."""
+    """Warn of what another program will assume when it opens the file."""
     if dialect in ("official", "timm") and info.layer_norm_eps != 1e-6:
         log.warning(
-            "these weights were trained with layer_norm_eps=%g, which %s cannot hold: its code "
-            "computes with 1e-06",
+            "these weights were trained with layer_norm_eps=%g, which %s cannot store: its code "
+            "uses 1e-06",
             info.layer_norm_eps,
             dialect,
         )
     if dialect == "hf" and info.resize == "crop" and info.crop < 1:
         log.warning(
-            "these weights are used to the central %.4g of an image; transformers' processor "
-            "resizes the whole image, whatever its aspect",
+            "these weights were evaluated on a center crop of %.4g; transformers' processor "
+            "resizes the full image, without keeping its aspect ratio",
             info.crop,
         )
     if dialect == "hf" and info.decoder_depth and info.target == "unknown":
         log.warning(
-            "it is unknown whether the decoder predicts pixels or normalised pixels; config.json "
-            "says norm_pix_loss=false. --target tells"
+            "it is unknown whether the decoder predicts pixels or normalized pixels; config.json "
+            "gets norm_pix_loss=false. Set --target"
         )
     suffix = io.single_file_suffix(path)
     if dialect == "hf" and suffix:
-        log.warning("transformers opens directories; %s has no config.json beside it", path)
+        log.warning("transformers loads directories; %s has no config.json next to it", path)
     if dialect in ("hf", "timm") and suffix == ".pth":
         log.warning(
-            "%s holds tensors alone, as %s wants it: numbers of heads, preparation and class names "
-            "are not in it. A directory or .safetensors keeps them",
+            "%s has tensors only, as %s expects: the numbers of heads, the preprocessing and "
+            "the class names are not in it. A directory or .safetensors keeps them",
             path,
             dialect,
         )
