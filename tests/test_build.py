@@ -101,7 +101,7 @@ class Parts:
 
     @property
     def first_split(self):
-        return self.train_source.key(0).split("/")[-3]
+        return self.train_source.describe(0).split("/")[-3]
 
     @cached_property
     def task(self):

@@ -335,7 +335,7 @@ def test_few_shot_images_depend_on_their_seed_alone(labelled):
     )
     labels = [one.train_source[i]["label"] for i in range(len(one.train_source))]
     assert labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    keys = [[run.train_source.key(i) for i in range(9)] for run in (one, again, other)]
+    keys = [[run.train_source.describe(i) for i in range(9)] for run in (one, again, other)]
     assert keys[0] == keys[1] != keys[2]
     fingerprints = [run.train_source.fingerprint() for run in (one, again, other)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]

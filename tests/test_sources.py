@@ -40,7 +40,7 @@ class TestFolder:
         assert len(source) == 20
         assert source.classes == ("ant", "zebra")
         assert source[0]["label"] == 0
-        assert source[19]["key"] == str(folder / "zebra" / "9.png")
+        assert source.describe(19) == str(folder / "zebra" / "9.png")
 
     def test_a_flat_folder_has_no_labels(self, folder):
         source = FolderSource(str(folder / "ant"), "train")
@@ -80,7 +80,7 @@ class TestFolder:
         assert source.fingerprint()
         (folder / "zebra" / "z\nz\x1b[31m.png").write_bytes(b"")
         source = FolderSource(str(folder), "train")
-        keys = [source.key(number) for number in range(len(source))]
+        keys = [source.describe(number) for number in range(len(source))]
         assert all(key.isprintable() for key in keys)
         assert {"z\\nz\\x1b[31m.png", "\\xff.png"} <= {key.split("/")[-1] for key in keys}
 
@@ -111,7 +111,7 @@ class TestFolder:
     def test_subset_is_evenly_spaced(self, folder):
         source = FolderSource(str(folder), "train")
         subset = evenly_spaced(source, 3)
-        assert [subset.key(i) for i in range(3)] == [source.key(i) for i in (0, 10, 19)]
+        assert [subset.describe(i) for i in range(3)] == [source.describe(i) for i in (0, 10, 19)]
         assert len(evenly_spaced(source, 1000)) == 20
 
 
@@ -250,7 +250,7 @@ class TestArrays:
         assert source.classes == ("x", "y", "z")
         np.testing.assert_array_equal(source[4]["image"], images[4])
         assert source[4]["label"] == source.label(4) == 1
-        assert source.key(4) == f"image 4 of {tmp_path}/train.npz"
+        assert source.describe(4) == f"image 4 of {tmp_path}/train.npz"
         judged = open_source("arrays", None, str(tmp_path), "validation", source.classes)
         assert judged.classes == source.classes
         bare = open_source("arrays", None, str(tmp_path), "test")
@@ -296,7 +296,7 @@ class TestArrays:
         assert held.fingerprint() == source.fingerprint()
         assert (len(held), held.classes) == (len(source), source.classes)
         for number in range(len(source)):
-            assert held.key(number) == source.key(number)
+            assert held.describe(number) == source.describe(number)
             assert held.label(number) == source.label(number)
             if number != 3:
                 pixels = decode(source[number]["image"], 3)

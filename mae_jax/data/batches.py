@@ -58,7 +58,7 @@ def collate(
             shape, kind = places[name]
             if value.dtype != kind or (name not in shapes and value.shape != shape):
                 raise DataError(
-                    f"{source.key(int(example['index']))} has values of {value.dtype} "
+                    f"{source.describe(int(example['index']))} has values of {value.dtype} "
                     f"{list(value.shape)}, and images before it of {kind} {list(shape)}: all have "
                     "to be of one type"
                 )

@@ -110,7 +110,7 @@ class DownscaledDataset(tfds.core.GeneratorBasedBuilder):
                 if not self._skip:
                     advice = "Mend or remove it, or leave it out: --skip-bad"
                     raise bad_image_error(source, number, example, advice)
-                log.warning("left out a bad image: %s: %s", source.key(number), example)
+                log.warning("left out a bad image: %s: %s", source.describe(number), example)
                 continue
             features: dict[str, Any] = {"image": io.BytesIO(example[0])}
             yield number, features | ({"label": example[1]} if self._classes else {})

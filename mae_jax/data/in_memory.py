@@ -57,12 +57,12 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> Record:
         image = np.asarray(self._images[index])
-        return {"image": image, "label": self.label(index), "key": self.key(index)}
+        return {"image": image, "label": self.label(index)}
 
     def label(self, index: int) -> int:
         return -1 if self._labels is None else int(self._labels[index])
 
-    def key(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
     def fingerprint(self) -> str:
@@ -138,8 +138,8 @@ class InMemory:
     def label(self, index: int) -> int:
         return self._source.label(index)
 
-    def key(self, index: int) -> str:
-        return self._source.key(index)
+    def describe(self, index: int) -> str:
+        return self._source.describe(index)
 
     def fingerprint(self) -> str:
         return self._source.fingerprint()

@@ -60,7 +60,7 @@ class ExampleLoader:
                 "skipped": np.int32(skipped),
             }
         raise DataError(
-            f"more than data.max_bad={self.max_bad} bad images from {self.source.key(index)} on"
+            f"more than data.max_bad={self.max_bad} bad images from {self.source.describe(index)} on"
         )
 
     def read(self, number: int, rng: Any) -> tuple[Record, Example]:
@@ -71,7 +71,7 @@ class ExampleLoader:
     def _check_label(self, number: int, label: int) -> None:
         if self.num_classes is not None and not 0 <= label < self.num_classes:
             raise DataError(
-                f"{self.source.key(number)} has label {label}, which is no class from 0 to "
+                f"{self.source.describe(number)} has label {label}, which is no class from 0 to "
                 f"{self.num_classes - 1}: mend it, or take another split"
             )
 
@@ -209,7 +209,7 @@ def _record_bad(load: ExampleLoader, number: int, bad: set[int]) -> None:
     if number in bad:
         return
     bad.add(number)
-    key = load.source.key(number)
+    key = load.source.describe(number)
     try:
         load.read(number, np.random.default_rng(0))
     except DataError as error:

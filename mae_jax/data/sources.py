@@ -26,12 +26,11 @@ class DataError(UserError):
 
 
 class Record(TypedDict):
-    """image: a file's bytes, or pixels [height, width, channels]; label: class number or -1; key:
-    what to call it in messages."""
+    """One example: `image`, the bytes of a file or pixels [height, width, channels]; `label`, a class
+    index, or -1 without a label."""
 
     image: bytes | np.ndarray
     label: int
-    key: str
 
 
 class Source(Protocol):
@@ -47,8 +46,8 @@ class Source(Protocol):
         """The class number of a record, -1 where there are no labels."""
         ...
 
-    def key(self, index: int) -> str:
-        """What to call a record in messages."""
+    def describe(self, index: int) -> str:
+        """Return the name of a record for messages, such as its path."""
         ...
 
     def fingerprint(self) -> str:
@@ -107,12 +106,12 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Record:
         image = _read(self.root / self.files[index])
-        return {"image": image, "label": self.labels[index], "key": self.key(index)}
+        return {"image": image, "label": self.labels[index]}
 
     def label(self, index: int) -> int:
         return self.labels[index]
 
-    def key(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         return printable(self.root / self.files[index])
 
     def fingerprint(self) -> str:
@@ -129,7 +128,7 @@ def printable(path: Path) -> str:
 
 def bad_image_error(source: Source, number: int, error: DataError | str, advice: str) -> DataError:
     """What to raise for a record that is bad, and for which reason."""
-    return DataError(f"{source.key(number)} is bad: {error}. {advice}")
+    return DataError(f"{source.describe(number)} is bad: {error}. {advice}")
 
 
 def _read(path: Path) -> bytes:
@@ -212,12 +211,12 @@ class FileSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Record:
-        return {"image": _read(self.files[index]), "label": -1, "key": self.key(index)}
+        return {"image": _read(self.files[index]), "label": -1}
 
     def label(self, index: int) -> int:
         return -1
 
-    def key(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         return printable(self.files[index])
 
     def fingerprint(self) -> str:

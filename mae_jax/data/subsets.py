@@ -25,8 +25,8 @@ class Subset:
     def label(self, index: int) -> int:
         return self._source.label(int(self._numbers[index]))
 
-    def key(self, index: int) -> str:
-        return self._source.key(int(self._numbers[index]))
+    def describe(self, index: int) -> str:
+        return self._source.describe(int(self._numbers[index]))
 
     def fingerprint(self) -> str:
         numbers = hashlib.sha256(self._numbers.tobytes()).hexdigest()

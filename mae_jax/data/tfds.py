@@ -75,12 +75,12 @@ class TfdsSource:
         except Exception as error:  # of whatever parses it
             raise DataError(f"its record cannot be read: {error}") from error
         label = int(record["label"]) if self.classes else -1
-        return {"image": record[self._image], "label": label, "key": self.key(index)}
+        return {"image": record[self._image], "label": label}
 
     def label(self, index: int) -> int:
         return self[index]["label"]
 
-    def key(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         return f"record {index} of {self.name}/{self.split}"
 
     def fingerprint(self) -> str:

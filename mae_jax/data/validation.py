@@ -38,7 +38,7 @@ def validate_images(source: Source, channels: int, threads: int) -> ValidationRe
     found = console.progress(ordered_parallel_map(look, len(source), threads), len(source))
     for number, seen in enumerate(found):
         if isinstance(seen, DataError):
-            report.bad[source.key(number)] = str(seen)
+            report.bad[source.describe(number)] = str(seen)
             continue
         image, label = seen
         report.sizes.append((image.shape[0], image.shape[1]))

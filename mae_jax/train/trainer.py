@@ -285,7 +285,7 @@ def make_trainer(
     preemption: PreemptionHandler,
 ) -> Trainer:
     """Return the training loop of the run; `state` is the first one."""
-    config, loader, example_name = setup.config, setup.loader, setup.train_source.key
+    config, loader, example_name = setup.config, setup.loader, setup.train_source.describe
     assert loader is not None
     if config.data.cache_features:
         loader = _cache_features(setup, state, logger.heartbeat)
