@@ -1,7 +1,8 @@
-"""Names and layouts of weights in every dialect: one table of rows per layout.
+"""State dict keys of every format, mapped to our parameters: one list of key maps per layout.
 
-A row says which array of ours (named as in models/) is made of which of theirs, and how. Names
-with {i} stand for one array per block; ours are stacked [depth, ...].
+A key map names a parameter (by its path in models/), the external tensors that it is made of, and
+the functions between them. Keys with {i} exist once per block; our parameters are stacked
+[depth, ...].
 """
 
 import re
@@ -15,15 +16,21 @@ from einops import rearrange
 
 @dataclass(frozen=True)
 class KeyMap:
-    """param = to_param(*external); external = from_param(param, patch), patch in pixels."""
+    """Map between one parameter and the external tensors that it is made of.
+
+    param: path of the parameter.
+    external: keys of the tensors in the state dict.
+    to_param: external tensors -> parameter (of one block).
+    from_param: parameter, patch size in pixels -> external tensors.
+    """
 
     param: str
     external: tuple[str, ...]
     to_param: Callable[..., np.ndarray]
     from_param: Callable[[np.ndarray, int], Sequence[np.ndarray]]
 
-    def names(self, depth: int) -> list[tuple[str, ...]]:
-        """Their names, block by block for a stacked row."""
+    def external_names(self, depth: int) -> list[tuple[str, ...]]:
+        """Return the external keys of each block; a parameter that is not stacked has one."""
         if not self.stacked:
             return [self.external]
         return [tuple(name.format(i=i) for name in self.external) for i in range(depth)]
@@ -38,7 +45,7 @@ def _same(param: str, external: str) -> KeyMap:
 
 
 def _linear(param: str, external: str) -> list[KeyMap]:
-    """torch's Linear keeps its matrix as (outputs, inputs)."""
+    """Map a Linear of torch, whose kernel is (outputs, inputs)."""
     kernel = KeyMap(
         f"{param}/kernel", (f"{external}.weight",), lambda w: w.T, lambda kernel, _: (kernel.T,)
     )
@@ -53,7 +60,7 @@ def _norm(param: str, external: str) -> list[KeyMap]:
 
 
 def _patch_embed(param: str, external: str) -> list[KeyMap]:
-    """A convolution's (d, channel, row, column) is our matrix over (row, column, channel)."""
+    """Map a convolution (d, channel, row, column) to a matrix (row column channel, d)."""
     kernel = KeyMap(
         f"{param}/kernel",
         (f"{external}.weight",),
@@ -64,7 +71,7 @@ def _patch_embed(param: str, external: str) -> list[KeyMap]:
 
 
 def _split_qkv(param: str, external: Sequence[str]) -> list[KeyMap]:
-    """Three projections side by side are our one."""
+    """Map three projections to one, concatenated over the outputs."""
     return [
         KeyMap(
             f"{param}/kernel",
@@ -173,40 +180,44 @@ def _hf4(decoder_blocks: str) -> list[KeyMap]:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """One way in which a dialect names its arrays; `variant` tells it from the dialect's others."""
+    """The state dict keys of one variant of a format.
+
+    dialect: the format: "mae_jax", "official", "timm" or "hf".
+    variant: description that distinguishes the layouts of one format; may be empty.
+    """
 
     dialect: str
     variant: str
-    rows: Sequence[KeyMap]
+    key_maps: Sequence[KeyMap]
 
     @cached_property
-    def _ours(self) -> dict[str, str]:
-        return {theirs: row.param for row in self.rows for theirs in row.external}
+    def _params(self) -> dict[str, str]:
+        return {name: key_map.param for key_map in self.key_maps for name in key_map.external}
 
     def match(self, name: str) -> tuple[str, int] | None:
-        """Our name for one of theirs, and its block (0 where it has none)."""
-        if name in self._ours:
-            return self._ours[name], 0
+        """Return the parameter and the block (0 if it has none) of an external key, or None."""
+        if name in self._params:
+            return self._params[name], 0
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        ours = number and self._ours.get(f"{name[: number.start()]}{{i}}{name[number.end() :]}")
-        return (ours, int(number[0])) if number and ours else None
+        param = number and self._params.get(f"{name[: number.start()]}{{i}}{name[number.end() :]}")
+        return (param, int(number[0])) if number and param else None
 
     def external_name(self, param: str) -> str:
-        """Their name of the first array that ours is made of, in block 0."""
-        return next(row.external[0].format(i=0) for row in self.rows if row.param == param)
+        """Return the first external key of a parameter, in block 0."""
+        return next(k.external[0].format(i=0) for k in self.key_maps if k.param == param)
 
     def __str__(self) -> str:
         return f"{self.dialect} ({self.variant})" if self.variant else self.dialect
 
 
-_OFFICIAL_NAMES = [*TIMM_ENCODER, *OFFICIAL_DECODER, *OFFICIAL_PROBE]
+_OFFICIAL = [*TIMM_ENCODER, *OFFICIAL_DECODER, *OFFICIAL_PROBE]
 ATTENTION_POOL = ("query", "key/kernel", "key/bias", "value/kernel", "value/bias")
-_OUR_NAMES = [row.param for row in _OFFICIAL_NAMES]
-_OUR_NAMES += [f"attention_pool/{name}" for name in ATTENTION_POOL]  # nobody else's
+_PARAMS = [key_map.param for key_map in _OFFICIAL]
+_PARAMS += [f"attention_pool/{name}" for name in ATTENTION_POOL]  # no other format has these
 
-# In a dialect the first layout that has a place for everything is the one that is written.
+# Of the layouts of a format, the first that covers all parameters is written.
 LAYOUTS = (
-    Layout("mae_jax", "", [_same(name, name) for name in _OUR_NAMES]),
+    Layout("mae_jax", "", [_same(name, name) for name in _PARAMS]),
     Layout("official", "", [*TIMM_ENCODER, *OFFICIAL_DECODER, *_linear("head", "head")]),
     Layout("official", "linear probe", [*TIMM_ENCODER, *OFFICIAL_PROBE]),
     Layout("timm", "", [*TIMM_ENCODER, *_linear("head", "head")]),
@@ -216,7 +227,7 @@ LAYOUTS = (
         _hf_encoder("", _hf4_blocks("encoder/blocks", "encoder.layer")),
     ),
     Layout("hf", "", _hf4("decoder.decoder_layers")),
-    # save_pretrained of transformers 5 misnames the decoder's layers.
+    # save_pretrained of transformers 5.x writes other keys for the decoder's layers.
     Layout("hf", "as saved by 5.x", _hf4("decoder.decoder_encoder.layer")),
     Layout(
         "hf",

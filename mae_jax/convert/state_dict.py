@@ -1,4 +1,4 @@
-"""Walks the tables of layouts in both directions: theirs to ours, and ours to theirs."""
+"""Import state dicts into our parameters and export them, by the key maps of a layout."""
 
 from collections.abc import Iterable, Mapping
 
@@ -13,57 +13,66 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def detect_layout(names: Iterable[str], dialect: str | None, where: str) -> Layout:
-    """The layout that knows most of the names.
+    """Return the layout that matches most of the keys of a state dict.
+
+    Args:
+      dialect: the expected format; None detects it.
+      where: the file, for messages.
 
     Raises:
-      ConvertError: they are no dialect's, or another's than the one asked for.
+      ConvertError: no format matches, or another than the expected one.
     """
     if dialect not in (None, *DIALECTS):
-        raise ConvertError(f"dialect={dialect!r}; use one of {', '.join(DIALECTS)}")
+        raise ConvertError(f"must be one of {', '.join(DIALECTS)}", key="dialect", value=dialect)
     names = list(names)
-    known = {layout: sum(layout.match(name) is not None for name in names) for layout in LAYOUTS}
-    best = max(LAYOUTS, key=lambda layout: known[layout])
-    if known[best] < max(len(names) / 4, 4):
+    matches = {layout: sum(layout.match(name) is not None for name in names) for layout in LAYOUTS}
+    best = max(LAYOUTS, key=lambda layout: matches[layout])
+    if matches[best] < max(len(names) / 4, 4):
         shown = ", ".join(sorted(names)[:6]) or "none"
         raise ConvertError(
-            f"{where} holds no MAE or ViT that is known here ({', '.join(DIALECTS)}); "
+            f"{where} is not an MAE or ViT in a supported format ({', '.join(DIALECTS)}); "
             f"its {len(names)} tensors are {shown}{', ...' if len(names) > 6 else ''}"
         )
     if dialect is None:
         return best
-    asked = max((o for o in LAYOUTS if o.dialect == dialect), key=lambda layout: known[layout])
-    if known[asked] < known[best] / 2:
-        raise ConvertError(f"{where} is not {dialect}: its names are those of {best}")
-    return asked
+    expected = max((o for o in LAYOUTS if o.dialect == dialect), key=lambda o: matches[o])
+    if matches[expected] < matches[best] / 2:
+        raise ConvertError(f"{where} is not in the format {dialect}: its keys are those of {best}")
+    return expected
 
 
 def find_mismatches(
-    layout: Layout, shapes: Shapes, found: Mapping[str, np.ndarray], patch: int
+    layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray], patch: int
 ) -> list[str]:
-    """A line for every tensor of theirs that is missing, unexpected or of another shape or type."""
-    wanted, mixed = {}, []
-    for row in layout.rows:
-        if row.param in shapes:
-            shape = shapes[row.param]
-            blank = np.broadcast_to(np.float32(0), shape[1:] if row.stacked else shape)
-            names = row.names(shape[0] if shape else 0)
-            for several in names:
-                wanted |= dict(zip(several, row.from_param(blank, patch)))
-            mixed += _mixed([name for several in names for name in several], found)
-    return diff(wanted, found) + mixed
+    """Return a line for every missing or unexpected tensor, or wrong shape or dtype.
 
-
-def _mixed(names: list[str], found: Mapping[str, np.ndarray]) -> list[str]:
-    """A line for each tensor of another type than the first of those that make one array of ours.
-
-    To stack them would change the bits of some.
+    Args:
+      shapes: of our parameters.
+      tensors: the state dict.
     """
-    types = {name: found[name].dtype for name in names if name in found}
-    first = next(iter(types), "")
+    expected, mixed = {}, []
+    for key_map in layout.key_maps:
+        if key_map.param in shapes:
+            shape = shapes[key_map.param]
+            zeros = np.broadcast_to(np.float32(0), shape[1:] if key_map.stacked else shape)
+            blocks = key_map.external_names(shape[0] if shape else 0)
+            for names in blocks:
+                expected |= dict(zip(names, key_map.from_param(zeros, patch)))
+            mixed += _mixed_dtypes([name for names in blocks for name in names], tensors)
+    return diff(expected, tensors) + mixed
+
+
+def _mixed_dtypes(names: list[str], tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Return a line for every tensor of one parameter whose dtype differs from the first one's.
+
+    Stacking them would convert, so the round trip would not be byte-identical.
+    """
+    dtypes = {name: tensors[name].dtype for name in names if name in tensors}
+    first = next(iter(dtypes), "")
     return [
-        f"! {name} is {dtype}, but {first} is {types[first]}: give all blocks one type"
-        for name, dtype in types.items()
-        if dtype != types[first]
+        f"! {name} is {dtype}, but {first} is {dtypes[first]}: use one dtype for all blocks"
+        for name, dtype in dtypes.items()
+        if dtype != dtypes[first]
     ]
 
 
@@ -72,33 +81,35 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def import_state_dict(layout: Layout, shapes: Shapes, tensors: Arrays) -> Arrays:
-    """Arrays by our names; takes theirs out of `tensors`, so that memory holds each once."""
+    """Return our parameters by path; removes the tensors used, to hold each in memory once."""
     arrays = {}
-    for row in layout.rows:
-        if row.param in shapes:
-            depth = shapes[row.param][0] if row.stacked else 0
-            parts = [
-                row.to_param(*[tensors.pop(name) for name in names]) for names in row.names(depth)
+    for key_map in layout.key_maps:
+        if key_map.param in shapes:
+            depth = shapes[key_map.param][0] if key_map.stacked else 0
+            blocks = [
+                key_map.to_param(*[tensors.pop(name) for name in names])
+                for names in key_map.external_names(depth)
             ]
-            arrays[row.param] = np.stack(parts) if row.stacked else _contiguous(parts[0])
+            stacked = np.stack(blocks) if key_map.stacked else _contiguous(blocks[0])
+            arrays[key_map.param] = stacked
     return arrays
 
 
 def export_state_dict(layout: Layout, arrays: Arrays, patch: int) -> Arrays:
-    """Arrays by their names; takes ours out of `arrays`, all that the layout has a place for."""
+    """Return the state dict; removes the parameters used, all that the layout has keys for."""
     tensors = {}
-    for row in layout.rows:
-        if row.param in arrays:
-            array = arrays.pop(row.param)
-            parts = array if row.stacked else [array]
-            for names, part in zip(row.names(len(parts)), parts):
-                inverted = [_contiguous(x) for x in row.from_param(part, patch)]
-                tensors |= dict(zip(names, inverted))
+    for key_map in layout.key_maps:
+        if key_map.param in arrays:
+            array = arrays.pop(key_map.param)
+            blocks = array if key_map.stacked else [array]
+            for names, block in zip(key_map.external_names(len(blocks)), blocks):
+                external = [_contiguous(x) for x in key_map.from_param(block, patch)]
+                tensors |= dict(zip(names, external))
     return tensors
 
 
 def select_layout(dialect: str, names: Iterable[str]) -> Layout:
-    """The dialect's first layout with a place for all names, else the one with most places."""
+    """Return the format's first layout that covers all parameters, else the one with most."""
     names = set(names)
     layouts = [layout for layout in LAYOUTS if layout.dialect == dialect]
-    return max(layouts, key=lambda layout: len(names & {row.param for row in layout.rows}))
+    return max(layouts, key=lambda layout: len(names & {k.param for k in layout.key_maps}))

@@ -1,4 +1,4 @@
-"""Files of torch.save; the only module that imports torch, and only when such a file comes by."""
+"""Read and write files of torch.save; the only module that imports torch, and only on use."""
 
 import argparse
 import importlib.util
@@ -14,15 +14,15 @@ import numpy as np
 
 from mae_jax.convert.model_info import ConvertError
 
-# Where training programs keep the weights among other things; the first that is there counts.
+# Keys under which training programs store the state dict; the first one present is used.
 STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 
 def _torch() -> Any:
     if importlib.util.find_spec("torch") is None:
         raise ConvertError(
-            "reading and writing .pth needs torch: pip install 'mae_jax[torch]'. Files that end in "
-            ".safetensors do without"
+            "reading and writing .pth needs torch: pip install 'mae_jax[torch]'. .safetensors "
+            "files do not need it"
         )
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -30,83 +30,84 @@ def _torch() -> Any:
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The weights in a file, and whatever else it holds.
+    """Read a file without running code from it (weights_only).
+
+    Returns:
+      The tensors of its state dict, and everything else in the file, by key.
 
     Raises:
-      ConvertError: no torch, no checkpoint, a truncated one, or one that would run code.
+      ConvertError: torch is missing, or the file is not a checkpoint, truncated or unsafe.
     """
     torch = _torch()
     try:
         # Official training checkpoints carry their command line as a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are none of torch's
+            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
             _verify_zip_crc(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConvertError(_unsafe_pickle_message(path, str(error))) from error
     except OSError as error:
         raise ConvertError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # torch raises whatever its readers stumble over
-        raise ConvertError(
-            f"{path} is truncated or damaged: it cannot be read ({first_line(error)})"
-        ) from error
+    except Exception as error:  # torch raises many types for damaged files
+        raise ConvertError(f"{path} is truncated or corrupt ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise ConvertError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    wrapper = next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
+        raise ConvertError(f"{path} contains a {type(content).__name__}, not a dict of tensors")
+    model_key = next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
     weights, rest = content, {}
-    if wrapper:
-        weights = content[wrapper]
-        rest = {key: value for key, value in content.items() if key != wrapper}
+    if model_key:
+        weights = content[model_key]
+        rest = {key: value for key, value in content.items() if key != model_key}
     tensors = {str(key): value for key, value in weights.items() if torch.is_tensor(value)}
     rest |= {key: value for key, value in weights.items() if not torch.is_tensor(value)}
     return {name: _to_numpy(torch, x, f"{path}: {name}") for name, x in tensors.items()}, rest
 
 
 def _verify_zip_crc(path: Path) -> None:
-    """BadZipFile where a part of a zip is not what was written; torch does not look."""
+    """Raise BadZipFile if a CRC-32 of a zip file is wrong; torch does not check it."""
     if not zipfile.is_zipfile(path):
-        return  # a pickle of before torch 1.6 has no sums
+        return  # pickles of torch before 1.6 have no checksums
     with zipfile.ZipFile(path) as archive:
-        summed = any(entry.CRC for entry in archive.infolist())  # torch can be told to leave it
-        if summed and (name := archive.testzip()):
-            raise zipfile.BadZipFile(f"{name} has another checksum than when it was written")
+        has_checksums = any(entry.CRC for entry in archive.infolist())  # optional in torch
+        if has_checksums and (name := archive.testzip()):
+            raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of an error's message; its name where it has none."""
+    """Return the type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
 def _unsafe_pickle_message(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL (\S+)", message)
-    if found is None:
-        return f"{path} is a pickle, but not one of torch.save"
+    match = re.search(r"GLOBAL (\S+)", message)
+    if match is None:
+        return f"{path} is a pickle that torch.save did not write"
     return (
-        f"{path} is refused: opening it would run code of {found[1]}. If you trust who made it, "
-        "save its state dict alone: torch.save(model.state_dict(), ...)"
+        f"{path} is not loaded: unpickling would run code of {match[1]}. If you trust its source, "
+        "save only its state dict: torch.save(model.state_dict(), ...)"
     )
 
 
 def _to_numpy(torch: Any, tensor: Any, what: str) -> np.ndarray:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise ConvertError(
-            f"{what} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, not a plain "
-            "one: save it as dense numbers"
+            f"{what} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}: save it "
+            "as a dense tensor"
         )
     tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
+    if tensor.dtype == torch.bfloat16:  # which numpy lacks
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     try:
         return tensor.numpy()
     except TypeError as error:
         raise ConvertError(
-            f"{what} is a tensor of {tensor.dtype}, which numpy lacks: save it as float32"
+            f"{what} has dtype {tensor.dtype}, which numpy lacks: save it as float32"
         ) from error
 
 
 def save(path: Path, tensors: dict[str, np.ndarray], rest: dict[str, Any] | None) -> None:
-    """Writes {"model": tensors, **rest}, or the tensors alone where `rest` is None."""
+    """Write {"model": tensors, **rest}, or the bare tensors if `rest` is None."""
     torch = _torch()
     weights = {name: _to_torch(torch, array) for name, array in tensors.items()}
     torch.save(weights if rest is None else {"model": weights, **rest}, path)
