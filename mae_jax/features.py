@@ -1,4 +1,4 @@
-"""Writes the encoder's features of images, nothing masked, to a .npz file.
+"""Write the encoder's features of images, without masking, to a .npz file.
 
 python -m mae_jax.features IMAGE_OR_DIR... --checkpoint ANY --out features.npz
 """
@@ -16,7 +16,7 @@ from mae_jax.evaluate.figures import check_display_channels, image_grid, save_pn
 from mae_jax.utils import cli
 from mae_jax.utils.atomic import atomic_path
 
-SHOWN = 16  # images at most in the picture of attention
+MAX_IMAGES = 16  # in the attention figure
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         "--out",
         type=Path,
         required=True,
-        help=".npz of `files`, `cls` and `mean` [n, d], and what else is asked for",
+        help=".npz with `files`, `cls` and `mean` [n, d], and the features of the flags below",
     )
     parser.add_argument(
         "--layers",
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         "--attention",
         type=Path,
         metavar="PNG",
-        help="draw where the cls token looks in the last block, mean over heads; also `attention`",
+        help="draw the cls token's attention in the last block, mean over heads; also `attention`",
     )
     convert_cli.add_show(parser)
     arguments = parser.parse_args(argv)
@@ -57,35 +57,35 @@ def main(argv: list[str]) -> None:
         attention=arguments.attention is not None,
     )
     extract = jax.jit(partial(model.features, **options))
-    found = convert_cli.map_images(
+    features = convert_cli.map_images(
         model, source, arguments.batch_size, lambda images: extract(params, images)
     )
-    convert_cli.warn_nonfinite(found)
-    found = {"files": np.array([source.describe(i) for i in range(len(source))]), **found}
+    convert_cli.warn_nonfinite(features)
+    arrays = {"files": np.array([source.describe(i) for i in range(len(source))]), **features}
 
     with atomic_path(arguments.out) as part, part.open("wb") as file:
-        np.savez(file, allow_pickle=False, **found)
-    for name, array in found.items():
+        np.savez(file, allow_pickle=False, **arrays)
+    for name, array in arrays.items():
         print(f"{name:12} {array.dtype} {list(array.shape)}")
     if arguments.attention:
         show = check_display_channels(arguments.show, model.info.channels)
-        images = model.read_images(source.files[:SHOWN])
+        images = model.read_images(source.files[:MAX_IMAGES])
         images = to_rgb_uint8(images, show, model.info.mean, model.info.std)
-        picture = attention_figure(images, found["attention"][:SHOWN])
-        save_png(arguments.attention, picture)
+        figure = attention_figure(images, features["attention"][:MAX_IMAGES])
+        save_png(arguments.attention, figure)
     print(f"{arguments.out}: {cli.pluralize(len(source), 'image')}")
 
 
 def attention_figure(
     images: UInt8[np.ndarray, "b h w c"], attention: Float[np.ndarray, "b y x"]
 ) -> UInt8[np.ndarray, "v u 3"]:
-    """Images beside their attention, white where it is largest, and lit by it."""
+    """Return images, their attention (white is the maximum), and images weighted by it."""
     patch = images.shape[1] // attention.shape[1]
-    light = attention / attention.max(axis=(1, 2), keepdims=True)
-    light = light.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
-    lit = (images * (0.15 + 0.85 * light)).astype(np.uint8)
+    mask = attention / attention.max(axis=(1, 2), keepdims=True)
+    mask = mask.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
+    weighted = (images * (0.15 + 0.85 * mask)).astype(np.uint8)
     return image_grid(
-        [images, (255 * light).astype(np.uint8), lit], ["image", "attention of cls", "both"]
+        [images, (255 * mask).astype(np.uint8), weighted], ["image", "attention of cls", "both"]
     )
 
 

@@ -1,4 +1,4 @@
-"""Names the classes that a fine-tuned or probed checkpoint sees in images.
+"""Predict the classes of images with a fine-tuned or probed checkpoint.
 
 python -m mae_jax.predict IMAGE_OR_DIR... --checkpoint FINETUNED [--out predictions.csv]
 """
@@ -24,10 +24,10 @@ def main(argv: list[str]) -> None:
         "--top",
         type=cli.positive_int,
         default=5,
-        help="classes per image, as far as there are so many (5)",
+        help="classes per image at most (5)",
     )
     parser.add_argument(
-        "--class-names", type=Path, help="a file with a name per line, if the checkpoint has none"
+        "--class-names", type=Path, help="a file with one name per line, if the checkpoint has none"
     )
     arguments = parser.parse_args(argv)
     cli.check_output("--out", arguments.out, ".csv")
@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
     def classify(params, images):
         return {"probability": jax.nn.softmax(model.logits(params, images))}
 
-    made = convert_cli.map_images(
+    predictions = convert_cli.map_images(
         model, source, arguments.batch_size, lambda images: classify(params, images)
     )
-    probability = made["probability"]
+    probability = predictions["probability"]
     best = np.argsort(-probability, axis=1, kind="stable")[:, : arguments.top]
 
     with atomic_path(arguments.out) as part, part.open("w", newline="") as file:
@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
         table.writerow(["file", "rank", "class", "name", "probability"])
         for number, row in enumerate(best):
             for rank, label in enumerate(row):
-                share = f"{probability[number, label]:.6f}"
-                table.writerow([source.describe(number), rank + 1, label, names[label], share])
+                text = f"{probability[number, label]:.6f}"
+                table.writerow([source.describe(number), rank + 1, label, names[label], text])
     for number, row in enumerate(best):
         print(source.describe(number))
         for label in row:
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def _class_names(path: Path | None, known: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """Names for `count` classes: of the file given, of the checkpoint, else "class 7"."""
+    """Return the names of the classes: from a file, from the checkpoint, or "class 7"."""
     if path is None:
         return known or tuple(f"class {number}" for number in range(count))
     try:

@@ -1,4 +1,4 @@
-"""Draws the paper's figure 2 for images of yours.
+"""Draw the reconstructions of images by a checkpoint (paper figure 2).
 
 python -m mae_jax.reconstruct IMAGE_OR_DIR... --checkpoint ANY --out grid.png
 """
@@ -15,38 +15,38 @@ from mae_jax.evaluate.figures import ReconstructionFigure, check_display_channel
 from mae_jax.tasks.masking import SAMPLERS
 from mae_jax.utils import cli
 
-MOST = 64  # images in one picture
+MAX_IMAGES = 64  # in one figure
 
 
 def main(argv: list[str]) -> None:
     parser = convert_cli.image_parser("mae_jax.reconstruct", __doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the picture, .png")
+    parser.add_argument("--out", type=Path, required=True, help="the figure, .png")
     parser.add_argument("--mask", choices=SAMPLERS, default="random")
     parser.add_argument(
-        "--mask-ratio", type=float, help="share of patches hidden; the checkpoint's"
+        "--mask-ratio", type=float, help="fraction of patches to hide (the checkpoint's)"
     )
     parser.add_argument("--seed", type=cli.uint32, default=0, help="of the masks")
     parser.add_argument(
         "--stats",
         choices=("gt", "visible"),
         default="visible",
-        help="brightness of normalised patches: their true one, or of visible neighbours (default)",
+        help="brightness of normalized patches: ground truth, or of visible neighbors (default)",
     )
     convert_cli.add_show(parser)
     arguments = parser.parse_args(argv)
     cli.check_output("--out", arguments.out, ".png")
     source = FileSource(arguments.images)
-    if len(source) > MOST:
-        raise ConvertError(f"{len(source)} images are too many for one picture: {MOST} at most")
+    if len(source) > MAX_IMAGES:
+        raise ConvertError(
+            f"{len(source)} images are too many for one figure: {MAX_IMAGES} at most"
+        )
     model, params = convert_cli.load_model(arguments)
     show = check_display_channels(arguments.show, model.info.channels)
     task = model.task(mask=arguments.mask, mask_ratio=arguments.mask_ratio)
     images = model.read_images(arguments.images)
     mask = task.sample_mask(jax.random.key(arguments.seed), len(images))
-    picture = ReconstructionFigure(task, np.asarray(images), mask, arguments.stats, show).run(
-        params
-    )
-    save_png(arguments.out, picture)
+    figure = ReconstructionFigure(task, np.asarray(images), mask, arguments.stats, show).run(params)
+    save_png(arguments.out, figure)
     print(f"{arguments.out}: {cli.pluralize(len(images), 'image')}")
 
 

@@ -1,7 +1,8 @@
-"""The commands that take a checkpoint and images: what they write, and what they refuse."""
+"""The commands that take a checkpoint and images: their output and their errors."""
 
 import csv
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ from mae_jax.convert import cli as convert_cli
 from mae_jax.convert import weights
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import DataError
+from mae_jax.utils import cli
 from mae_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of five small pictures."""
+    """A folder of five small images."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number in range(5):
@@ -61,26 +63,28 @@ def test_features(golden, images, tmp_path, capsys):
     features.main([*argv, "--layers", "1,2", "--attention", str(picture), "--out", str(out)])
     assert "mean         float32 [5, 32]" in capsys.readouterr().out
     with np.load(out) as file:
-        found = dict(file)
-    assert [name.rsplit("/")[-1] for name in found["files"]] == [f"{i}.png" for i in range(5)]
-    np.testing.assert_allclose(found["grid"].mean(axis=(1, 2)), found["mean"], atol=1e-6)
-    np.testing.assert_array_equal(found["cls_2"], found["cls"])  # the last block of two
-    assert (found["cls_1"] != found["cls"]).any()
-    assert found["attention"].shape == (5, 4, 4)
-    assert (found["attention"] > 0).all()
-    assert (found["attention"].sum(axis=(1, 2)) < 1).all()  # the rest is the cls token's own
+        arrays = dict(file)
+    assert [name.rsplit("/")[-1] for name in arrays["files"]] == [f"{i}.png" for i in range(5)]
+    np.testing.assert_allclose(arrays["grid"].mean(axis=(1, 2)), arrays["mean"], atol=1e-6)
+    np.testing.assert_array_equal(arrays["cls_2"], arrays["cls"])  # the last block of two
+    assert (arrays["cls_1"] != arrays["cls"]).any()
+    assert arrays["attention"].shape == (5, 4, 4)
+    assert (arrays["attention"] > 0).all()
+    assert (
+        arrays["attention"].sum(axis=(1, 2)) < 1
+    ).all()  # the rest is attention of the cls token to itself
     with Image.open(picture) as image:
         assert image.size[1] > 5 * 112
 
     model, params = mae_jax.load(checkpoint)
     alone = model.features(params, model.read_images([images / "3.png"]))
-    np.testing.assert_allclose(alone["mean"][0], found["mean"][3], atol=1e-5)
+    np.testing.assert_allclose(alone["mean"][0], arrays["mean"][3], atol=1e-5)
     with pytest.raises(ConvertError, match="no layer 3: .* has 1 to 2"):
         features.main([*argv, "--layers", "3", "--out", str(out)])
 
 
 def test_features_after_fc_norm(golden, images):
-    """What the head of a fine-tuned model takes is its "mean"."""
+    """The head of a fine-tuned model takes its "mean"."""
     model, params = mae_jax.load(golden / "vit/v0_gap/state_dict.safetensors", heads=2)
     pixels = model.read_images([images])
     head = params["head"]
@@ -90,8 +94,8 @@ def test_features_after_fc_norm(golden, images):
 
 def test_predict(golden, images, tmp_path, capsys):
     checkpoint = tmp_path / "named.safetensors"
-    found = weights.read(golden / "vit/v0_gap/state_dict.safetensors", heads=2)
-    weights.write(found, checkpoint, "mae_jax")
+    checkpoint_weights = weights.read(golden / "vit/v0_gap/state_dict.safetensors", heads=2)
+    weights.write(checkpoint_weights, checkpoint, "mae_jax")
     out, names = tmp_path / "p.csv", tmp_path / "names.txt"
     names.write_text("\n".join(f"animal {i}" for i in range(10)) + "\n")
     argv = [str(images), "--checkpoint", str(checkpoint), "--out", str(out)]
@@ -110,7 +114,7 @@ def test_predict(golden, images, tmp_path, capsys):
         predict.main([*argv, "--class-names", str(names)])
 
 
-def test_outputs_are_checked_before_any_work(golden, images, tmp_path):
+def test_output_paths_are_checked_first(golden, images, tmp_path):
     argv = [str(images), "--checkpoint", "nowhere", "--out"]
     (tmp_path / "d.npz").mkdir()
     (tmp_path / "file").write_text("")
@@ -119,58 +123,46 @@ def test_outputs_are_checked_before_any_work(golden, images, tmp_path):
         ("f.txt", "must end in .npz"),
         ("file/f.npz", "is a file, not a directory"),
     ):
-        with pytest.raises(ConvertError, match=message):
+        with pytest.raises(UserError, match=message):
             features.main([*argv, str(tmp_path / out)])
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--seed", "-1", "'-1' is not a number from 0 to 4294967295"),
-        ("--seed", "99999999999999999999", "is not a number from 0 to"),
-        ("--image-size", "0", "'0' is not a number from 1 up"),
-        ("--image-size", "32,x", "'x' is not a number from 1 up"),
-        ("--num-heads", "0", "'0' is not a number from 1 up"),
-        ("--layer-norm-eps", "nan", "'nan' is not a number above 0"),
+        ("--seed", "-1", "'-1' is not an integer from 0 to 4294967295"),
+        ("--seed", "99999999999999999999", "is not an integer from 0 to"),
+        ("--image-size", "0", "'0' is not an integer >= 1"),
+        ("--image-size", "32,x", "'x' is not an integer >= 1"),
+        ("--num-heads", "0", "'0' is not an integer >= 1"),
+        ("--layer-norm-eps", "nan", "'nan' is not a number > 0"),
     ],
 )
-def test_odd_values_of_flags(images, tmp_path, capsys, flag, value, message):
+def test_bad_values_of_flags(images, tmp_path, capsys, flag, value, message):
     out = str(tmp_path / "a.png")
     with pytest.raises(SystemExit, match="2"):
         reconstruct.main([str(images), "--checkpoint", "x", "--out", out, f"{flag}={value}"])
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("message", "shown"),
-    [
-        ("model.image_size=(9, 9), patches of model.patch=8", "--image-size (9, 9), patches of 8"),
-        ("an image of model.channels=4", "an image of --channels 4"),
-        ("model.width=10 must be a multiple of 4", "width=10 must be a multiple of 4"),
-        ("mask.ratio=2 and mask.kind='grid'", "--mask-ratio 2 and --mask 'grid'"),
-        ("data.path='x' is not a directory", "--data-dir='x' is not a directory"),
-        ("needs data.path, the folder", "needs --data-dir, the folder"),
-    ],
-)
-def test_errors_name_flags(message, shown):
-    assert convert_cli.as_flags(message) == shown
+def test_errors_name_the_flag_in_place_of_the_config_key(golden, images, monkeypatch, capsys):
+    checkpoint = ["--checkpoint", str(golden / OFFICIAL), "--out", "a.png", "--target", "pixels"]
+    command = ["reconstruct", str(images), *checkpoint, "--num-heads", "2"]
+    command += ["--decoder-num-heads", "2"]
+    for flags, message in (
+        (["--mask-ratio", "1.5"], "error: --mask-ratio 1.5 must be within 0 to 1"),
+        (["--image-size", "33"], "error: --image-size 33,33 must be a multiple of"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, *flags])
+        with pytest.raises(SystemExit, match="2"):
+            cli.run_command(reconstruct.main, convert_cli.FLAGS)
+        assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "/a/model.safetensors",
-        "model.a.safetensors",
-        "pytorch_model.bin",
-        "a/model.depth=2/x.pth",
-        "data.path/0.png",
-        "old_data.path",
-        "torch.save(model.state_dict(), ...)",
-        "--config.data.path=/images",
-    ],
-)
-def test_errors_leave_files_and_code_alone(text):
-    assert convert_cli.as_flags(f"cannot read {text}: no") == f"cannot read {text}: no"
+def test_errors_without_a_flag_keep_their_key():
+    error = UserError("must be at least 1", key="model.depth", value=0)
+    assert error.as_flag(convert_cli.FLAGS) == str(error) == "model.depth=0 must be at least 1"
+    assert UserError("no images").as_flag(convert_cli.FLAGS) == "no images"
 
 
 def test_images_of_the_wrong_kind(golden):
@@ -186,7 +178,7 @@ def test_images_of_the_wrong_kind(golden):
 
 
 def test_sixteen_bits(golden, tmp_path):
-    """Scaled, not clipped at 255; what has no known range is refused."""
+    """Scaled, not clipped at 255; values of unknown range are an error."""
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a.png")
     model, _ = mae_jax.load(golden / "hf/hf_tiny/pretrained_v4")
@@ -204,7 +196,7 @@ def test_no_head(golden, images, heads, tmp_path):
     assert not (tmp_path / "p.csv").exists()
 
 
-def test_bad_images_are_named_and_nothing_is_written(golden, images, tmp_path):
+def test_bad_images_are_an_error_without_output(golden, images, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"not a picture")
     argv = ["--checkpoint", str(golden / "hf/hf_tiny/pretrained_v4"), "--out"]
     with pytest.raises(DataError, match=r"bad.jpg is bad: its bytes are not an image"):
@@ -217,8 +209,8 @@ def test_bad_images_are_named_and_nothing_is_written(golden, images, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jpg", "empty"]
 
 
-def test_preparation_is_the_checkpoint_s_own(golden, images):
-    """transformers squashes the whole image, bilinear; ours and the official code crop, bicubic."""
+def test_preprocessing_is_the_checkpoints(golden, images):
+    """transformers resizes the full image, bilinear; ours and the official code crop, bicubic."""
     with Image.open(images / "4.png") as file:
         picture = file.convert("RGB")
     model, _ = mae_jax.load(golden / "hf/hf_tiny/pretrained_v4")
@@ -226,13 +218,15 @@ def test_preparation_is_the_checkpoint_s_own(golden, images):
     np.testing.assert_array_equal(model.read_images([images / "4.png"])[0], squashed)
     model, _ = mae_jax.load(golden / OFFICIAL, **HEADS)
     assert picture.size == (54, 40)  # to 32 / 0.875 = 36 rows
-    central = picture.resize((48, 36), Image.Resampling.BICUBIC).crop((8, 2, 40, 34))
-    np.testing.assert_array_equal(model.read_images([images / "4.png"])[0], central)
+    center = picture.resize((48, 36), Image.Resampling.BICUBIC).crop((8, 2, 40, 34))
+    np.testing.assert_array_equal(model.read_images([images / "4.png"])[0], center)
 
 
-def test_channels_that_no_image_file_has(golden, tmp_path):
-    found = weights.read(golden / OFFICIAL, **HEADS)
-    weights.write(weights.adapt_input_channels(found, 4), tmp_path / "four.safetensors", "mae_jax")
+def test_image_files_do_not_have_four_channels(golden, tmp_path):
+    official = weights.read(golden / OFFICIAL, **HEADS)
+    weights.write(
+        weights.adapt_input_channels(official, 4), tmp_path / "four.safetensors", "mae_jax"
+    )
     model, _ = mae_jax.load(tmp_path / "four.safetensors")
     (tmp_path / "rgb.png").write_bytes(encoded(noise_image(0)))
     with pytest.raises(DataError, match=r"rgb.png is bad: .*image of model.channels=4"):
