@@ -299,7 +299,7 @@ class PretrainedModel:
             self.transform,
             batch_size,
             threads=available_cpus(),
-            advice="Fix or remove it",
+            hint="Fix or remove it",
             num_classes=num_classes,
         )
 

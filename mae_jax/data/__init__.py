@@ -1,1 +1,1 @@
-"""Where images come from and how they become batches. Nothing here calls into jax."""
+"""Datasets and the input pipeline. Nothing here imports jax."""

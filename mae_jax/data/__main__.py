@@ -1,9 +1,9 @@
-"""Looks after data sets: are all images good, what is their mean, how would they be faster to read.
+"""Validate images, compute channel statistics, prepare TFDS datasets, write a downscaled copy.
 
-python -m mae_jax.data check DIR_OR_TFDS_NAME         which images are bad
-python -m mae_jax.data stats DIR_OR_TFDS_NAME         mean and deviation of the channels
-python -m mae_jax.data prepare TFDS_NAME              downloads it and prepares it as array_record
-python -m mae_jax.data cache DIR_OR_TFDS_NAME DST     a copy with smaller images
+python -m mae_jax.data check DIR_OR_TFDS_NAME         lists bad images
+python -m mae_jax.data stats DIR_OR_TFDS_NAME         mean and standard deviation per channel
+python -m mae_jax.data prepare TFDS_NAME              downloads and prepares it as array_record
+python -m mae_jax.data cache DIR_OR_TFDS_NAME DST     a downscaled copy, which is faster to read
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_jax.data.factory import list_splits, open_any
+from mae_jax.data.factory import DatasetSpec, detect_dataset
 from mae_jax.data.loader import available_cpus
 from mae_jax.data.sources import DERIVED_PREFIX, DataError, Source
 from mae_jax.data.subsets import evenly_spaced
@@ -21,41 +21,43 @@ from mae_jax.data.validation import ValidationReport, channel_stats, validate_im
 from mae_jax.utils import cli, console
 from mae_jax.utils.atomic import atomic_path
 
-SHOWN = 20  # bad images at most on the screen
+MAX_PRINTED = 20  # bad images printed by `check`
+FLAGS = {"data.image_feature": "--image-feature", "data.path": "--data-dir"}
 
 
 def main(argv: list[str]) -> None:
+    """Run the command that `argv` names."""
     parser = cli.make_parser("mae_jax.data", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (check_command, stats_command, prepare_command, cache_command):
-        name, text = function.__name__.removesuffix("_command"), str(function.__doc__)
-        function(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
+    for add_arguments in (check_command, stats_command, prepare_command, cache_command):
+        name, text = add_arguments.__name__.removesuffix("_command"), str(add_arguments.__doc__)
+        add_arguments(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
 
 def check_command(parser: argparse.ArgumentParser) -> None:
-    """Decodes every image once and lists what is bad; exits with 1 if anything is."""
+    """Decode every image once and list the bad ones; exit with 1 if there are any."""
     _add_data(parser)
-    parser.add_argument("--out", type=Path, help="a file for the names of all bad images")
+    parser.add_argument("--out", type=Path, help=".txt file for the names of all bad images")
 
     def run(arguments: argparse.Namespace) -> None:
         if arguments.out:
             cli.check_output("--out", arguments.out, ".txt")
         bad: dict[str, str] = {}
-        for split, source in _sources(arguments).items():
+        for split, source in _open_splits(arguments).items():
             report = validate_images(source, arguments.channels, available_cpus())
-            console.print_summary_table(
-                f"{arguments.data} {split}".strip(), _described(source, report)
-            )
+            title = f"{arguments.data} {split}".strip()
+            console.print_summary_table(title, _summarize(source, report))
             bad |= report.bad
-        for key, reason in list(bad.items())[:SHOWN]:
-            print(f"{key}: {reason}")
-        if len(bad) > SHOWN:
-            print(f"... and {len(bad) - SHOWN} more{'' if arguments.out else ': --out lists all'}")
+        for name, reason in list(bad.items())[:MAX_PRINTED]:
+            print(f"{name}: {reason}")
+        if len(bad) > MAX_PRINTED:
+            hint = "" if arguments.out else ": --out lists all"
+            print(f"... and {len(bad) - MAX_PRINTED} more{hint}")
         if arguments.out:
             with atomic_path(arguments.out) as part:
-                part.write_text("".join(f"{key}\t{reason}\n" for key, reason in bad.items()))
+                part.write_text("".join(f"{name}\t{reason}\n" for name, reason in bad.items()))
             print(f"{arguments.out}: {cli.pluralize(len(bad), 'image')}")
         if bad:
             sys.exit(1)
@@ -64,34 +66,34 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 
 
 def stats_command(parser: argparse.ArgumentParser) -> None:
-    """Computes the mean and the standard deviation of every channel, for the config."""
+    """Compute the mean and the standard deviation of every channel, for the config."""
     _add_data(parser, "train, or all of a folder without splits")
     parser.add_argument(
-        "--images", type=cli.positive_int, help="so many, evenly spaced; all unless given"
+        "--images", type=cli.positive_int, help="number of images, evenly spaced (all)"
     )
 
     def run(arguments: argparse.Namespace) -> None:
-        if arguments.split is None and list_splits(arguments.data, arguments.data_dir) != [""]:
+        if arguments.split is None and _dataset(arguments).splits() != [""]:
             arguments.split = "train"
-        (source,) = _sources(arguments).values()
+        (source,) = _open_splits(arguments).values()
         if arguments.images:
             source = evenly_spaced(source, arguments.images)
-        found = channel_stats(source, arguments.channels, available_cpus())
+        stats = channel_stats(source, arguments.channels, available_cpus())
         rows = [
             (channel, f"{mean:.6g}", f"{std:.6g}")
-            for channel, (mean, std) in enumerate(zip(found.mean, found.std))
+            for channel, (mean, std) in enumerate(zip(stats.mean, stats.std))
         ]
-        console.print_table(f"{len(source)} images", ("channel", "mean", "deviation"), rows)
-        for name, values in vars(found).items():
+        console.print_table(f"{len(source)} images", ("channel", "mean", "std"), rows)
+        for name, values in vars(stats).items():
             print(f"--config.data.{name}='({', '.join(f'{value:.6g}' for value in values)},)'")
 
     parser.set_defaults(run=run)
 
 
 def prepare_command(parser: argparse.ArgumentParser) -> None:
-    """Downloads a TFDS data set and prepares it as array_record; some need TensorFlow for it."""
-    parser.add_argument("name", help="of a TFDS data set, as in cifar10 or eurosat/all")
-    parser.add_argument("--data-dir", help="where to; TFDS's own folder unless given")
+    """Download a TFDS dataset and prepare it as array_record; some need TensorFlow for that."""
+    parser.add_argument("name", help="TFDS dataset, as in cifar10 or eurosat/all")
+    parser.add_argument("--data-dir", help="output directory (the default of TFDS)")
 
     def run(arguments: argparse.Namespace) -> None:
         from mae_jax.data.tfds import prepare
@@ -99,35 +101,38 @@ def prepare_command(parser: argparse.ArgumentParser) -> None:
         builder = prepare(arguments.name, arguments.data_dir)
         counts = {split: info.num_examples for split, info in builder.info.splits.items()}
         console.print_summary_table(str(builder.data_dir), counts)
-        _say_use(arguments.name, arguments.data_dir)
+        _print_training_flags(arguments.name, arguments.data_dir)
 
     parser.set_defaults(run=run)
 
 
 def cache_command(parser: argparse.ArgumentParser) -> None:
-    """Writes a copy with smaller images: faster to read, but other data than the original."""
+    """Write a downscaled copy: faster to read, but other data than the original."""
     _add_data(parser)
-    parser.add_argument("dst", type=Path, help="folder for the copy, a TFDS data set")
+    parser.add_argument("dst", type=Path, help="folder for the copy, a TFDS dataset")
     parser.add_argument("--short-side", type=cli.positive_int, default=320, help="pixels (320)")
     parser.add_argument("--quality", type=cli.positive_int, default=90, help="of JPEG (90)")
     parser.add_argument("--name", help="of the copy (the original's, and the short side)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad images out")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out bad images")
 
     def run(arguments: argparse.Namespace) -> None:
         from mae_jax.data.downscale import DownscaledDataset, DownscaleJpeg, write_dataset
 
         if arguments.channels not in (1, 3):
-            raise DataError("cache writes JPEGs, which are of 1 or 3 channels")
+            raise DataError(
+                f"--channels {arguments.channels} must be 1 or 3, since cache writes JPEG"
+            )
         if arguments.quality > 100:
-            raise DataError(f"--quality {arguments.quality} is not from 1 to 100")
-        original = Path(arguments.data).absolute().name if _is_path(arguments) else arguments.data
+            raise DataError(f"--quality {arguments.quality} must be within 1 to 100")
+        is_folder = Path(arguments.data).is_dir()
+        original = Path(arguments.data).absolute().name if is_folder else arguments.data
         name = arguments.name or f"{original}_{arguments.short_side}"
         name = re.sub(r"\W+", "_", name).lower().strip("_")
         builder = write_dataset(
             DownscaledDataset(
                 name,
                 arguments.dst,
-                {split or "train": source for split, source in _sources(arguments).items()},
+                {split or "train": source for split, source in _open_splits(arguments).items()},
                 DownscaleJpeg(arguments.channels, arguments.short_side, arguments.quality),
                 threads=available_cpus(),
                 skip=arguments.skip_bad,
@@ -135,69 +140,67 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
         )
         counts = {split: info.num_examples for split, info in builder.info.splits.items()}
         console.print_summary_table(str(builder.data_dir), counts)
-        print(f"{DERIVED_PREFIX}a run on it is not one on {arguments.data}.")
-        _say_use(name, arguments.dst)
+        print(f"{DERIVED_PREFIX}results on it are not comparable with those on {arguments.data}.")
+        _print_training_flags(name, arguments.dst)
 
     parser.set_defaults(run=run)
 
 
-def _add_data(parser: argparse.ArgumentParser, split: str = "all there are") -> None:
-    parser.add_argument("data", help="a folder, or the name of a TFDS data set")
-    parser.add_argument("--data-dir", help="where TFDS data sets are; TFDS's own unless given")
-    parser.add_argument("--split", help=f"of the data ({split})")
+def _add_data(parser: argparse.ArgumentParser, default_split: str = "all") -> None:
+    parser.add_argument("data", help="a folder, or the name of a TFDS dataset")
+    parser.add_argument("--data-dir", help="directory of TFDS datasets (the default of TFDS)")
+    parser.add_argument("--split", help=f"split to read ({default_split})")
     parser.add_argument("--channels", type=cli.positive_int, default=3, help="of images (3)")
-    parser.add_argument("--image-feature", default="image", help="of a TFDS data set (image)")
+    parser.add_argument("--image-feature", default="image", help="of a TFDS dataset (image)")
 
 
-def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
-    """The split asked for, or all, by name; "" where a folder has none."""
-    splits = [arguments.split]
-    if arguments.split is None:
-        splits = list_splits(arguments.data, arguments.data_dir)
-    found: dict[str, Source] = {}
+def _dataset(arguments: argparse.Namespace) -> DatasetSpec:
+    return detect_dataset(arguments.data, arguments.data_dir, arguments.image_feature)
+
+
+def _open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
+    """Return the split of --split, or all, by name; "" for a folder without splits."""
+    dataset = _dataset(arguments)
+    splits = dataset.splits() if arguments.split is None else [arguments.split]
+    sources: dict[str, Source] = {}
+    classes: tuple[str, ...] = ()  # those of the first split
     for split in splits:
-        # The classes of the first split are those of all.
-        classes = next(iter(found.values())).classes if found else ()
-        found[split] = open_any(
-            arguments.data, arguments.data_dir, split, classes, image=arguments.image_feature
-        )
-    return found
+        sources[split] = dataset.open(split, classes)
+        classes = classes or sources[split].classes
+    return sources
 
 
-def _is_path(arguments: argparse.Namespace) -> bool:
-    return Path(arguments.data).is_dir()
-
-
-def _described(source: Source, report: ValidationReport) -> dict[str, object]:
-    """What a person wants to know of a split, by name."""
+def _summarize(source: Source, report: ValidationReport) -> dict[str, object]:
+    """Return the rows of the table that `check` prints for a split."""
     rows: dict[str, object] = {"images": f"{len(report):,}", "bad": f"{len(report.bad):,}"}
     if source.classes:
-        counts = [report.classes[number] for number in range(len(source.classes))]
-        rows["classes"] = f"{len(counts)}, of {min(counts)} to {max(counts)} good images"
-        if others := report.classes.total() - sum(counts):
-            rows["labels that are no class"] = others
+        counts = [report.labels[index] for index in range(len(source.classes))]
+        rows["classes"] = f"{len(counts)}, with {min(counts)} to {max(counts)} good images"
+        if invalid := report.labels.total() - sum(counts):
+            rows["labels out of range"] = invalid
     if report.sizes:
         sizes = np.array(report.sizes)
-        low, middle, high = (
+        low, median, high = (
             "{} x {}".format(*np.percentile(sizes, q, axis=0, method="nearest"))
             for q in (0, 50, 100)
         )
-        rows["height x width"] = f"{low} to {high}, median {middle}"
-        rows["values"] = ", ".join(f"{kind} in {count:,}" for kind, count in report.types.items())
+        rows["height x width"] = f"{low} to {high}, median {median}"
+        rows["dtype"] = ", ".join(f"{name}: {count:,}" for name, count in report.dtypes.items())
     scan = getattr(source, "scan", None)
-    if scan and scan.others:
+    if scan and scan.other_suffixes:
         rows["other files, ignored"] = ", ".join(
-            f"{count} {suffix or 'without suffix'}" for suffix, count in scan.others.most_common(5)
+            f"{count} {suffix or 'without suffix'}"
+            for suffix, count in scan.other_suffixes.most_common(5)
         )
-    if scan and scan.dangling:
-        rows["links to nowhere, ignored"] = len(scan.dangling)
+    if scan and scan.broken_links:
+        rows["broken symlinks, ignored"] = len(scan.broken_links)
     return rows
 
 
-def _say_use(name: str, folder: str | Path | None) -> None:
+def _print_training_flags(name: str, folder: str | Path | None) -> None:
     path = f" --config.data.path={folder}" if folder else ""
     print(f"To train on it: --config.data.source=tfds --config.data.name={name}{path}")
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    cli.run_command(main, FLAGS)

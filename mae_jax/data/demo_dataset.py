@@ -1,8 +1,8 @@
-"""A data set for machines without one: crops of photographs that ship inside Python packages.
+"""Demo dataset: crops of photographs that ship inside Python packages.
 
-The label of a crop is the photograph it was cut from. Training crops come from the left part of
-each photograph and test crops from the right part, so no pixel is ever seen in both. It is a
-TFDS builder like any other: stored as array_record, it walks the path that ImageNet walks.
+The label of a crop is the photograph that it was cut from. Training crops come from the left part
+of each photograph and test crops from the right part, so no pixel is in both splits. It is a TFDS
+builder that writes array_record, so it is read in the same way as ImageNet.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-# Name of the class -> package and file; the packages are those of the "demo" extra.
+# Class name -> package and file; the packages are those of the "demo" extra.
 PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "brick": ("skimage", "data/brick.png"),
@@ -36,20 +36,19 @@ PHOTOGRAPHS = {
     "flower": ("sklearn", "datasets/images/flower.jpg"),
     "portrait": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
 }
-SHORT_SIDE = 256  # pixels, of a photograph before it is cut up
-TRAIN_SHARE = 0.6  # of the width
-WINDOW = (64, 96)  # pixels, smallest and largest side of a crop
-CROPS = {"train": 400, "test": 80}  # of every photograph
+SHORT_SIDE = 256  # pixels, of a photograph before cropping
+TRAIN_FRACTION = 0.6  # of the width
+CROP_SIDES = (64, 96)  # pixels, smallest and largest
+NUM_CROPS = {"train": 400, "test": 80}  # per photograph
 
 
 def photograph(name: str) -> Image.Image:
-    """One photograph, RGB, its short side scaled to SHORT_SIDE."""
+    """Return a photograph in RGB, with its short side resized to SHORT_SIDE."""
     package, file = PHOTOGRAPHS[name]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"the embedded data set takes a photograph from {package!r}, which is not installed: "
-            "pip install 'mae_jax[demo]'"
+            f"the demo dataset contains a photograph of {package}", name=package
         )
     with Image.open(Path(spec.submodule_search_locations[0]) / file) as image:
         image = image.convert("RGB")
@@ -58,22 +57,22 @@ def photograph(name: str) -> Image.Image:
 
 
 def crops(name: str, split: str) -> list[Image.Image]:
-    """The crops of one photograph, the same on every machine."""
+    """Return the crops of a photograph for a split; deterministic."""
     image = photograph(name)
-    border = round(image.width * TRAIN_SHARE)
+    border = round(image.width * TRAIN_FRACTION)
     left, right = (0, border) if split == "train" else (border, image.width)
     rng = np.random.default_rng([zlib.crc32(name.encode()), split == "train"])
-    cut = []
-    for _ in range(CROPS[split]):
-        side = int(rng.integers(WINDOW[0], min(WINDOW[1], right - left) + 1))
+    cropped = []
+    for _ in range(NUM_CROPS[split]):
+        side = int(rng.integers(CROP_SIDES[0], min(CROP_SIDES[1], right - left) + 1))
         x = int(rng.integers(left, right - side + 1))
         y = int(rng.integers(0, image.height - side + 1))
-        cut.append(image.crop((x, y, x + side, y + side)))
-    return cut
+        cropped.append(image.crop((x, y, x + side, y + side)))
+    return cropped
 
 
 class PhotoCrops(tfds.core.GeneratorBasedBuilder):
-    """Crops of 19 photographs, labelled by photograph; disjoint regions for train and test."""
+    """Crops of 19 photographs, labeled by photograph; disjoint regions for train and test."""
 
     VERSION = tfds.core.Version("1.0.0")
     SUPPORTED_FILE_FORMATS = ["array_record"]
@@ -89,7 +88,7 @@ class PhotoCrops(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(split) for split in CROPS}
+        return {split: self._generate_examples(split) for split in NUM_CROPS}
 
     def _generate_examples(self, split: str):
         for name in PHOTOGRAPHS:

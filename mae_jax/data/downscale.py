@@ -1,4 +1,4 @@
-"""A copy of a data set with smaller images, which are faster to read: a change of the data."""
+"""A downscaled JPEG copy of a dataset, which is faster to read but not the same data."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mae_jax.data.decode import JPEG, NPY, ORIENTATION, TIFF, ZIP, Encoded, decode, orientation_of
+from mae_jax.data.decode import JPEG, NPY, ORIENTATION, TIFF, ZIP, Encoded, decode, exif_orientation
 from mae_jax.data.loader import ordered_parallel_map
 from mae_jax.data.sources import DERIVED_PREFIX, DataError, Source, bad_image_error
 from mae_jax.data.transforms import resize
@@ -24,38 +24,49 @@ log = logging.getLogger("mae_jax")
 
 @dataclass(frozen=True)
 class DownscaleJpeg:
-    """Image -> JPEG with a short side of at most so many pixels; a smaller JPEG stays as it is."""
+    """Converts an image to a JPEG with a limited short side; a smaller JPEG is returned as is.
+
+    Args:
+      short_side: in pixels, at most.
+      quality: JPEG quality, 1 to 100.
+    """
 
     channels: int
     short_side: int
     quality: int
 
     def __call__(self, encoded: Encoded) -> bytes:
-        """DataError where the image is bad, or no JPEG can hold it."""
+        """Return the bytes of the JPEG.
+
+        Raises:
+          DataError: the image is bad, or its dtype is not uint8.
+        """
         image = decode(encoded, self.channels)
         if image.dtype != np.uint8:
-            raise DataError(f"its values are {image.dtype}, which no JPEG can hold")
+            raise DataError(f"its dtype is {image.dtype}, which JPEG does not support")
         scale = self.short_side / min(image.shape[:2])
         if scale >= 1 and isinstance(encoded, bytes) and encoded.startswith(JPEG):
             return encoded
         if scale < 1:
             height, width = (max(1, round(side * scale)) for side in image.shape[:2])
             image = resize(image, (height, width))
-        picture = Image.fromarray(image.squeeze(-1) if self.channels == 1 else image)
         exif = Image.Exif()
         if isinstance(encoded, bytes) and not encoded.startswith((NPY, ZIP, *TIFF)):
-            exif[ORIENTATION] = orientation_of(encoded)  # for whoever wants images upright
+            exif[ORIENTATION] = exif_orientation(encoded)  # for data.exif=True
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=self.quality, exif=exif)
+        pil_image = Image.fromarray(image.squeeze(-1) if self.channels == 1 else image)
+        pil_image.save(buffer, "JPEG", quality=self.quality, exif=exif)
         return buffer.getvalue()
 
 
 class DownscaledDataset(tfds.core.GeneratorBasedBuilder):
-    """Sources with their images shrunk, as a TFDS data set.
+    """TFDS builder of a downscaled copy.
 
     Args:
-      sources: by the name of their split.
-      skip: leave bad images out, and name them in the log.
+      name: of the copy.
+      folder: TFDS data_dir.
+      sources: splits by name; all have the same classes.
+      skip: leave out bad images, and log them.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -66,18 +77,23 @@ class DownscaledDataset(tfds.core.GeneratorBasedBuilder):
         name: str,
         folder: Path,
         sources: Mapping[str, Source],
-        shrink: DownscaleJpeg,
+        downscale: DownscaleJpeg,
         *,
         threads: int,
         skip: bool,
     ):
         self.name = name
-        self._sources, self._shrink, self._threads, self._skip = sources, shrink, threads, skip
+        self._sources, self._downscale, self._threads, self._skip = (
+            sources,
+            downscale,
+            threads,
+            skip,
+        )
         self._classes = next(iter(sources.values())).classes
         super().__init__(data_dir=str(folder), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        shape = (None, None, self._shrink.channels)
+        shape = (None, None, self._downscale.channels)
         features: dict[str, Any] = {
             "image": tfds.features.Image(shape=shape, encoding_format="jpeg")
         }
@@ -86,8 +102,10 @@ class DownscaledDataset(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
-            description=f"{DERIVED_PREFIX}images have a short side of at most {self._shrink.short_side} "
-            f"pixels, and were saved as JPEG of quality {self._shrink.quality}",
+            description=(
+                f"{DERIVED_PREFIX}images have a short side of at most {self._downscale.short_side} "
+                f"pixels, and were saved as JPEG of quality {self._downscale.quality}"
+            ),
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -95,42 +113,40 @@ class DownscaledDataset(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(source) for split, source in self._sources.items()}
 
     def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-        def made(number: int) -> tuple[bytes, int] | DataError:
+        def convert(index: int) -> tuple[bytes, int] | DataError:
             try:
-                record = source[number]
-                return self._shrink(record["image"]), record["label"]
+                record = source[index]
+                return self._downscale(record["image"]), record["label"]
             except DataError as error:
                 return error
 
-        examples = console.progress(
-            ordered_parallel_map(made, len(source), self._threads), len(source)
-        )
-        for number, example in enumerate(examples):
-            if isinstance(example, DataError):
+        results = ordered_parallel_map(convert, len(source), self._threads)
+        for index, result in enumerate(console.progress(results, len(source))):
+            if isinstance(result, DataError):
                 if not self._skip:
-                    advice = "Mend or remove it, or leave it out: --skip-bad"
-                    raise bad_image_error(source, number, example, advice)
-                log.warning("left out a bad image: %s: %s", source.describe(number), example)
+                    hint = "Repair or remove it, or leave it out with --skip-bad"
+                    raise bad_image_error(source, index, result, hint)
+                log.warning("left out a bad image: %s: %s", source.describe(index), result)
                 continue
-            features: dict[str, Any] = {"image": io.BytesIO(example[0])}
-            yield number, features | ({"label": example[1]} if self._classes else {})
+            features: dict[str, Any] = {"image": io.BytesIO(result[0])}
+            yield index, features | ({"label": result[1]} if self._classes else {})
 
 
-def write_dataset(smaller: DownscaledDataset) -> Any:
-    """Writes the data set as array_record; returns its builder.
+def write_dataset(dataset: DownscaledDataset) -> Any:
+    """Write the dataset as array_record; return its builder.
 
     Raises:
-      DataError: there is one of that name already, or an image is bad.
+      DataError: a dataset of that name exists, or an image is bad.
     """
-    if smaller.is_prepared():
-        raise DataError(f"{smaller.data_dir} exists already: remove it, or take another --name")
-    tfds.disable_progress_bar()  # ours also knows how much is left
+    if dataset.is_prepared():
+        raise DataError(f"{dataset.data_dir} exists: remove it, or choose another --name")
+    tfds.disable_progress_bar()  # ours also shows the time left
     try:
         with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
-            smaller.download_and_prepare(file_format="array_record", download_dir=downloads)
+            dataset.download_and_prepare(file_format="array_record", download_dir=downloads)
     except BaseException:
-        for folder in Path(smaller.data_dir).parents[:2]:  # of the data set, and the one it is in
+        for folder in Path(dataset.data_dir).parents[:2]:  # of the dataset, and the data_dir
             with contextlib.suppress(OSError):
                 folder.rmdir()  # if it is empty
         raise
-    return smaller
+    return dataset

@@ -1,94 +1,112 @@
-"""A source by its kind, or by what lies there."""
+"""Open a split of a dataset, given by its kind or detected from its path."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from mae_jax.data.in_memory import ARRAYS, read_arrays
+from mae_jax.data.in_memory import ARRAY_SUFFIXES, read_arrays
 from mae_jax.data.sources import DataError, FolderSource, Source
 
-SOURCE_TYPES = ("tfds", "folder", "arrays")
-SPLITS = ("train", "validation", "val", "test")  # what folders of images are usually called
+KINDS = ("tfds", "folder", "arrays")
+SPLITS = ("train", "validation", "val", "test")  # the usual names of split folders
 
 
-def open_source(
-    kind: str,
-    name: str | None,
-    path: str | None,
-    split: str,
-    classes: tuple[str, ...] = (),
-    *,
-    image: str = "image",
-    index_dir: Path | None = None,
-) -> Source:
-    """A split of a data set.
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset on disk.
 
     Args:
-      kind: "tfds", "folder" or "arrays".
-      name, image, index_dir: of a TFDS data set, see TfdsSource.
-      path: the folder, or where TFDS data sets are.
-      classes: of the training data, whose numbers count.
+      kind: "tfds", "folder" or "arrays"; or "files", whose splits are folders or array files.
+      name: of a TFDS dataset, as in `TfdsSource`.
+      path: the folder; for TFDS its data_dir, None is TFDS's default.
+      image_feature: of a TFDS dataset.
+      index_dir: where indices of TFRecord files are cached; None caches nothing.
     """
-    if kind == "tfds":
-        if not name:
-            raise DataError("data.source='tfds' needs data.name, the name of a TFDS data set")
-        from mae_jax.data.tfds import TfdsSource  # heavy, and not always needed
 
-        return TfdsSource(name, split, path, image, index_dir)
-    if kind not in SOURCE_TYPES:
-        raise DataError(f"data.source={kind!r}; use one of {', '.join(SOURCE_TYPES)}")
-    if not path:
-        raise DataError(f"data.source={kind!r} needs data.path, the folder that it is in")
-    if kind == "arrays":
-        return read_arrays(path, split, classes)
-    return FolderSource(path, split, classes)
+    kind: str
+    name: str | None = None
+    path: str | None = None
+    image_feature: str = "image"
+    index_dir: Path | None = None
+
+    def open(self, split: str, classes: tuple[str, ...] = ()) -> Source:
+        """Open a split.
+
+        Args:
+          classes: of the training split, whose class indices are used.
+
+        Raises:
+          DataError: the dataset or the split does not exist, or cannot be read.
+        """
+        if self.kind == "tfds":
+            return self._open_tfds(split)
+        if self.kind not in (*KINDS, "files"):
+            raise DataError(
+                f"must be one of {', '.join(KINDS)}", key="data.source", value=self.kind
+            )
+        if not self.path:
+            raise DataError("needs data.path, a folder", key="data.source", value=self.kind)
+        is_arrays = self.kind == "arrays"
+        if self.kind == "files":
+            _check_split(Path(self.path), split)
+            is_arrays = bool(split) and has_split(Path(self.path), split, ("arrays",))
+        return (read_arrays if is_arrays else FolderSource)(self.path, split, classes)
+
+    def _open_tfds(self, split: str) -> Source:
+        if not self.name:
+            raise DataError(
+                "needs data.name, the name of a TFDS dataset", key="data.source", value="tfds"
+            )
+        from mae_jax.data.tfds import TfdsSource  # slow to import
+
+        return TfdsSource(self.name, split, self.path, self.image_feature, self.index_dir)
+
+    def splits(self) -> list[str]:
+        """Return the names of the splits; [""] for a folder of images without splits.
+
+        If a folder has a subfolder with the usual name of a split, all its subfolders are splits.
+        """
+        if self.kind == "tfds":
+            from mae_jax.data.tfds import open_builder
+
+            return list(open_builder(str(self.name), self.path).info.splits)
+        folder = Path(str(self.path))
+        known = [split for split in SPLITS if has_split(folder, split)]
+        others = sorted(path.name for path in folder.iterdir() if path.is_dir()) if known else []
+        return known + [x for x in others if x not in known and x[0] != "."] or [""]
 
 
-def list_splits(data: str, data_dir: str | None) -> list[str]:
-    """The splits of a folder or TFDS data set; [""] for a folder that is one itself.
+def detect_dataset(data: str, data_dir: str | None, image_feature: str = "image") -> DatasetSpec:
+    """Return the dataset that a command-line argument names: a folder, or else a TFDS dataset.
 
-    A folder with one called as splits are has nothing but splits in it.
+    Args:
+      data: a folder with images, with split folders or with array files; or a TFDS name.
+      data_dir: of TFDS.
+
+    Raises:
+      DataError: `data` is a path but not a directory.
     """
-    folder = Path(data)
-    if folder.is_dir():
-        found = [split for split in SPLITS if has_split(folder, split)]
-        others = sorted(path.name for path in folder.iterdir() if path.is_dir()) if found else []
-        return found + [x for x in others if x not in found and x[0] != "."] or [""]
-    _check_name(data)
-    from mae_jax.data.tfds import open_builder
-
-    return list(open_builder(data, data_dir).info.splits)
+    path = Path(data)
+    if path.is_dir():
+        return DatasetSpec("files", path=data)
+    if path.exists() or path.is_absolute() or data.startswith("."):
+        raise DataError(f"{data} {'is not a directory' if path.exists() else 'does not exist'}")
+    return DatasetSpec("tfds", data, data_dir, image_feature)
 
 
 def has_split(folder: Path, split: str, kinds: tuple[str, ...] = ("folder", "arrays")) -> bool:
-    """Whether a folder has a folder, or a file of arrays, of that name."""
+    """Return whether a folder has a subfolder, or an array file, named like a split."""
     return ("folder" in kinds and (folder / split).is_dir()) or (
-        "arrays" in kinds and any((folder / f"{split}{suffix}").exists() for suffix in ARRAYS)
+        "arrays" in kinds
+        and any((folder / f"{split}{suffix}").exists() for suffix in ARRAY_SUFFIXES)
     )
 
 
-def open_any(
-    data: str,
-    data_dir: str | None,
-    split: str,
-    classes: tuple[str, ...] = (),
-    *,
-    image: str = "image",
-) -> Source:
-    """A split of a folder, of files of arrays, or of a TFDS data set, whichever `data` is."""
-    if not Path(data).is_dir():
-        _check_name(data)
-        return open_source("tfds", data, data_dir, split, classes, image=image)
-    if split and not has_split(Path(data), split):
-        raise DataError(f"{Path(data) / split} does not exist")
-    if any(any(Path(data).glob("*/" * depth + "dataset_info.json")) for depth in range(3)):
+def _check_split(folder: Path, split: str) -> None:
+    """Raise DataError if a folder lacks the split, or is a TFDS data_dir."""
+    if split and not has_split(folder, split):
+        raise DataError(f"{folder / split} does not exist")
+    if any(any(folder.glob("*/" * depth + "dataset_info.json")) for depth in range(3)):
         raise DataError(
-            f"{data} is of TFDS: name the data set, and --data-dir, the folder it is in"
+            f"{folder} is a TFDS directory: give the name of the dataset, and its folder as "
+            "--data-dir"
         )
-    arrays = split and has_split(Path(data), split, ("arrays",))
-    return open_source("arrays" if arrays else "folder", None, data, split, classes)
-
-
-def _check_name(data: str) -> None:
-    """DataError for what can only have been meant as a folder."""
-    path = Path(data)
-    if path.exists() or path.is_absolute() or data.startswith("."):
-        raise DataError(f"{data} {'is not a directory' if path.exists() else 'does not exist'}")

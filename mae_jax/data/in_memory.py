@@ -1,4 +1,4 @@
-"""Images in memory: arrays that are so from the start, and decoded images of any source."""
+"""Images in memory: array files, and decoded images of any source."""
 
 import hashlib
 import zipfile
@@ -14,19 +14,19 @@ from mae_jax.data.loader import ordered_parallel_map
 from mae_jax.data.sources import DataError, Record, Source
 from mae_jax.utils import console
 
-ARRAYS = (".npz", ".npy")  # suffixes of files of arrays
+ARRAY_SUFFIXES = (".npz", ".npy")
 
 
 class ArraySource:
-    """Images [n, height, width, channels] (or a list of such), and their labels if there are any.
+    """Images [n, height, width, channels] (or a list of images) with optional labels.
 
     Args:
-      name: what to call it in messages.
-      labels: class numbers [n]; None where there are none.
-      classes: names of the classes; numbers unless given.
+      name: for messages.
+      labels: class indices [n], -1 for unlabeled; None without labels.
+      classes: class names; by default the indices.
 
     Raises:
-      DataError: there are no images, or not as many labels as images.
+      DataError: there are no images, or the labels do not fit.
     """
 
     def __init__(
@@ -40,24 +40,23 @@ class ArraySource:
             raise DataError(f"{name} has no images")
         if labels is not None and np.shape(labels) != (len(images),):
             raise DataError(
-                f"{name} has {len(images)} images and labels of shape {list(np.shape(labels))}"
+                f"{name} has {len(images)} images, but labels of shape {list(np.shape(labels))}"
             )
         self.name, self._images, self._labels = name, images, labels
         if labels is not None and not classes:
-            classes = [str(number) for number in range(int(np.max(labels)) + 1)]
+            classes = [str(index) for index in range(int(np.max(labels)) + 1)]
         self.classes = tuple(classes) if labels is not None else ()
         if labels is not None and not -1 <= np.min(labels) <= np.max(labels) < len(classes):
             raise DataError(
                 f"{name} has labels from {np.min(labels)} to {np.max(labels)} for {len(classes)} "
-                "classes: they are numbers from 0 up, or -1 for none"
+                f"classes: they must be within 0 to {len(classes) - 1}, or -1 for unlabeled images"
             )
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Record:
-        image = np.asarray(self._images[index])
-        return {"image": image, "label": self.label(index)}
+        return {"image": np.asarray(self._images[index]), "label": self.label(index)}
 
     def label(self, index: int) -> int:
         return -1 if self._labels is None else int(self._labels[index])
@@ -66,6 +65,7 @@ class ArraySource:
         return f"image {index} of {self.name}"
 
     def fingerprint(self) -> str:
+        """Return a hash of all values."""
         digest = hashlib.sha256(str(self.classes).encode())
         for array in [*self._images, *([] if self._labels is None else [self._labels])]:
             digest.update(f"{array.dtype}{array.shape}".encode())
@@ -74,33 +74,34 @@ class ArraySource:
 
 
 def read_arrays(path: str, split: str, classes: tuple[str, ...] = ()) -> ArraySource:
-    """The images of PATH/SPLIT.npz ("image", "label" and "classes") or PATH/SPLIT.npy.
+    """Read PATH/SPLIT.npz ("image", optional "label" and "classes") or PATH/SPLIT.npy (images).
 
-    "label" and "classes" may be missing; `classes` are those of the training data.
+    Args:
+      classes: of the training split, which those in the file must equal.
 
     Raises:
-      DataError: there is no such file, or not what it should hold.
+      DataError: the file does not exist, cannot be read, or has invalid arrays.
     """
-    found = [Path(path) / f"{split}{suffix}" for suffix in ARRAYS]
-    file = next((file for file in found if file.exists()), None)
+    candidates = [Path(path) / f"{split}{suffix}" for suffix in ARRAY_SUFFIXES]
+    file = next((file for file in candidates if file.exists()), None)
     if file is None:
-        raise DataError(f"neither {found[0]} nor {found[1].name} exists")
-    arrays = _arrays_of(file)
+        raise DataError(f"neither {candidates[0]} nor {candidates[1].name} exists")
+    arrays = _load_arrays(file)
     images, labels = arrays.get("image"), arrays.get("label")
     if images is None or images.ndim not in (3, 4):
-        shape = "is missing" if images is None else f"has shape {list(images.shape)}"
-        raise DataError(f"{file}: its array 'image' [n, height, width, channels] {shape}")
+        problem = "is missing" if images is None else f"has shape {list(images.shape)}"
+        raise DataError(f"{file}: array 'image' [n, height, width, channels] {problem}")
     if labels is not None and labels.dtype.kind not in "iu":
-        raise DataError(f"{file}: its array 'label' is of {labels.dtype}, not of class numbers")
+        raise DataError(f"{file}: array 'label' has dtype {labels.dtype}, not an integer type")
     names = tuple(str(name) for name in arrays.get("classes", classes))
     if classes and names != classes:
         raise DataError(
-            f"{file}: its classes are {', '.join(names)}, those of training {', '.join(classes)}"
+            f"{file} has the classes {', '.join(names)}, but training has {', '.join(classes)}"
         )
     return ArraySource(str(file), images, labels, names)
 
 
-def _arrays_of(file: Path) -> dict[str, np.ndarray]:
+def _load_arrays(file: Path) -> dict[str, np.ndarray]:
     try:
         with file.open("rb") as opened:
             loaded: Any = np.load(opened, allow_pickle=False)
@@ -113,18 +114,18 @@ def _arrays_of(file: Path) -> dict[str, np.ndarray]:
 
 
 class InMemory:
-    """A source whose images are decoded once, at the start, and kept."""
+    """A source whose images are decoded once and kept in memory; bad images are not."""
 
     def __init__(self, source: Source, channels: int, *, exif: bool = False, threads: int = 2):
         self._source = source
         self.classes = source.classes
 
-        def read(number: int) -> Record | None:
+        def read(index: int) -> Record | None:
             try:
-                record = source[number]
+                record = source[index]
                 return {**record, "image": decode(record["image"], channels, exif)}
             except DataError:
-                return None  # whoever asks for it is told why
+                return None  # raised again when the record is read
 
         records = ordered_parallel_map(read, len(source), threads)
         self._records = list(console.progress(records, len(source)))

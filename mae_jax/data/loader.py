@@ -1,8 +1,8 @@
-"""Batches of images as one function of (seed, step), read ahead by threads or processes.
+"""Deterministic batches of images, prefetched by threads or worker processes.
 
-The order of the data, every crop and every flip depend on the seed and on the position in the
-global order alone: not on hosts, workers or threads, nor on whether the run was interrupted.
-The state of the pipeline is therefore the step, and nothing else has to be saved.
+Order, crops and flips depend on the seed and the position in the global order only: not on hosts,
+workers, threads or interruptions. The state of the pipeline is therefore the step, and nothing else
+is checkpointed.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
-from mae_jax.data.batches import Batch, Shapes, collate
+from mae_jax.data.collate import Batch, Shapes, collate
 from mae_jax.data.decode import Encoded
 from mae_jax.data.sources import DataError, Record, Source, bad_image_error
 from mae_jax.data.transforms import Example
@@ -23,36 +23,44 @@ from mae_jax.data.worker_processes import read_options, to_worker_processes, wor
 
 Transform = Callable[[Encoded, Any], Example]
 T = TypeVar("T")
-SKIP_HINT = "Mend or remove it, or set data.on_bad=skip"
+SKIP_HINT = "Repair or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
 
 
 @dataclass(frozen=True)
 class ExampleLoader:
-    """Record number -> example, with the next good record in place of a bad one if `skip`.
+    """Reads and transforms a record; with `skip`, the next good one in place of a bad one.
 
-    With `num_classes` a label that is none of theirs is an error, as are `max_bad` bad records and
-    one more in a row.
+    Args:
+      hint: ends the error about a bad record.
+      num_classes: labels must be below it, if given.
+      max_bad: with `skip`, consecutive bad records after which to give up.
     """
 
     source: Source
     transform: Transform
     skip: bool = False
-    advice: str = SKIP_HINT
+    hint: str = SKIP_HINT
     num_classes: int | None = None
     max_bad: int = 100
 
     def __call__(self, index: int, rng: Any = None) -> dict[str, Any]:
-        """The example, "label", "index": the number, "skipped": bad records from there on."""
+        """Return the transformed record with "label", "index" and "skipped".
+
+        "index" is the argument, and "skipped" the number of bad records from there on.
+
+        Raises:
+          DataError: a record is bad and not skipped, or a label is out of range.
+        """
         for skipped in range(min(len(self.source), self.max_bad + 1)):
-            number = (index + skipped) % len(self.source)
+            candidate = (index + skipped) % len(self.source)
             try:
-                record, example = self.read(number, rng)
+                record, example = self.read(candidate, rng)
             except DataError as error:
                 if not self.skip:
-                    raise bad_image_error(self.source, number, error, self.advice) from error
+                    raise bad_image_error(self.source, candidate, error, self.hint) from error
                 continue
-            self._check_label(number, record["label"])
+            self._check_label(candidate, record["label"])
             return {
                 **example,
                 "label": np.int32(record["label"]),
@@ -60,19 +68,20 @@ class ExampleLoader:
                 "skipped": np.int32(skipped),
             }
         raise DataError(
-            f"more than data.max_bad={self.max_bad} bad images from {self.source.describe(index)} on"
+            f"more than data.max_bad={self.max_bad} consecutive bad images, from "
+            f"{self.source.describe(index)} on"
         )
 
-    def read(self, number: int, rng: Any) -> tuple[Record, Example]:
-        """One record, and what the transform makes of it."""
-        record = self.source[number]
+    def read(self, index: int, rng: Any) -> tuple[Record, Example]:
+        """Return a record, and its transformed image."""
+        record = self.source[index]
         return record, self.transform(record["image"], rng)
 
-    def _check_label(self, number: int, label: int) -> None:
+    def _check_label(self, index: int, label: int) -> None:
         if self.num_classes is not None and not 0 <= label < self.num_classes:
             raise DataError(
-                f"{self.source.describe(number)} has label {label}, which is no class from 0 to "
-                f"{self.num_classes - 1}: mend it, or take another split"
+                f"{self.source.describe(index)} has label {label}, which is not within 0 to "
+                f"{self.num_classes - 1}: fix the label, or use another split"
             )
 
 
@@ -81,12 +90,14 @@ class Loader:
     """Endless shuffled training batches.
 
     Args:
-      batch_size: of all hosts together; this host yields batch_size // hosts rows of each.
-      shapes: in a batch, of arrays that differ in size: each lies in the corner of its place, and
-        what lies beside it means nothing.
-      workers: processes that decode, each with `threads` threads; 0 decodes in this process.
-      max_bad: with `skip`, the number of different bad records after which to give up.
-      num_classes: where given, labels have to be below it.
+      batch_size: global, over all hosts; each host yields batch_size // hosts rows of it.
+      shapes: as in `collate`.
+      workers: processes that decode, with `threads` threads each; 0 decodes in this process.
+      max_bad: with `skip`, distinct bad records after which to give up.
+      num_classes: labels must be below it, if given.
+
+    Raises:
+      DataError: the batch is larger than the dataset.
     """
 
     source: Source
@@ -105,12 +116,18 @@ class Loader:
     def __post_init__(self):
         if len(self.source) < self.batch_size:
             raise DataError(
-                f"batch_size={self.batch_size} is larger than the data set of "
-                f"{len(self.source)} images"
+                f"is larger than the dataset of {len(self.source)} images",
+                key="batch_size",
+                value=self.batch_size,
             )
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """The batches from a step on: what the transform makes, "label" [b], "index" [b]."""
+        """Yield the batches from a step on: the transform's arrays, "label" [b] and "index" [b].
+
+        Raises:
+          DataError: a record is bad and not skipped, or more than `max_bad` are skipped.
+          WorkerError: a worker process was killed.
+        """
         load = ExampleLoader(
             self.source,
             self.transform,
@@ -118,31 +135,31 @@ class Loader:
             num_classes=self.num_classes,
             max_bad=self.max_bad,
         )
-        examples = _order(len(self.source), self.seed).random_map(load)
-        rows = _rows(examples, self.batch_size, start_step, self.host, self.hosts)
+        examples = _shuffled_indices(len(self.source), self.seed).random_map(load)
+        rows = _host_rows(examples, self.batch_size, start_step, self.host, self.hosts)
         if self.workers:
-            records = to_worker_processes(rows, self.workers, self.threads)
+            dataset = to_worker_processes(rows, self.workers, self.threads)
         else:
-            records = rows.to_iter_dataset(read_options(self.threads))
-        iterator = iter(records)
+            dataset = rows.to_iter_dataset(read_options(self.threads))
+        iterator = iter(dataset)
         bad: set[int] = set()
         try:
             with worker_errors():
                 size = self.batch_size // self.hosts
                 for batch in collate(iterator, size, self.source, self.shapes):
-                    _note_skipped(load, batch.pop("skipped"), batch["index"], bad)
+                    _log_skipped(load, batch.pop("skipped"), batch["index"], bad)
                     yield batch
         finally:
             iterator.close()
 
-    def numbers(self, step: int) -> list[int]:
-        """Which records the batch of a step has, on all hosts."""
+    def record_indices(self, step: int) -> list[int]:
+        """Return the record indices of a step's global batch."""
         return _record_indices(len(self.source), self.seed, self.batch_size, step)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayLoader:
-    """Endless batches of rows of arrays in memory, in the order in which `Loader` has records."""
+    """Endless batches of rows of arrays in memory, in the order of `Loader`'s records."""
 
     arrays: Mapping[str, np.ndarray]
     seed: int
@@ -151,52 +168,53 @@ class ArrayLoader:
     hosts: int = 1
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """The batches from a step on: rows of each array."""
-        count = len(next(iter(self.arrays.values())))
-        order = _order(count, self.seed)
-        numbers = _rows(order, self.batch_size, start_step, self.host, self.hosts)
-        for rows in numbers.batch(self.batch_size // self.hosts):
-            yield {name: array[rows] for name, array in self.arrays.items()}
+        """Yield the batches from a step on: rows of each array."""
+        indices = _shuffled_indices(self._num_rows(), self.seed)
+        rows = _host_rows(indices, self.batch_size, start_step, self.host, self.hosts)
+        for batch in rows.batch(self.batch_size // self.hosts):
+            yield {name: array[batch] for name, array in self.arrays.items()}
 
-    def numbers(self, step: int) -> list[int]:
-        """Which rows the batch of a step has, on all hosts."""
-        count = len(next(iter(self.arrays.values())))
-        return _record_indices(count, self.seed, self.batch_size, step)
+    def record_indices(self, step: int) -> list[int]:
+        """Return the row indices of a step's global batch."""
+        return _record_indices(self._num_rows(), self.seed, self.batch_size, step)
+
+    def _num_rows(self) -> int:
+        return len(next(iter(self.arrays.values())))
 
 
-def _order(count: int, seed: int) -> grain.MapDataset:
-    """Record numbers, shuffled anew in every epoch."""
-    # A repeat without end overflows.
+def _shuffled_indices(count: int, seed: int) -> grain.MapDataset:
+    """Return record indices, reshuffled every epoch."""
+    # An endless repeat overflows.
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat(10**9)
 
 
 def _record_indices(count: int, seed: int, batch_size: int, step: int) -> list[int]:
-    order: Any = _order(count, seed)
-    return [int(order[step * batch_size + row]) for row in range(batch_size)]
+    indices: Any = _shuffled_indices(count, seed)
+    return [int(indices[step * batch_size + row]) for row in range(batch_size)]
 
 
-def _rows(
+def _host_rows(
     dataset: grain.MapDataset, batch_size: int, start_step: int, host: int, hosts: int
 ) -> grain.MapDataset:
-    """This host's rows of all batches from a step on.
+    """Return this host's rows of all batches from a step on.
 
-    A batch is a slice of the global order, and a host's part a slice of the batch: so the global
-    batch is the same, row for row, on any number of hosts.
+    A batch is a slice of the global order, and a host's rows are a slice of the batch, so the
+    global batch does not depend on the number of hosts.
     """
-    place = partial(_global_index, batch_size=batch_size, host=host, hosts=hosts)
+    to_global = partial(_global_index, batch_size=batch_size, host=host, hosts=hosts)
     begin = start_step * (batch_size // hosts)
     rows = grain.MapDataset.range(begin, len(dataset) // hosts)
-    return rows.map(lambda number: dataset[place(number)])
+    return rows.map(lambda row: dataset[to_global(row)])
 
 
-def _global_index(number: int, batch_size: int, host: int, hosts: int) -> int:
-    """Where in the global order a host's row is that it comes to as its `number`-th."""
+def _global_index(row: int, batch_size: int, host: int, hosts: int) -> int:
+    """Return the position in the global order of a host's `row`-th row."""
     per_host = batch_size // hosts
-    step, offset = divmod(number, per_host)
+    step, offset = divmod(row, per_host)
     return step * batch_size + host * per_host + offset
 
 
-def _note_skipped(
+def _log_skipped(
     load: ExampleLoader, skipped: np.ndarray, index: np.ndarray, bad: set[int]
 ) -> None:
     for row in np.flatnonzero(skipped):
@@ -204,18 +222,18 @@ def _note_skipped(
             _record_bad(load, int(index[row] + offset) % len(load.source), bad)
 
 
-def _record_bad(load: ExampleLoader, number: int, bad: set[int]) -> None:
-    """Names a bad record in the log, once; DataError if there are more than may be."""
-    if number in bad:
+def _record_bad(load: ExampleLoader, index: int, bad: set[int]) -> None:
+    """Log a bad record once; raise DataError if there are more than `max_bad`."""
+    if index in bad:
         return
-    bad.add(number)
-    key = load.source.describe(number)
+    bad.add(index)
+    name = load.source.describe(index)
     try:
-        load.read(number, np.random.default_rng(0))
+        load.read(index, np.random.default_rng(0))
     except DataError as error:
-        log.warning("skipped a bad image (%d so far): %s: %s", len(bad), key, error)
+        log.warning("skipped a bad image (%d so far): %s: %s", len(bad), name, error)
     if len(bad) > load.max_bad:
-        raise DataError(f"more than data.max_bad={load.max_bad} bad images; the last one was {key}")
+        raise DataError(f"more than data.max_bad={load.max_bad} bad images; the last is {name}")
 
 
 def eval_batches(
@@ -224,39 +242,45 @@ def eval_batches(
     batch_size: int,
     threads: int = 2,
     skip: bool = False,
-    advice: str = SKIP_HINT,
+    hint: str = SKIP_HINT,
     max_bad: int = 100,
     num_classes: int | None = None,
     host: int = 0,
     hosts: int = 1,
 ) -> Iterator[Batch]:
-    """Every record once, in order; the last batch is filled up with copies marked "valid" False.
+    """Yield every record once, in order; "valid" is False for the padding of the last batch.
 
-    With `skip` a bad record is not valid either, and named in the log, up to `max_bad`; what stands
-    in its place is the next good one. `advice` ends the error about a bad record. As in `Loader`, a
-    batch is of all hosts together, and a host yields its rows of it.
+    With `skip`, a bad record is logged, replaced by the next good one and marked not valid, for up
+    to `max_bad` of them. As in `Loader`, the batch size is global and a host yields its rows.
+
+    Args:
+      hint: ends the error about a bad record.
+
+    Raises:
+      DataError: a record is bad and not skipped, or more than `max_bad` are skipped.
     """
     bad: set[int] = set()
-    load = ExampleLoader(source, transform, skip, advice, num_classes, max_bad)
+    load = ExampleLoader(source, transform, skip, hint, num_classes, max_bad)
     last, per_host = len(source) - 1, batch_size // hosts
     count = -(-len(source) // batch_size) * per_host
-    place = partial(_global_index, batch_size=batch_size, host=host, hosts=hosts)
-    records = ordered_parallel_map(lambda i: load(min(place(i), last)), count, threads)
-    for number, batch in enumerate(collate(records, per_host, source, {})):
-        position = place(number * per_host) + np.arange(per_host)
-        valid = (position <= last) & (batch.pop("skipped") == 0)
-        for index in position[(position <= last) & ~valid]:
-            _record_bad(load, int(index), bad)
+    to_global = partial(_global_index, batch_size=batch_size, host=host, hosts=hosts)
+    examples = ordered_parallel_map(lambda row: load(min(to_global(row), last)), count, threads)
+    for number, batch in enumerate(collate(examples, per_host, source, {})):
+        index = to_global(number * per_host) + np.arange(per_host)
+        valid = (index <= last) & (batch.pop("skipped") == 0)
+        for bad_index in index[(index <= last) & ~valid]:
+            _record_bad(load, int(bad_index), bad)
         yield batch | {"valid": valid}
 
 
 def ordered_parallel_map(function: Callable[[int], T], count: int, threads: int) -> Iterator[T]:
-    """function(0), function(1), ... function(count - 1), computed by threads."""
-    boxed = grain.MapDataset.range(count).map(lambda number: (function(number),))
-    for (result,) in boxed.to_iter_dataset(read_options(threads)):  # it would skip a bare None
+    """Yield function(0), function(1), ... function(count - 1), computed by threads."""
+    # In tuples, since grain skips None.
+    boxed = grain.MapDataset.range(count).map(lambda index: (function(index),))
+    for (result,) in boxed.to_iter_dataset(read_options(threads)):
         yield result
 
 
 def available_cpus() -> int:
-    """That this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

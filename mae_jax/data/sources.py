@@ -1,4 +1,4 @@
-"""Random access to images by record number, and those of folders and files."""
+"""Random access to images by record index, and the sources of folders and files."""
 
 import hashlib
 import logging
@@ -16,25 +16,24 @@ from mae_jax.utils.errors import UserError
 log = logging.getLogger("mae_jax")
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy", ".npz"}
-SHOWN = 5  # links to nowhere that are named
+MAX_LISTED = 5  # broken symlinks that are logged by name
 
-DERIVED_PREFIX = "CHANGED DATA: "  # how the description of a copy begins that is not the original
+DERIVED_PREFIX = "CHANGED DATA: "  # begins the TFDS description of a downscaled copy
 
 
 class DataError(UserError):
-    """The data is not as it should be; the message names the file or record."""
+    """Bad or missing data; the message names the file or record."""
 
 
 class Record(TypedDict):
-    """One example: `image`, the bytes of a file or pixels [height, width, channels]; `label`, a class
-    index, or -1 without a label."""
+    """image: encoded file, or pixels [height, width, channels]; label: class index or -1."""
 
     image: bytes | np.ndarray
     label: int
 
 
 class Source(Protocol):
-    """A data set that can be indexed; `classes` is empty where there are no labels."""
+    """An indexable dataset split; `classes` is empty without labels."""
 
     classes: tuple[str, ...]
 
@@ -43,32 +42,35 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
     def label(self, index: int) -> int:
-        """The class number of a record, -1 where there are no labels."""
+        """Return the class index of a record, -1 without labels."""
         ...
 
     def describe(self, index: int) -> str:
-        """Return the name of a record for messages, such as its path."""
+        """Return the path or name of a record, for messages."""
         ...
 
     def fingerprint(self) -> str:
-        """Changes whenever records are added, removed or resized."""
+        """Return a hash that changes when records are added, removed or resized."""
         ...
 
 
-def fingerprint_of(lines: list[str]) -> str:
-    """A fingerprint of lines of text."""
+def hash_lines(lines: list[str]) -> str:
+    """Return 16 hex digits of the SHA-256 of lines of text."""
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 class FolderSource:
-    """The images of a folder, sorted by name as bytes.
+    """The images of a folder, sorted by the bytes of their names.
 
-    A folder of folders has one class per folder; a flat one has no labels. Names that begin with
-    a dot are ignored and links are followed.
+    Each subfolder is a class; a folder without subfolders has no labels. Names that begin with a
+    dot are ignored, and symlinks are followed.
 
     Args:
-      path: the folder; where it has a subfolder called `split`, that one is read.
-      classes: of the training data, whose numbers count; no folder may be of another class.
+      path: the folder; if it has a subfolder called `split`, that subfolder is read.
+      classes: of the training split, whose class indices are used.
+
+    Raises:
+      DataError: the folder does not exist, has no images, or has a class not in `classes`.
     """
 
     def __init__(self, path: str, split: str, classes: tuple[str, ...] = ()):
@@ -76,59 +78,64 @@ class FolderSource:
         if (root / split).is_dir():
             root = root / split
         if not root.is_dir():
-            what = "is not a directory" if root.exists() else "does not exist"
-            raise DataError(f"data.path={path!r} {what}: {root.absolute()}")
+            problem = "is not a directory" if root.exists() else "does not exist"
+            raise DataError(f"{problem}: {root.absolute()}", key="data.path", value=path)
         self.root = root
-        self.scan = _walk(root)
+        self.scan = _scan(root)
         self.files = self.scan.files
         if not self.files:
             raise DataError(
-                f"no images in {root.absolute()} ({', '.join(sorted(SUFFIXES))} are read)"
+                f"no images in {root.absolute()} (supported: {', '.join(sorted(SUFFIXES))})"
             )
-        self.scan.warn(root)
-        if beside := [name for name in self.files if os.sep not in name and self.scan.folders]:
-            log.warning("folders count as no classes, since %s lies beside them", beside[0])
-        tops = [name.split(os.sep)[0] if os.sep in name else "" for name in self.files]
-        found = () if "" in tops else tuple(sorted(set(tops), key=os.fsencode))
-        if unknown := set(found) - set(classes or found):
+        self.scan.log_broken_links(root)
+        class_of_file = [name.split(os.sep)[0] if os.sep in name else "" for name in self.files]
+        names = self._class_names(class_of_file)
+        if classes and (unknown := set(names) - set(classes)):
             raise DataError(
-                f"{root} has folders for classes that training has not: "
-                f"{', '.join(sorted(unknown))}; its classes are {', '.join(classes)}"
+                f"{root} has class folders that are not in the training split: "
+                f"{', '.join(sorted(unknown))}; training has {', '.join(classes)}"
             )
-        self.classes = classes if classes and found else found
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = [number.get(top, -1) for top in tops]
-        if found and (empty := self.scan.folders - set(found)):
+        self.classes = classes if names and classes else names
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = [index.get(name, -1) for name in class_of_file]
+
+    def _class_names(self, class_of_file: list[str]) -> tuple[str, ...]:
+        folders = self.scan.folders
+        if "" in class_of_file:
+            if folders:
+                file = self.files[class_of_file.index("")]
+                log.warning("no class labels: %s is next to the class folders, not in one", file)
+            return ()
+        names = set(class_of_file)
+        if empty := folders - names:
             log.warning("no images in the folders of: %s", ", ".join(sorted(empty)))
+        return tuple(sorted(names, key=os.fsencode))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Record:
-        image = _read(self.root / self.files[index])
-        return {"image": image, "label": self.labels[index]}
+        return {"image": _read(self.root / self.files[index]), "label": self.labels[index]}
 
     def label(self, index: int) -> int:
         return self.labels[index]
 
     def describe(self, index: int) -> str:
-        return printable(self.root / self.files[index])
+        return printable_path(self.root / self.files[index])
 
     def fingerprint(self) -> str:
-        return fingerprint_of(
-            [f"{name} {(self.root / name).stat().st_size}" for name in self.files]
-        )
+        return hash_lines([f"{name} {(self.root / name).stat().st_size}" for name in self.files])
 
 
-def printable(path: Path) -> str:
-    """A path as text that fits a line, whatever bytes are in its name."""
+def printable_path(path: Path) -> str:
+    """Return a path as one line of text, with unprintable characters escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def bad_image_error(source: Source, number: int, error: DataError | str, advice: str) -> DataError:
-    """What to raise for a record that is bad, and for which reason."""
-    return DataError(f"{source.describe(number)} is bad: {error}. {advice}")
+def bad_image_error(source: Source, index: int, error: DataError, hint: str) -> DataError:
+    """Return the error for a bad record: its name, the reason and what to do."""
+    return DataError(f"{source.describe(index)} is bad: {error}. {hint}")
 
 
 def _read(path: Path) -> bytes:
@@ -140,30 +147,30 @@ def _read(path: Path) -> bytes:
 
 @dataclass
 class Scan:
-    """What was found below a folder: names relative to it, sorted as bytes.
+    """The contents of a folder: names relative to it, sorted by their bytes.
 
-    files: the images; folders: the first level of folders; dangling: links to nowhere; others:
-    how many files have which other suffix.
+    files: images at any depth; folders: first-level subfolders; broken_links: symlinks without a
+    target; other_suffixes: number of other files by suffix.
     """
 
     files: list[str] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
-    dangling: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    broken_links: list[str] = field(default_factory=list)
+    other_suffixes: Counter[str] = field(default_factory=Counter)
 
-    def warn(self, root: Path) -> None:
-        """Names in the log what may have been meant to be an image."""
-        for name in self.dangling[:SHOWN]:
-            log.warning("ignored: %s is a link to what does not exist", root / name)
-        if len(self.dangling) > SHOWN:
-            log.warning("ignored: %d more links to nowhere", len(self.dangling) - SHOWN)
+    def log_broken_links(self, root: Path) -> None:
+        """Log the images that are broken symlinks."""
+        for name in self.broken_links[:MAX_LISTED]:
+            log.warning("ignored: %s is a broken symlink", root / name)
+        if len(self.broken_links) > MAX_LISTED:
+            log.warning("ignored: %d more broken symlinks", len(self.broken_links) - MAX_LISTED)
 
 
-def _walk(root: Path) -> Scan:
+def _scan(root: Path) -> Scan:
     scan, visited = Scan(), set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in visited:  # a link back up would loop forever
+        if real in visited:  # a symlink to a parent would loop forever
             folders.clear()
             continue
         visited.add(real)
@@ -175,20 +182,20 @@ def _walk(root: Path) -> Scan:
             if name.startswith("."):
                 continue
             if suffix not in SUFFIXES:
-                scan.others[suffix] += 1
+                scan.other_suffixes[suffix] += 1
             elif os.path.isfile(path):
                 scan.files.append(os.path.relpath(path, root))
             elif os.path.islink(path) and not os.path.exists(path):
-                scan.dangling.append(os.path.relpath(path, root))
+                scan.broken_links.append(os.path.relpath(path, root))
     scan.files.sort(key=os.fsencode)
     return scan
 
 
 class FileSource:
-    """Images named one by one; a folder among them stands for all images in it.
+    """Unlabeled images given one by one; a folder among them adds all images in it.
 
     Raises:
-      DataError: a path does not exist, or there is no image at all.
+      DataError: a path does not exist, or there are no images.
     """
 
     classes: tuple[str, ...] = ()
@@ -197,8 +204,8 @@ class FileSource:
         self.files: list[Path] = []
         for path in map(Path, paths):
             if path.is_dir():
-                scan = _walk(path)
-                scan.warn(path)
+                scan = _scan(path)
+                scan.log_broken_links(path)
                 self.files += [path / name for name in scan.files]
             elif path.is_file():
                 self.files.append(path)
@@ -217,7 +224,7 @@ class FileSource:
         return -1
 
     def describe(self, index: int) -> str:
-        return printable(self.files[index])
+        return printable_path(self.files[index])
 
     def fingerprint(self) -> str:
-        return fingerprint_of([f"{file} {file.stat().st_size}" for file in self.files])
+        return hash_lines([f"{file} {file.stat().st_size}" for file in self.files])

@@ -1,4 +1,4 @@
-"""Parts of a source: evenly spaced records, or a few of every class."""
+"""Subsets of a source: evenly spaced records, or a few of every class."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,61 +9,66 @@ from mae_jax.data.sources import DataError, Record, Source
 
 
 class Subset:
-    """Some records of a source, by their numbers."""
+    """The records of a source at some indices."""
 
-    def __init__(self, source: Source, numbers: Sequence[int] | np.ndarray):
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
         self._source = source
-        self._numbers = np.asarray(numbers, int)
+        self._indices = np.asarray(indices, int)
         self.classes = source.classes
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._numbers[index])]
+        return self._source[int(self._indices[index])]
 
     def label(self, index: int) -> int:
-        return self._source.label(int(self._numbers[index]))
+        return self._source.label(int(self._indices[index]))
 
     def describe(self, index: int) -> str:
-        return self._source.describe(int(self._numbers[index]))
+        return self._source.describe(int(self._indices[index]))
 
     def fingerprint(self) -> str:
-        numbers = hashlib.sha256(self._numbers.tobytes()).hexdigest()
-        return f"{self._source.fingerprint()} {numbers[:16]}"
+        digest = hashlib.sha256(self._indices.tobytes()).hexdigest()
+        return f"{self._source.fingerprint()} {digest[:16]}"
 
 
 def evenly_spaced(source: Source, count: int) -> Subset:
-    """At most `count` records."""
-    numbers = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    return Subset(source, numbers)
+    """Return `count` evenly spaced records, or all if there are fewer."""
+    indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    return Subset(source, indices)
 
 
 def few_shot(source: Source, shots: int, seed: int) -> Subset:
-    """`shots` records of every class; see `draw_shots`."""
+    """Return `shots` random records of every class; see `sample_shots`."""
     return Subset(source, sample_shots(source.label, len(source), source.classes, shots, seed))
 
 
 def sample_shots(
     label: Callable[[int], int], count: int, classes: Sequence[str], shots: int, seed: int
 ) -> list[int]:
-    """Numbers of `shots` records of every class, the first of a random order of all `count`.
+    """Return the sorted indices of `shots` records of every class.
 
-    Records of no class, as in splits whose labels are secret, are passed over.
+    They are the first of each class in a random order of all records. Records with other labels,
+    as in splits with hidden labels, are ignored.
+
+    Args:
+      label: returns the class index of a record.
+      count: number of records.
 
     Raises:
-      DataError: there are not as many of some class.
+      DataError: a class has fewer records.
     """
     chosen: list[list[int]] = [[] for _ in classes]
-    lacking = len(chosen)
-    for number in map(int, np.random.default_rng(seed).permutation(count)):
-        if not lacking:
+    incomplete = len(chosen)
+    for index in map(int, np.random.default_rng(seed).permutation(count)):
+        if not incomplete:
             break
-        of = label(number)
-        if 0 <= of < len(chosen) and len(chosen[of]) < shots:
-            chosen[of].append(number)
-            lacking -= len(chosen[of]) == shots
-    if lacking:
-        fewest, name = min((len(found), name) for found, name in zip(chosen, classes))
+        class_index = label(index)
+        if 0 <= class_index < len(chosen) and len(chosen[class_index]) < shots:
+            chosen[class_index].append(index)
+            incomplete -= len(chosen[class_index]) == shots
+    if incomplete:
+        fewest, name = min((len(indices), name) for indices, name in zip(chosen, classes))
         raise DataError(f"{shots} shots, but class {name!r} has only {fewest} images")
-    return sorted(number for found in chosen for number in found)
+    return sorted(index for indices in chosen for index in indices)

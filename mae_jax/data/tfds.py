@@ -1,4 +1,4 @@
-"""TFDS data sets as sources. TensorFlow is not needed, whichever way they were prepared."""
+"""TFDS datasets as sources, read without TensorFlow from array_record and TFRecord files."""
 
 import fcntl
 import logging
@@ -10,8 +10,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
-from mae_jax.data.sources import DERIVED_PREFIX, DataError, Record, fingerprint_of
-from mae_jax.data.tfrecord import Shard, TfRecords
+from mae_jax.data.sources import DERIVED_PREFIX, DataError, Record, hash_lines
+from mae_jax.data.tfrecord import Shard, TfRecordReader
 
 log = logging.getLogger("mae_jax")
 
@@ -19,14 +19,17 @@ DEMO_DATASETS = ("photo_crops",)
 
 
 class TfdsSource:
-    """A split of a TFDS data set, prepared as array_record or as TFRecord.
+    """A split of a TFDS dataset, prepared as array_record or TFRecord.
 
     Args:
-      name: of the data set, as in "imagenet2012", "cifar10:3.0.2" or "eurosat/all".
+      name: as in "imagenet2012", "cifar10:3.0.2" or "eurosat/all".
       split: as in "train" or "train[:90%]".
-      data_dir: where data sets are prepared; None is TFDS's own default.
-      image: the feature that is the image.
-      index_dir: where the index of TFRecord files is kept; None keeps none.
+      data_dir: where datasets are prepared; None is TFDS's default.
+      image_feature: the feature with the image.
+      index_dir: where the index of TFRecord files is cached; None caches nothing.
+
+    Raises:
+      DataError: the dataset is not prepared, or lacks the split or the feature.
     """
 
     def __init__(
@@ -34,35 +37,29 @@ class TfdsSource:
         name: str,
         split: str,
         data_dir: str | None,
-        image: str = "image",
+        image_feature: str = "image",
         index_dir: Path | None = None,
     ):
         builder = open_builder(name, data_dir)
         features: Any = builder.info.features
-        if image not in features:
+        if image_feature not in features:
             raise DataError(
-                f"{name} has no feature called {image!r}, only {', '.join(features)}: "
-                "data.image_feature names it"
+                f"is not a feature of {name}, which has {', '.join(features)}",
+                key="data.image_feature",
+                value=image_feature,
             )
-        known: Any = builder.info.splits
-        if split.isidentifier() and split not in known:
-            raise DataError(f"{name} has no split {split!r}; it has {', '.join(known) or 'none'}")
-        self.name, self.split, self._image = name, split, image
-        # A label that is a bare number, without a set of classes, counts as none.
-        labelled = "label" in features and hasattr(features["label"], "names")
-        self.classes = tuple(features["label"].names) if labelled else ()
-        try:
-            parts, count = known[split].file_instructions, known[split].num_examples
-        except Exception as error:  # TFDS has no common class for what can be wrong with a slice
-            raise DataError(f"{split!r} is no split of {name}: {error}") from error
-        if not count:
-            raise DataError(f"the split {split!r} of {name} is empty")
-        if (told := builder.info.description or "").startswith(DERIVED_PREFIX):
-            log.warning("%s is no original: %s", name, told.removeprefix(DERIVED_PREFIX))
-        self._records: Any = _records(builder, split, image, index_dir)
-        files = [Path(part.filename) for part in parts]
+        self.name, self.split, self._image_feature = name, split, image_feature
+        # An integer feature without class names is not used as a label.
+        has_labels = "label" in features and hasattr(features["label"], "names")
+        self.classes = tuple(features["label"].names) if has_labels else ()
+        files = _split_files(builder, name, split)
+        description = builder.info.description or ""
+        if description.startswith(DERIVED_PREFIX):
+            changes = description.removeprefix(DERIVED_PREFIX)
+            log.warning("%s differs from the original dataset: %s", name, changes)
+        self._records: Any = _open_records(builder, split, image_feature, index_dir)
         sizes = [f"{file.name} {file.stat().st_size}" for file in files]
-        self._fingerprint = fingerprint_of([name, split, str(len(self)), *sizes])
+        self._fingerprint = hash_lines([name, split, str(len(self)), *sizes])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -72,10 +69,10 @@ class TfdsSource:
             record = self._records[index]
         except DataError:
             raise
-        except Exception as error:  # of whatever parses it
+        except Exception as error:  # parsers raise all kinds of errors for corrupt data
             raise DataError(f"its record cannot be read: {error}") from error
         label = int(record["label"]) if self.classes else -1
-        return {"image": record[self._image], "label": label}
+        return {"image": record[self._image_feature], "label": label}
 
     def label(self, index: int) -> int:
         return self[index]["label"]
@@ -87,10 +84,28 @@ class TfdsSource:
         return self._fingerprint
 
 
-def _records(builder: Any, split: str, image: str, index_dir: Path | None) -> Any:
-    """Features by record number, the image as bytes where it is encoded."""
-    encoded = isinstance(builder.info.features[image], tfds.features.Image)
-    decoders: Any = {image: tfds.decode.SkipDecoding()} if encoded else None
+def _split_files(builder: Any, name: str, split: str) -> list[Path]:
+    """Return the files of a split.
+
+    Raises:
+      DataError: there is no such split, or it is empty.
+    """
+    splits: Any = builder.info.splits
+    if split.isidentifier() and split not in splits:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits) or 'none'}")
+    try:
+        parts, count = splits[split].file_instructions, splits[split].num_examples
+    except Exception as error:  # TFDS raises all kinds of errors for an invalid slice
+        raise DataError(f"{split!r} is not a split of {name}: {error}") from error
+    if not count:
+        raise DataError(f"the split {split!r} of {name} is empty")
+    return [Path(part.filename) for part in parts]
+
+
+def _open_records(builder: Any, split: str, image_feature: str, index_dir: Path | None) -> Any:
+    """Return the features by record index, with an encoded image as bytes."""
+    encoded = isinstance(builder.info.features[image_feature], tfds.features.Image)
+    decoders: Any = {image_feature: tfds.decode.SkipDecoding()} if encoded else None
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         return builder.as_data_source(split, decoders=decoders)
     counts = {
@@ -103,13 +118,13 @@ def _records(builder: Any, split: str, image: str, index_dir: Path | None) -> An
         path = Path(part.filename)
         last = counts[path] if part.take == -1 else part.skip + part.take
         shards.append(Shard(path, counts[path], part.skip, last))
-    return _Parsed(TfRecords(shards, index_dir), builder.info.features, decoders)
+    return _ParsedRecords(TfRecordReader(shards, index_dir), builder.info.features, decoders)
 
 
-class _Parsed:
-    """Records of TFRecord files, parsed as TFDS does it."""
+class _ParsedRecords:
+    """Records of TFRecord files, parsed by TFDS."""
 
-    def __init__(self, records: TfRecords, features: Any, decoders: Any):
+    def __init__(self, records: TfRecordReader, features: Any, decoders: Any):
         self._records, self._features, self._decoders = records, features, decoders
 
     def __len__(self) -> int:
@@ -120,31 +135,34 @@ class _Parsed:
 
 
 def open_builder(name: str, data_dir: str | None) -> Any:
-    """The builder of a prepared data set; an embedded one is prepared where that is still to do.
+    """Return the builder of a prepared dataset; a demo dataset is prepared if necessary.
 
-    What lies in the folder counts, not what version this TFDS would prepare.
+    The version is the one on disk, not the one that this TFDS would prepare.
+
+    Raises:
+      DataError: the name is invalid or unknown, or the dataset is not prepared.
     """
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         pass
     except (AssertionError, ValueError) as error:
-        raise DataError(f"{name!r} is no name of a data set: {error}") from error
+        raise DataError(f"{name!r} is not a dataset name: {error}") from error
     if name in DEMO_DATASETS:
         return prepare(name, data_dir)
     builder = _registered_builder(name, data_dir)
-    advice = f"python -m mae_jax.data prepare {name}"
+    command = f"python -m mae_jax.data prepare {name}"
     raise DataError(
-        f"{name} is not prepared in {builder.data_dir}. Set data.path to where it is, or prepare "
-        f"it once: {advice} --data-dir DIR"
+        f"{name} is not prepared in {builder.data_dir}. Set data.path to its directory, or prepare "
+        f"it once: {command} --data-dir DIR"
     )
 
 
 def prepare(name: str, data_dir: str | None) -> Any:
-    """Downloads and prepares a data set as array_record; returns its builder.
+    """Download a dataset and prepare it as array_record; return its builder.
 
     Raises:
-      DataError: TFDS does not know it, or needs what is not there.
+      DataError: TFDS does not know it, or a package or a manual download is missing.
     """
     if name in DEMO_DATASETS:
         from mae_jax.data import demo_dataset
@@ -156,22 +174,20 @@ def prepare(name: str, data_dir: str | None) -> Any:
         with _exclusive(Path(builder.data_dir).parent):
             if not builder.is_prepared():
                 log.info("preparing %s in %s", name, builder.data_dir)
-            # The default format would fail at its very end without TensorFlow.
+            # The default format would fail at the end without TensorFlow.
             builder.download_and_prepare(file_format="array_record")
-        if (
-            name in DEMO_DATASETS
-        ):  # which another process may have prepared since the builder was made
+        if name in DEMO_DATASETS:  # another process may have prepared it meanwhile
             return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except ImportError as error:
-        raise DataError(_needs(name, error)) from error
-    except AssertionError as error:  # files that have to be fetched by hand are not there
+        raise _missing_package(name, error) from error
+    except AssertionError as error:  # a manual download is missing
         raise DataError(str(error)) from error
     return builder
 
 
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Waits for others that are preparing the same, which may be processes of one run."""
+    """Hold a file lock, since several processes of a run may prepare the same dataset."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -179,20 +195,23 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def _registered_builder(name: str, data_dir: str | None) -> Any:
-    """The builder of a data set that TFDS knows how to prepare."""
+    """Return the builder of a dataset that TFDS can prepare."""
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
-        where = data_dir or "TFDS's own folder"
+        where = data_dir or "the default TFDS directory"
         raise DataError(
-            f"TFDS knows no data set called {name!r}, nor is it in {where}, nor is it a folder"
+            f"no dataset {name!r}: TFDS does not know it, and it is neither in {where} nor a folder"
         ) from None
     except ImportError as error:
-        raise DataError(_needs(name, error)) from error
-    except (AssertionError, ValueError) as error:  # a version or config that does not exist
-        raise DataError(f"{name!r} is none of TFDS's: {error}") from error
+        raise _missing_package(name, error) from error
+    except (AssertionError, ValueError) as error:  # an unknown version or config
+        raise DataError(f"{name!r} is not a TFDS dataset: {error}") from error
 
 
-def _needs(name: str, error: ImportError) -> str:
-    """What to say where preparing, but not reading, takes a package that is not installed."""
-    return f"preparing {name} takes {error.name}: pip install 'mae_jax[prepare]' ({error})"
+def _missing_package(name: str, error: ImportError) -> DataError:
+    """Return the error for a package that preparing needs, but reading does not."""
+    extra = "demo" if name in DEMO_DATASETS else "prepare"
+    return DataError(
+        f"preparing {name} needs {error.name}: pip install 'mae_jax[{extra}]' ({error})"
+    )

@@ -1,4 +1,4 @@
-"""Processes that read images, and what becomes of them."""
+"""Worker processes that decode images, and errors about them."""
 
 import multiprocessing
 import os
@@ -11,38 +11,38 @@ import grain
 import numpy as np
 from absl import flags
 
-PREFETCH = 16  # records that a thread, or a process, may be ahead
+PREFETCH = 16  # records that each thread or process prefetches
 
 
 class WorkerError(Exception):
-    """A process that reads images is gone; the message says why that may be."""
+    """A worker process was killed; the message gives the likely cause."""
 
 
 def read_options(threads: int) -> grain.ReadOptions:
-    """Of so many threads; 0 reads where it is asked."""
+    """Return options for a number of prefetching threads; 0 reads in the calling thread."""
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH * max(threads, 1))
 
 
 def to_worker_processes(rows: grain.MapDataset, workers: int, threads: int) -> grain.IterDataset:
-    """The rows, made by processes of so many threads each.
+    """Return a dataset whose rows are computed by processes with `threads` threads each.
 
-    Images go through shared memory, which takes only contiguous arrays. What else there is of the
-    rows of a worker has to fit into a pipe (64 KiB): otherwise a worker cannot end before somebody
-    reads it, and whoever closes the iterator waits for the worker.
+    Images travel in shared memory, which requires contiguous arrays. The rest of a worker's
+    prefetched rows must fit into a pipe (64 KiB): otherwise the worker blocks on writing until
+    somebody reads, and closing the iterator waits for the worker.
     """
-    if not flags.FLAGS.is_parsed():  # grain reads them before it starts processes
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags before it starts processes
         flags.FLAGS.mark_as_parsed()
     contiguous = rows.map(lambda row: {k: np.asarray(v, order="C") for k, v in row.items()})
-    records = grain.experimental.WithOptionsIterDataset(
+    dataset = grain.experimental.WithOptionsIterDataset(
         contiguous.to_iter_dataset(read_options(threads)),
         grain.experimental.DatasetOptions(min_shm_size=1024),
     )
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCH)
-    return records.mp_prefetch(processes, worker_init_fn=_init_worker)
+    return dataset.mp_prefetch(processes, worker_init_fn=_init_worker)
 
 
 def _init_worker(index: int, count: int) -> None:
-    """A worker leaves stopping to its parent, and does not outlive it."""
+    """Ignore signals, which the parent handles, and exit with the parent."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -50,8 +50,8 @@ def _init_worker(index: int, count: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this process when its parent ends, however that is."""
-    # Not by PR_SET_PDEATHSIG: that is sent when the thread ends that started the process.
+    """Exit this process as soon as its parent has exited, for whatever reason."""
+    # PR_SET_PDEATHSIG would be sent when the thread ends that started this process.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -60,18 +60,20 @@ def _exit_with_parent() -> None:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Says of a worker that was killed what that means."""
+    """Convert grain's error about a terminated worker to WorkerError with a likely cause."""
     try:
         yield
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
         code = str(error).split("exit code ")[-1].split(".")[0]
-        why = "if memory ran out, lower data.workers or data.threads"
+        hint = "if memory ran out, lower data.workers or data.threads"
         if code == str(-signal.SIGBUS):
-            why = "shared memory is full: make /dev/shm larger (docker run --shm-size), or set "
-            why += "data.workers=0"
+            hint = (
+                "shared memory is full: enlarge /dev/shm (docker run --shm-size), or set "
+                "data.workers=0"
+            )
         raise WorkerError(
-            f"a process that reads images was killed (exit code {code}): {why}. The same command "
-            "continues from the last checkpoint"
+            f"a data worker process was killed (exit code {code}): {hint}. The same command "
+            "resumes from the last checkpoint"
         ) from error

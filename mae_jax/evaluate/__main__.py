@@ -18,7 +18,7 @@ from mae_jax.convert import cli as convert_cli
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.convert.pretrained import Params, PretrainedModel
 from mae_jax.data.batches import Batch
-from mae_jax.data.factory import has_split, open_any
+from mae_jax.data.factory import detect_dataset, has_split
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import evenly_spaced, sample_shots
 from mae_jax.distributed import sharding
@@ -127,7 +127,8 @@ def _source(arguments: argparse.Namespace, split: str, classes: tuple[str, ...] 
             f"{Path(data) / split} does not exist: --data is a folder with a folder, or .npz, for "
             "each split, named by --train-split and --eval-split, and in them one for each class"
         )
-    source = open_any(data, arguments.data_dir, split, classes, image=arguments.image_feature)
+    dataset = detect_dataset(data, arguments.data_dir, arguments.image_feature)
+    source = dataset.open(split, classes)
     if not source.classes:
         raise DataError(
             f"{data}/{split} has no class labels: that takes one folder per class, or a TFDS data "

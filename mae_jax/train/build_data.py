@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mae_jax.data.batches import Batch
+from mae_jax.data.collate import Batch
 from mae_jax.data.decode import MODES, decode
-from mae_jax.data.factory import has_split, open_source
+from mae_jax.data.factory import DatasetSpec, has_split
 from mae_jax.data.in_memory import InMemory
 from mae_jax.data.loader import Loader, available_cpus, eval_batches
 from mae_jax.data.randaugment import RandAugment
@@ -87,15 +87,8 @@ def make_eval_source(
 
 def _open(config: Config, split: str, classes: tuple[str, ...], index_dir: Path | None) -> Source:
     data = config.data
-    return open_source(
-        data.source,
-        data.name,
-        data.path,
-        split,
-        classes,
-        image=data.image_feature,
-        index_dir=index_dir,
-    )
+    dataset = DatasetSpec(data.source, data.name, data.path, data.image_feature, index_dir)
+    return dataset.open(split, classes)
 
 
 def _in_memory(config: Config, source: Source) -> Source:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 import jax
 import numpy as np
 
-from mae_jax.data.batches import Batch as HostBatch
+from mae_jax.data.collate import Batch as HostBatch
 from mae_jax.data.loader import ArrayLoader, Loader
 from mae_jax.data.prefetch import DevicePrefetcher
 from mae_jax.distributed import processes, sharding
@@ -188,7 +188,7 @@ class Trainer:
         """Return a guard for steps whose batch has index step - 1 + offset."""
 
         def image_names(step: int) -> list[str]:
-            indices = self.loader.numbers(step - 1 + offset)
+            indices = self.loader.record_indices(step - 1 + offset)
             return [self.example_name(index) for index in indices]
 
         return NonFiniteGuard(
