@@ -127,7 +127,7 @@ def test_many_channels_in_the_commands_and_conversion(trained_on_bands, bands, t
     features.main(
         [*command, "--out", str(tmp_path / "f.npz"), "--attention", str(tmp_path / "b.png")]
     )
-    with pytest.raises(weights.ConvertError, match="show_channels=.*from 0 to 4"):
+    with pytest.raises(UserError, match="show_channels=.*from 0 to 4"):
         reconstruct.main([*command, "--out", str(tmp_path / "a.png"), "--show", "1,2,5"])
     for dialect in ("official", "hf", "timm"):
         path = tmp_path / (dialect + (".safetensors" if dialect == "official" else ""))

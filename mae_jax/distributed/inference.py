@@ -1,45 +1,76 @@
-"""Features of every image of a data set, in memory."""
+"""Inference over all images of a dataset, on all devices."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 from mae_jax.distributed import sharding
+from mae_jax.utils import console
 
-FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images [b, h, w, c] -> [b, ...]
+FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images [b, h, w, c] -> [b, ...] by name
 
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """At most `count` labelled images, which `read` gives in batches with a "valid" mask.
+    """At most `count` labeled images.
 
-    Of every batch a process reads its own rows.
+    Args:
+      read: returns batches of "image", "label" and "valid", which is False for padding; every
+        process reads its own rows.
     """
 
     count: int
     read: Callable[[], Iterable[dict[str, np.ndarray]]]
 
 
-def extract_features(
-    features: FeaturesFn, images: EvalBatches
-) -> tuple[dict[str, Float[np.ndarray, "n ..."]], Int[np.ndarray, " n"]]:
-    """Features by name, and the labels, of all valid images, in order, on every process.
+@dataclass(frozen=True)
+class LabeledFeatures:
+    """Features by name, one row per image, and the labels of the images."""
 
-    Each array is allocated once, so memory holds features only once.
+    features: dict[str, Shaped[np.ndarray, "n ..."]]
+    labels: Int[np.ndarray, " n"]
+
+
+def with_sharded_inputs(
+    function: Callable[..., Any], mesh: jax.sharding.Mesh, *state: Any
+) -> Callable[[np.ndarray], Any]:
+    """Return `function(*state, images)` as a function of images, sharded over all devices.
+
+    Args:
+      function: jitted, of a state and a batch of images.
     """
-    found: dict[str, np.ndarray] = {}
+    return lambda images: function(*state, sharding.shard_batch({"image": images}, mesh)["image"])
+
+
+def extract_features(
+    features_fn: FeaturesFn, images: EvalBatches, *, show_progress: bool = False
+) -> LabeledFeatures:
+    """Compute the features of all valid images, in order, on every process.
+
+    Each array is allocated once, for all images.
+    """
+    batches = images.read()
+    if show_progress:
+        batches = console.progress(batches, images.count, count=_global_num_valid)
+    features: dict[str, np.ndarray] = {}
     labels, done = np.zeros(images.count, np.int32), 0
-    for batch in images.read():
-        made = dict(features(batch["image"]))
-        valid, label, made = sharding.gather_to_host((batch["valid"], batch["label"], made))
+    for batch in batches:
+        outputs = dict(features_fn(batch["image"]))
+        valid, label, outputs = sharding.gather_to_host((batch["valid"], batch["label"], outputs))
         rows = slice(done, done + int(valid.sum()))
         labels[rows] = label[valid]
-        for name, values in made.items():
-            if name not in found:
-                found[name] = np.empty((images.count, *values.shape[1:]), values.dtype)
-            found[name][rows] = values[valid]
+        for name, values in outputs.items():
+            if name not in features:
+                features[name] = np.empty((images.count, *values.shape[1:]), values.dtype)
+            features[name][rows] = values[valid]
         done = rows.stop
-    return {name: array[:done] for name, array in found.items()}, labels[:done]
+    return LabeledFeatures({name: x[:done] for name, x in features.items()}, labels[:done])
+
+
+def _global_num_valid(batch: Mapping[str, np.ndarray]) -> int:
+    """Estimate the number of images over all processes from that of this one."""
+    return console.num_valid(batch) * jax.process_count()

@@ -1,4 +1,4 @@
-"""The paper's figure 2: what the model sees, what it makes of it, and what was there."""
+"""Reconstruction figures, as in the paper's Figure 2."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from mae_jax.distributed import sharding
 from mae_jax.tasks.masking import Mask
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.utils.atomic import atomic_path
+from mae_jax.utils.errors import UserError
 
-GRAY = 128  # of a masked patch
-GAP = 6  # pixels between pictures
+GRAY = 128  # masked patches
+GAP = 6  # pixels between images
 PATCH_STATS = {"gt": "true patch statistics", "visible": "statistics of visible neighbours"}
-MIN_SIDE = 112  # pixels; smaller images are enlarged by a whole factor
+MIN_SIDE = 112  # pixels; smaller images are enlarged by an integer factor
 
 
 def to_rgb_uint8(
@@ -28,30 +29,32 @@ def to_rgb_uint8(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> UInt8[np.ndarray, "b h w rgb"]:
-    """Images of any channels and type as a person can look at them.
+    """Convert images of any number of channels and dtype to gray or RGB images of uint8.
 
-    Grey and RGB images stay as they are, of others some channels are taken. Where values are not
-    of 0..255, black is 2 deviations below the mean, and white 2 above.
+    Of images that are neither gray nor RGB, `channels` are shown. For dtypes other than uint8,
+    black is 2 standard deviations below the mean and white 2 above.
     """
-    chosen = list(range(images.shape[-1]) if images.shape[-1] in (1, 3) else channels)
-    images = images[..., chosen]
+    shown = list(range(images.shape[-1]) if images.shape[-1] in (1, 3) else channels)
+    images = images[..., shown]
     if images.dtype == np.uint8:
         return images
-    low, width = np.array(mean)[chosen] - 2 * np.array(std)[chosen], 4 * np.array(std)[chosen]
-    return (255 * ((images - low) / width).clip(0, 1)).round().astype(np.uint8)
+    low, scale = np.array(mean)[shown] - 2 * np.array(std)[shown], 4 * np.array(std)[shown]
+    return (255 * ((images - low) / scale).clip(0, 1)).round().astype(np.uint8)
 
 
-def check_display_channels(channels: Sequence[int], count: int) -> tuple[int, ...]:
-    """The channels to show of images of so many; of two, one is shown.
+def check_display_channels(channels: Sequence[int], num_channels: int) -> tuple[int, ...]:
+    """Return the channels to show of images with `num_channels`; of two, the first.
 
     Raises:
-      ValueError: they are not one or three that exist.
+      UserError: they are not one or three existing channels.
     """
-    if count <= 3:
+    if num_channels <= 3:
         return (0,)
-    if len(channels) not in (1, 3) or not all(0 <= channel < count for channel in channels):
-        raise ValueError(
-            f"eval.show_channels={tuple(channels)}: use one or three numbers from 0 to {count - 1}"
+    if len(channels) not in (1, 3) or not all(0 <= c < num_channels for c in channels):
+        raise UserError(
+            f"must be one or three numbers from 0 to {num_channels - 1}",
+            key="eval.show_channels",
+            value=tuple(channels),
         )
     return tuple(channels)
 
@@ -62,20 +65,20 @@ def reconstruction_panels(
     masked: Bool[np.ndarray, "b n"],
     patch: int,
 ) -> list[UInt8[np.ndarray, "b h w c"]]:
-    """Masked input, reconstruction, reconstruction with visible patches pasted, original."""
+    """Return masked image, reconstruction, reconstruction with visible patches, and original."""
     rows, columns = images.shape[1] // patch, images.shape[2] // patch
     hidden = (
         masked.reshape(-1, rows, columns).repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
     )
-    seen = np.where(hidden, np.uint8(GRAY), images)
+    visible = np.where(hidden, np.uint8(GRAY), images)
     pasted = np.where(hidden, reconstructions, images)
-    return [seen, reconstructions, pasted, images]
+    return [visible, reconstructions, pasted, images]
 
 
 def image_grid(
     columns: Sequence[UInt8[np.ndarray, "b h w c"]], labels: Sequence[str]
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """A grid of pictures, one column of images under each label; grey images become RGB."""
+    """Draw a grid with one column of images under each label; gray images become RGB."""
     count, height, width, _ = columns[0].shape
     scale = max(1, -(-MIN_SIDE // min(height, width)))
     height, width = height * scale, width * scale
@@ -112,32 +115,38 @@ def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
 
 @dataclass(frozen=True)
 class ReconstructionFigure:
-    """Draws the same images under the same masks, whatever the parameters."""
+    """Draws reconstructions of the same images under the same masks for any parameters.
+
+    stats: brightness of patches normalized by norm_pix, a key of PATCH_STATS. show: channels to
+    show of images that are neither gray nor RGB.
+    """
 
     task: Pretrain
     images: Shaped[np.ndarray, "b h w c"]
     mask: Mask
     stats: str
-    show: tuple[int, ...] = (0, 1, 2)  # channels, of images that are neither grey nor RGB
+    show: tuple[int, ...] = (0, 1, 2)
 
     def run(self, params: Any) -> UInt8[np.ndarray, "y x 3"]:
-        """The figure for some parameters."""
+        """Return the figure for some parameters."""
         return self.render(self.reconstruct(params))
 
     def reconstruct(self, params: Any) -> Shaped[np.ndarray, "b h w c"]:
-        """What a model with some parameters makes of the images."""
+        """Compute the reconstructions of the images."""
         mask = Mask(*jax.device_get(self.mask))  # the same on every process
-        made = self._reconstruct(params, self.images, mask, stats=self.stats)
-        return np.asarray(made if made.is_fully_addressable else sharding.gather_to_host(made))
+        images = self._reconstruct(params, self.images, mask, stats=self.stats)
+        return np.asarray(
+            images if images.is_fully_addressable else sharding.gather_to_host(images)
+        )
 
-    def render(self, made: Shaped[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "y x 3"]:
-        """The figure of what a model made."""
-        originals, made = (
+    def render(self, reconstructions: Shaped[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "y x 3"]:
+        """Draw the figure of reconstructions."""
+        originals, reconstructions = (
             to_rgb_uint8(np.asarray(images), self.show, self.task.mean, self.task.std)
-            for images in (self.images, made)
+            for images in (self.images, reconstructions)
         )
         columns = reconstruction_panels(
-            originals, made, np.asarray(self.mask.as_bool()), self.task.patch
+            originals, reconstructions, np.asarray(self.mask.as_bool()), self.task.patch
         )
         text = "reconstruction"
         if self.task.norm_pix:
@@ -145,12 +154,12 @@ class ReconstructionFigure:
         labels = [f"masked, {self.task.num_masked} of {self.task.num_patches} patches hidden", text]
         return image_grid(columns, [*labels, "with the visible patches", "original"])
 
-    @cached_property  # compiled once in a run
+    @cached_property  # compiled once per run
     def _reconstruct(self) -> Callable[..., Array]:
         return jax.jit(self.task.reconstruct, static_argnames="stats")
 
 
-def save_png(path: Path, picture: UInt8[np.ndarray, "y x 3"]) -> None:
-    """Writes a picture, and the folders above it."""
+def save_png(path: Path, image: UInt8[np.ndarray, "y x 3"]) -> None:
+    """Write an image atomically, and create its parent folders."""
     with atomic_path(path) as part:
-        Image.fromarray(picture).save(part, "PNG")
+        Image.fromarray(image).save(part, "PNG")

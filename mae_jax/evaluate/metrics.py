@@ -1,4 +1,4 @@
-"""Accuracies, and how sure they are."""
+"""Top-1 and top-5 accuracy, with confidence intervals."""
 
 import math
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-TOP = 5  # ranks that count for the second accuracy
-Z95 = 1.959964  # standard deviations of a 95 % interval
+TOP = 5  # of top-5 accuracy
+Z95 = 1.959964  # standard deviations of a 95 % confidence interval
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares, 0..1, of `images` whose label was ranked first, or among the first five."""
+    """Fractions, 0..1, of `images` whose label is ranked first, or among the first five."""
 
     top1: float
     top5: float
@@ -22,23 +22,23 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % confidence interval of top1, for images drawn independently."""
+        """Return Wilson's 95 % confidence interval of top1, for independent images."""
         n, p = self.images, self.top1
-        centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
         half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-        return max(centre - half, 0.0), min(centre + half, 1.0)
+        return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def top_k(logits: Float[Array, "b classes"]) -> Int[Array, "b r"]:
-    """The best classes of each row, best first, five where there are so many.
+    """Return the five best classes of each row (or all, if fewer), best first.
 
-    -1, which is no class, stands for those whose logit is not a finite number.
+    Classes with a NaN/Inf logit are replaced by -1.
     """
     best, index = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
     return jnp.where(jnp.isfinite(best), index, -1)
 
 
 def accuracy(ranking: Int[np.ndarray, "n r"], labels: Int[np.ndarray, " n"]) -> Score:
-    """The score of classes ranked best first, as `ranked` gives them."""
+    """Return the accuracy of classes ranked by `top_k`."""
     hits = ranking[:, :TOP] == labels[:, None]
     return Score(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), len(labels))

@@ -1,7 +1,7 @@
-"""Probes on features that are computed once: linear or attentive heads, trained in seconds.
+"""Linear and attentive probes on precomputed features, trained in seconds.
 
-What it trades: features of images as evaluation sees them, so no augmentation; and the memory to
-hold them. `configs/linprobe.py` is the paper's protocol.
+Features are of images as in evaluation, without augmentation, and must fit into memory.
+`configs/linprobe.py` is the paper's protocol.
 """
 
 from collections.abc import Mapping
@@ -20,28 +20,26 @@ from mae_jax.tasks.classify import ProbeTask
 from mae_jax.tasks.optimizer import lars, warmup_cosine
 from mae_jax.tasks.train_step import TrainState, init_state, make_train_step
 
-TEST_BATCH = 1024  # features at once
+TEST_BATCH = 1024  # images to classify at a time
+WARMUP_FRACTION, MOMENTUM = 1 / 9, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRecipe:
-    """The linear probe of the paper (Table 10), for any number of images.
+    """Hyperparameters of the paper's linear probe (Table 10), for any number of images.
 
-    learning_rate: the peak, .1 * 16384 / 256 = 6.4 in the paper. A step of LARS is a share of the
-    weights' norm, so the same rate does for smaller batches, where .1 * batch / 256 would end long
-    before the weights, which start small, have grown.
+    learning_rate: the peak, 0.1 * 16384 / 256 = 6.4 in the paper. A LARS step is a fraction of the
+    norm of the weights, so smaller batches need the same rate: with 0.1 * batch / 256 the weights,
+    which start small, would not grow to convergence.
     """
 
-    epochs: float = 90.0  # the first ninth warms up
+    epochs: float = 90.0  # the first ninth is warm-up
     learning_rate: float = 6.4
     seed: int = 0
 
 
-WARMUP_SHARE, MOMENTUM = 1 / 9, 0.9
-
-
 def batch_size_for(count: int) -> int:
-    """The paper's 16384 where that leaves 32 steps an epoch; at least 8, for BatchNorm's sake."""
+    """Return 1/32 of the images, so 32 steps per epoch; at least 8 (BatchNorm), at most 16384."""
     return min(16384, max(count // 32, 8), count)
 
 
@@ -55,10 +53,10 @@ def probe_scores(
     attention_heads: int = 0,
     recipe: ProbeRecipe = ProbeRecipe(),
 ) -> dict[str, Score]:
-    """A head trained on each of several kinds of features, by name, and its score.
+    """Train one head per name of the features, and return its score.
 
-    All features have one shape, [n, d] or for attention pooling [n, patches, d]; their heads see
-    the same batches and are trained at once.
+    All features must have the same shape, [n, d] or for attention pooling [n, patches, d]. The
+    heads are trained together, on the same batches.
     """
     task = ProbeTask(
         Probe(num_classes, attention_heads=attention_heads), next(iter(train.values())).shape[1:]
@@ -66,8 +64,8 @@ def probe_scores(
     features = [jnp.asarray(x) for x in train.values()]
     states = _train(task, recipe, features, jnp.asarray(labels))
     scores = {}
-    for number, name in enumerate(train):
-        params, stats = jax.tree.map(lambda x: x[number], (states.params, states.batch_stats))  # noqa: B023
+    for index, name in enumerate(train):
+        params, stats = jax.tree.map(lambda x: x[index], (states.params, states.batch_stats))  # noqa: B023
         rankings = [
             np.asarray(_rank(task, params, stats, test[name][start : start + TEST_BATCH]))
             for start in range(0, len(test_labels), TEST_BATCH)
@@ -85,14 +83,14 @@ def _rank(task: ProbeTask, params: Any, stats: Any, features: Array) -> Array:
 def _train(
     task: ProbeTask, recipe: ProbeRecipe, features: list[Array], labels: Array
 ) -> TrainState:
-    """States of all heads after training, stacked along a first axis."""
+    """Return the states of all heads after training, stacked along a first axis."""
     count, size = len(labels), batch_size_for(len(labels))
-    per_epoch = max(count // size, 1)
-    total = max(round(recipe.epochs * per_epoch), 1)
+    steps_per_epoch = max(count // size, 1)
+    total_steps = max(round(recipe.epochs * steps_per_epoch), 1)
     learning_rate = warmup_cosine(
         peak=recipe.learning_rate,
-        warmup_steps=WARMUP_SHARE * total,
-        total_steps=total,
+        warmup_steps=WARMUP_FRACTION * total_steps,
+        total_steps=total_steps,
     )
     tx = lars(learning_rate, momentum=MOMENTUM, weight_decay=0.0)
     init_key, order_key, step_key = jax.random.split(jax.random.key(recipe.seed), 3)
@@ -100,9 +98,9 @@ def _train(
     state = init_state(task, tx, init_key)
     states = jax.tree.map(lambda x: jnp.stack([x] * len(features)), state)
 
-    def train_step(carry: tuple[TrainState, Array], number: Array):
+    def train_step(carry: tuple[TrainState, Array], index: Array):
         states, order = carry
-        epoch, position = number // per_epoch, number % per_epoch
+        epoch, position = index // steps_per_epoch, index % steps_per_epoch
         order = jax.lax.cond(
             position == 0,
             lambda: jax.random.permutation(jax.random.fold_in(order_key, epoch), count),
@@ -114,5 +112,5 @@ def _train(
         return (states, order), None
 
     order = jnp.arange(count)
-    (states, _), _ = jax.lax.scan(train_step, (states, order), jnp.arange(total))
+    (states, _), _ = jax.lax.scan(train_step, (states, order), jnp.arange(total_steps))
     return states

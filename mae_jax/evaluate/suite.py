@@ -1,33 +1,120 @@
-"""The measurements of `python -m mae_jax.evaluate`, on features that are in memory."""
+"""Measures of frozen features, in runs and in `python -m mae_jax.evaluate`."""
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
 
 from mae_jax.data.subsets import sample_shots
+from mae_jax.distributed.inference import (
+    EvalBatches,
+    FeaturesFn,
+    LabeledFeatures,
+    extract_features,
+)
 from mae_jax.evaluate.knn import knn_scores
 from mae_jax.evaluate.metrics import Score, accuracy
 from mae_jax.evaluate.probe import ProbeRecipe, probe_scores
 
-SUITE = {
-    "knn": "k nearest neighbours, of cls and mean of the patches",
-    "linear": "linear probe of cls and mean",
-    "attentive": "attentive probe: a learned query over the patches",
-    "layers": "linear probes of cls and mean after every block",
-    "few_shot": "linear probes on a few images per class, mean of 5 draws",
-    "head": "the checkpoint's own head",
-}
 KS = (1, 5, 10, 20, 100, 200)
-DRAWS = 5  # of few-shot training sets
+DRAWS = 5  # few-shot training sets
+DEFAULT_RECIPE = ProbeRecipe()
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Features of the images to train on and to evaluate on, in memory.
+
+    Args:
+      train: None for the measure "head", which trains nothing.
+      report: called with what is being computed.
+    """
+
+    train: LabeledFeatures | None
+    test: LabeledFeatures
+    num_classes: int
+    report: Callable[[str], None] = lambda _: None
+
+    def knn(
+        self, names: Sequence[str], ks: Sequence[int], temperature: float = 0.07
+    ) -> dict[str, dict[int, Score]]:
+        """Return k-NN scores by name of the features and by k."""
+        assert self.train is not None
+        scores = {}
+        for name in names:
+            self.report(f"k-NN of {name}")
+            scores[name] = knn_scores(
+                self.train.features[name],
+                self.train.labels,
+                self.test.features[name],
+                self.test.labels,
+                num_classes=self.num_classes,
+                ks=ks,
+                temperature=temperature,
+            )
+        return scores
+
+    def probe(
+        self,
+        names: Sequence[str],
+        recipe: ProbeRecipe = DEFAULT_RECIPE,
+        *,
+        rows: Sequence[int] | slice = slice(None),
+        attention_heads: int = 0,
+    ) -> dict[str, Score]:
+        """Return scores of probes by name of the features; those of one shape train together.
+
+        Args:
+          rows: training images to use.
+          attention_heads: of attention pooling, for features [n, patches, d].
+        """
+        assert self.train is not None
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name in names:
+            groups.setdefault(self.test.features[name].shape[1:], []).append(name)
+        scores = {}
+        for group in groups.values():
+            self.report(f"training probes of {', '.join(group)}")
+            scores |= probe_scores(
+                {name: self.train.features[name][rows] for name in group},
+                self.train.labels[rows],
+                {name: self.test.features[name] for name in group},
+                self.test.labels,
+                num_classes=self.num_classes,
+                attention_heads=attention_heads,
+                recipe=recipe,
+            )
+        return {name: scores[name] for name in names}
+
+
+def extract_splits(
+    features_fn: FeaturesFn,
+    train: EvalBatches | None,
+    test: EvalBatches,
+    num_classes: int,
+    *,
+    show_progress: bool = False,
+    report: Callable[[str], None] = lambda _: None,
+) -> SplitFeatures:
+    """Compute the features of both splits; every image is read once.
+
+    Args:
+      report: as in SplitFeatures.
+    """
+
+    def extract(images: EvalBatches, split: str) -> LabeledFeatures:
+        report(f"features of {images.count} {split} images")
+        return extract_features(features_fn, images, show_progress=show_progress)
+
+    train_features = extract(train, "training") if train else None
+    return SplitFeatures(train_features, extract(test, "evaluation"), num_classes, report)
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """One line of the table; spread is a standard deviation where the score is a mean."""
+    """A row of the results; spread is the standard deviation if the score is a mean."""
 
     measure: str
     features: str
@@ -37,103 +124,98 @@ class SuiteResult:
 
 
 @dataclass(frozen=True)
-class LabeledFeatures:
-    """Features by name, and the labels, of some images."""
+class SuiteOptions:
+    """Settings of the measures.
 
-    features: dict[str, Shaped[np.ndarray, "n ..."]]
-    labels: Int[np.ndarray, " n"]
+    Args:
+      attention_heads: of attentive probes.
+      shots: images per class of few-shot training sets.
+    """
+
+    recipe: ProbeRecipe
+    attention_heads: int
+    shots: int
+    classes: Sequence[str]
 
 
 @dataclass(frozen=True)
-class Suite:
-    """What to learn from and what to judge on.
+class Measure:
+    """A measure of the suite, and its description for --help."""
 
-    train is None where only "head" is measured. heads: of the encoder, which attentive probes have
-    too; shots: images of every class for "few_shot".
-    """
+    description: str
+    run: Callable[[SplitFeatures, SuiteOptions], list[SuiteResult]]
 
-    train: LabeledFeatures | None
-    test: LabeledFeatures
-    classes: Sequence[str]
-    heads: int
-    recipe: ProbeRecipe
-    shots: int
 
-    def measure(self, name: str) -> list[SuiteResult]:
-        """The rows of one of SUITE, each with its share of the time."""
-        begin = time.perf_counter()
-        rows: list[SuiteResult] = getattr(self, f"_{name}")()
-        seconds = round((time.perf_counter() - begin) / len(rows), 2)
-        return [dataclasses.replace(row, seconds=seconds) for row in rows]
+def measure(name: str, splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
+    """Return the results of a measure of SUITE, each with its share of the time."""
+    begin = time.perf_counter()
+    results = SUITE[name].run(splits, options)
+    seconds = round((time.perf_counter() - begin) / len(results), 2)
+    return [dataclasses.replace(result, seconds=seconds) for result in results]
 
-    def _head(self) -> list[SuiteResult]:
-        score = accuracy(self.test.features["ranking"], self.test.labels)
-        return [SuiteResult("its own head", "", score)]
 
-    def _knn(self) -> list[SuiteResult]:
-        assert self.train is not None
-        rows = []
-        for pool in ("mean", "cls"):
-            scores = knn_scores(
-                self.train.features[pool],
-                self.train.labels,
-                self.test.features[pool],
-                self.test.labels,
-                num_classes=len(self.classes),
-                ks=[k for k in KS if k <= len(self.train.labels)],
-            )
-            rows += [SuiteResult(f"k-NN, k = {k}", pool, score) for k, score in scores.items()]
-        return rows
+def _knn(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
+    del options
+    assert splits.train is not None
+    ks = [k for k in KS if k <= len(splits.train.labels)]
+    return [
+        SuiteResult(f"k-NN, k = {k}", name, score)
+        for name, scores in splits.knn(["mean", "cls"], ks).items()
+        for k, score in scores.items()
+    ]
 
-    def _linear(self) -> list[SuiteResult]:
-        return [
-            SuiteResult("linear probe", *found) for found in self._probe(["cls", "mean"]).items()
-        ]
 
-    def _layers(self) -> list[SuiteResult]:
-        names = [name for name in self.test.features if name.startswith(("cls_", "mean_"))]
-        return [SuiteResult("linear probe", *found) for found in self._probe(names).items()]
+def _linear(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
+    return _probe_rows("linear probe", splits.probe(["cls", "mean"], options.recipe))
 
-    def _attentive(self) -> list[SuiteResult]:
-        found = self._probe(["patches"], attention_heads=self.heads)
-        return [SuiteResult("attentive probe", "patches", found["patches"])]
 
-    def _few_shot(self) -> list[SuiteResult]:
-        """Means over training sets drawn with seeds 0, 1, ..., whatever the seed of probes."""
-        assert self.train is not None
-        names, labels = ["cls", "mean"], self.train.labels
-        draws = [
-            sample_shots(lambda i: int(labels[i]), len(labels), self.classes, self.shots, seed)
-            for seed in range(DRAWS)
-        ]
-        found = [self._probe(names, np.array(numbers)) for numbers in draws]
-        rows = []
-        for name in names:
-            top1, top5 = (
-                np.array([getattr(scores[name], top) for scores in found])
-                for top in ("top1", "top5")
-            )
-            score = Score(float(top1.mean()), float(top5.mean()), len(self.test.labels))
-            rows.append(
-                SuiteResult(f"linear, {self.shots}-shot", name, score, float(top1.std(ddof=1)))
-            )
-        return rows
+def _attentive(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
+    heads = options.attention_heads
+    scores = splits.probe(["patches"], options.recipe, attention_heads=heads)
+    return _probe_rows("attentive probe", scores)
 
-    def _probe(
-        self, names: Sequence[str], rows: np.ndarray | None = None, attention_heads: int = 0
-    ) -> dict[str, Score]:
-        """Probes of some features, on all training images or on some."""
-        assert self.train is not None
-        train: dict[str, Float[np.ndarray, "n ..."]] = {n: self.train.features[n] for n in names}
-        labels = self.train.labels
-        if rows is not None:
-            train, labels = {name: x[rows] for name, x in train.items()}, labels[rows]
-        return probe_scores(
-            train,
-            labels,
-            {name: self.test.features[name] for name in names},
-            self.test.labels,
-            num_classes=len(self.classes),
-            attention_heads=attention_heads,
-            recipe=self.recipe,
+
+def _layers(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
+    names = [name for name in splits.test.features if name.startswith(("cls_", "mean_"))]
+    return _probe_rows("linear probe", splits.probe(names, options.recipe))
+
+
+def _probe_rows(label: str, scores: dict[str, Score]) -> list[SuiteResult]:
+    return [SuiteResult(label, name, score) for name, score in scores.items()]
+
+
+def _few_shot(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
+    """Return means over training sets of seeds 0, 1, ..., for any seed of the probes."""
+    assert splits.train is not None
+    names, labels = ["cls", "mean"], splits.train.labels
+    draws = [
+        sample_shots(
+            lambda i: int(labels[i]), len(labels), options.classes, options.shots, seed=seed
         )
+        for seed in range(DRAWS)
+    ]
+    scores = [splits.probe(names, options.recipe, rows=rows) for rows in draws]
+    results = []
+    for name in names:
+        top1 = np.array([score[name].top1 for score in scores])
+        top5 = np.array([score[name].top5 for score in scores])
+        score = Score(float(top1.mean()), float(top5.mean()), len(splits.test.labels))
+        label, spread = f"linear, {options.shots}-shot", float(top1.std(ddof=1))
+        results.append(SuiteResult(label, name, score, spread))
+    return results
+
+
+def _head(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
+    del options
+    score = accuracy(splits.test.features["ranking"], splits.test.labels)
+    return [SuiteResult("its own head", "", score)]
+
+
+SUITE = {
+    "knn": Measure("k nearest neighbors, of cls and mean of the patches", _knn),
+    "linear": Measure("linear probe of cls and mean", _linear),
+    "attentive": Measure("attentive probe: a learned query over the patches", _attentive),
+    "layers": Measure("linear probes of cls and mean after every block", _layers),
+    "few_shot": Measure("linear probes on a few images per class, mean of 5 samples", _few_shot),
+    "head": Measure("the checkpoint's own head", _head),
+}

@@ -25,7 +25,6 @@ from mae_jax.distributed import sharding
 from mae_jax.distributed.inference import EvalBatches
 from mae_jax.models.image_ops import crop_resize, stats_match_dtype
 from mae_jax.train.config import Config
-from mae_jax.utils import console
 
 
 def make_train_source(config: Config, index_dir: Path) -> Source:
@@ -251,24 +250,17 @@ def make_loader(config: Config, source: Source, num_classes: int | None, dtype: 
     )
 
 
-def _num_shown(batch: Batch) -> int:
-    """Return the number of images over all processes, from that of this one."""
-    return console.num_valid(batch) * jax.process_count()
-
-
 def make_eval_batches(
     config: Config,
     source: Source,
     mesh: jax.sharding.Mesh,
     *,
     num_classes: int | None = None,
-    show: bool = False,
     heartbeat: Callable[[str], None] = lambda _: None,
 ) -> EvalBatches:
     """Return the images of a source in order, as evaluation sees them.
 
     Args:
-      show: with a progress bar, which must not be nested in another.
       heartbeat: called for every batch with what is being done.
     """
 
@@ -289,8 +281,6 @@ def make_eval_batches(
             host=jax.process_index(),
             hosts=jax.process_count(),
         )
-        if show:
-            batches = console.progress(batches, len(source), count=_num_shown)
         return with_heartbeat(batches)
 
     return EvalBatches(len(source), read)

@@ -165,7 +165,7 @@ class MetricsLogger:
             *columns, console=console, auto_refresh=False, expand=True, disable=hidden
         )
         self._task = self._bar.add_task("compiling", total=total_steps, completed=start_step)
-        if total_steps:
+        if start_step < total_steps:
             self._bar.start()
 
     def rewind(self, step: int) -> None:

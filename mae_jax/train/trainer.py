@@ -18,7 +18,7 @@ from mae_jax.data.loader import ArrayLoader, Loader
 from mae_jax.data.sources import Source
 from mae_jax.distributed import processes, sharding
 from mae_jax.distributed.checkpointer import Checkpointer
-from mae_jax.distributed.inference import extract_features
+from mae_jax.distributed.inference import extract_features, with_sharded_inputs
 from mae_jax.models import attention_autotune, flops
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
@@ -27,12 +27,7 @@ from mae_jax.train import build_data, build_model, report
 from mae_jax.train.build_model import RunLength
 from mae_jax.train.config import Config
 from mae_jax.train.config_schema import as_json
-from mae_jax.train.evaluators import (
-    Evaluation,
-    features_enabled,
-    make_evaluators,
-    with_sharded_inputs,
-)
+from mae_jax.train.evaluators import Evaluation, features_enabled, make_evaluators
 from mae_jax.train.fault_tolerance import PreemptionHandler, Watchdog
 from mae_jax.train.init_state import (
     StateLayout,
@@ -336,15 +331,17 @@ def _cache_features(
         setup.train_source,
         setup.mesh,
         num_classes=task.model.num_classes,
-        show=True,
         heartbeat=heartbeat,
     )
     log.info("computing the features of %d images once", images.count)
     pooled = with_sharded_inputs(jax.jit(task.pooled), setup.mesh, state.params)
-    features, labels = extract_features(lambda images: {"pooled": pooled(images)}, images)
-    log.info("they take %.1f MB of memory", features["pooled"].nbytes / 1e6)
+    computed = extract_features(
+        lambda images: {"pooled": pooled(images)}, images, show_progress=True
+    )
+    features = computed.features["pooled"]
+    log.info("they take %.1f MB of memory", features.nbytes / 1e6)
     return ArrayLoader(
-        arrays={"pooled": features["pooled"], "label": labels},
+        arrays={"pooled": features, "label": computed.labels},
         seed=config.seed,
         batch_size=config.batch_size,
         host=jax.process_index(),
