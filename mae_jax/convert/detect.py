@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are: its dialect, its sizes, and all else that it tells."""
+"""Detect the format and the architecture of a checkpoint from its tensors and metadata."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ log = logging.getLogger("mae_jax")
 
 
 def detect(
-    found: RawCheckpoint,
+    raw: RawCheckpoint,
     path: Path,
     *,
     dialect: str | None = None,
@@ -39,97 +39,102 @@ def detect(
     grid: tuple[int, int] | None = None,
     require_num_heads: Collection[str] = ("encoder", "decoder"),
 ) -> tuple[Layout, ModelInfo, Shapes]:
-    """What tensors are, and the shapes of ours that they make; `path` is for messages.
+    """Detect the format and the architecture of a checkpoint, and check all its tensors.
 
     Args:
-      dialect: "mae_jax", "official", "hf" or "timm"; None recognises it by the names of tensors.
-      heads, decoder_heads: where the file does not tell, and the size is not a known one.
-      layer_norm_eps, target, pool: instead of what the file or its dialect says.
-      grid: rows and columns of patches, where they are not as many and the file does not tell.
-      require_num_heads: of which an unknown number of heads is an error.
+      path: for messages.
+      dialect: format: "mae_jax", "official", "hf" or "timm"; None detects it from the keys.
+      heads, decoder_heads: numbers of attention heads, if the file lacks them and the size is not
+        a standard one.
+      layer_norm_eps, target, pool: override the metadata of the file and the format's defaults.
+      grid: rows and columns of patches, if the file lacks the image size and it is not square.
+      require_num_heads: towers ("encoder", "decoder") that must have a known number of heads.
+
+    Returns:
+      The layout of the state dict, the metadata, and the shapes of our parameters by path.
 
     Raises:
-      ConvertError: anything is missing, unexpected, of a wrong shape, or cannot be known.
+      ConvertError: a tensor is missing, unexpected or of a wrong shape, or metadata is unknown.
     """
-    layout = detect_layout(found.tensors, dialect or found.dialect, str(path))
-    log.info("%s is %s", path, layout)
-    _check_types(found.tensors, path)
-    structure, rows = _structure(layout, found, path)
-    facts = found.metadata | structure
-    facts["image_size"] = _image_size(facts, rows, grid, path)
-    facts["heads"] = _heads(facts, "", heads, path)
-    if facts.get("decoder_depth"):
-        facts["decoder_heads"] = _heads(facts, "decoder_", decoder_heads, path)
-    else:  # config.json may tell of one that is not there
-        facts |= {"decoder_heads": 0, "target": "unknown"}
-    said = {"target": target, "layer_norm_eps": layer_norm_eps, "pool": pool}
-    for name, asked in said.items():
-        if asked is not None and facts.get(name, asked) not in (asked, "unknown"):
-            log.warning("%s says %s=%s; %s is what you say", path, name, facts[name], asked)
-        facts |= {name: asked} if asked is not None else {}
+    layout = detect_layout(raw.tensors, dialect or raw.dialect, str(path))
+    log.info("%s is in the format %s", path, layout)
+    _check_dtypes(raw.tensors, path)
+    structure, num_positions = _structure(layout, raw, path)
+    metadata = raw.metadata | structure
+    metadata["image_size"] = _image_size(metadata, num_positions, grid, path)
+    metadata["heads"] = _num_heads(metadata, "", heads, path)
+    if metadata.get("decoder_depth"):
+        metadata["decoder_heads"] = _num_heads(metadata, "decoder_", decoder_heads, path)
+    else:  # config.json may describe a decoder that the tensors lack
+        metadata |= {"decoder_heads": 0, "target": "unknown"}
+    overrides = {"target": target, "layer_norm_eps": layer_norm_eps, "pool": pool}
+    for name, override in overrides.items():
+        if override is not None:
+            declared = metadata.get(name, override)
+            if declared not in (override, "unknown"):
+                log.warning("%s has %s=%s; overridden by %s", path, name, declared, override)
+            metadata[name] = override
     try:
-        info = _fill_defaults(layout, facts, path)
-        _check_sizes(found, info, path)
-        _check_heads(info, require_num_heads, path)
+        info = _fill_defaults(layout, metadata, path)
         shapes = expected_shapes(info)
-    except ConvertError:
-        raise
     except (UserError, ValueError) as error:
         raise ConvertError(f"{path}: {error}") from error
-    _raise_mismatch(path, layout, find_mismatches(layout, shapes, found.tensors, info.patch))
+    _check_declared_sizes(raw, info, path)
+    _check_num_heads(info, require_num_heads, path)
+    _raise_mismatch(path, layout, find_mismatches(layout, shapes, raw.tensors, info.patch))
     return layout, info, shapes
 
 
 def _raise_mismatch(path: Path, layout: Layout, lines: list[str]) -> None:
+    """Raise ConvertError with all mismatches, if there are any."""
     if lines:
-        listed = "\n  ".join(lines)
-        raise ConvertError(f"{path} does not fit {layout}; nothing was read from it:\n  {listed}")
+        mismatches = "\n  ".join(lines)
+        raise ConvertError(f"{path} does not match the format {layout}:\n  {mismatches}")
 
 
-def _check_sizes(found: RawCheckpoint, info: ModelInfo, path: Path) -> None:
-    """ConvertError where config.json tells of another model: of more blocks, as a rule."""
-    if odd := size_mismatches(found.declared_sizes, info):
+def _check_declared_sizes(raw: RawCheckpoint, info: ModelInfo, path: Path) -> None:
+    """Raise ConvertError if config.json has other sizes than the tensors, usually more blocks."""
+    if mismatches := size_mismatches(raw.declared_sizes, info):
         raise ConvertError(
-            f"{path / 'config.json'} contradicts the weights beside it: {', '.join(odd)}. "
-            "Some of the weights are missing, or one of the files is another model's"
+            f"{path / 'config.json'} contradicts the weights: {', '.join(mismatches)}. Some of "
+            "the weights are missing, or one of the files belongs to another model"
         )
 
 
-def _check_types(tensors: Arrays, path: Path) -> None:
-    odd = [
+def _check_dtypes(tensors: Arrays, path: Path) -> None:
+    """Raise ConvertError for tensors that are not floating point."""
+    invalid = [
         f"{name} ({array.dtype})"
         for name, array in tensors.items()
         if not jnp.issubdtype(array.dtype, jnp.floating) and "num_batches" not in name
         if not name.endswith("/count")
     ]
-    if odd:
-        raise ConvertError(f"{path} holds tensors that are not floating point: {', '.join(odd)}")
+    if invalid:
+        raise ConvertError(f"{path} has tensors that are not floating point: {', '.join(invalid)}")
 
 
-def _structure(
-    layout: Layout, found: RawCheckpoint, path: Path
-) -> tuple[dict[str, Any], int | None]:
-    """The fields of an `Info` that names and shapes tell, and rows of the position table.
+def _structure(layout: Layout, raw: RawCheckpoint, path: Path) -> tuple[dict[str, Any], int | None]:
+    """Return the fields of a `ModelInfo` that keys and shapes determine.
 
-    The names of mae_jax tell none of that: there the metadata is needed.
+    The second value is the number of rows of the positional embedding. Files of mae_jax have all of
+    this in their metadata; their stacked blocks are not inspected.
     """
     if layout.dialect == "mae_jax":
-        missing = REQUIRED - DEFAULTS["mae_jax"].keys() - found.metadata.keys()
+        missing = REQUIRED - DEFAULTS["mae_jax"].keys() - raw.metadata.keys()
         if missing:
             raise ConvertError(
-                f"{path} has the names of mae_jax, but lost its metadata: {', '.join(missing)}"
+                f"{path} has the keys of mae_jax, but its metadata lacks {', '.join(sorted(missing))}"
             )
         return {}, None
-    places = {name: layout.match(name) for name in found.tensors}
-    known = [place for place in places.values() if place]
-    parts = {ours.split("/")[0] for ours, _ in known}
-    shapes = _reference_shapes(layout, found.tensors, parts, path)
+    matches = [match for name in raw.tensors if (match := layout.match(name))]
+    parts = {param.split("/")[0] for param, _ in matches}
+    shapes = _reference_shapes(layout, raw.tensors, parts, path)
     depths = {
-        tower: _depth({i for ours, i in known if ours.startswith(f"{tower}/blocks/")})
+        tower: _depth({block for param, block in matches if param.startswith(f"{tower}/blocks/")})
         for tower in ("encoder", "decoder")
     }
     width, channels, patch, _ = shapes["encoder/patch_embed/kernel"]
-    facts: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "width": width,
         "channels": channels,
         "patch": patch,
@@ -139,25 +144,25 @@ def _structure(
         "head_norm": "head_norm" in parts,
         "num_classes": shapes["head/bias"][0] if "head" in parts else 0,
     }
-    if "fc_norm" in parts and "pool" not in found.metadata:
-        facts["pool"] = "mean"
+    if "fc_norm" in parts and "pool" not in raw.metadata:
+        fields["pool"] = "mean"
     if "decoder" in parts:
-        facts["decoder_depth"] = depths["decoder"]
-        facts["decoder_width"] = shapes["decoder/mask_token"][2]
+        fields["decoder_depth"] = depths["decoder"]
+        fields["decoder_width"] = shapes["decoder/mask_token"][2]
         hidden = shapes["decoder/blocks/mlp/fc1/bias"][0]
-        facts["decoder_mlp_ratio"] = hidden / facts["decoder_width"]
-    return facts, shapes["encoder/pos_embed/table"][1]
+        fields["decoder_mlp_ratio"] = hidden / fields["decoder_width"]
+    return fields, shapes["encoder/pos_embed/table"][1]
 
 
-def _depth(numbers: set[int]) -> int:
-    """How many blocks there are, or should be where a few are missing; one stray adds none."""
-    depth = 1 + max(numbers, default=-1)
-    if 2 * len(numbers) > depth:
+def _depth(blocks: set[int]) -> int:
+    """Return the number of blocks, including a few missing ones, but not one stray block."""
+    depth = 1 + max(blocks, default=-1)
+    if 2 * len(blocks) > depth:
         return depth
-    return next(number for number in range(depth + 1) if number not in numbers)
+    return next(block for block in range(depth + 1) if block not in blocks)
 
 
-# The arrays whose shapes tell the size of everything else, and their number of axes.
+# The parameters whose shapes determine all other sizes, and their number of axes.
 _REFERENCE_SHAPES = {
     "encoder/cls_token": 3,
     "encoder/pos_embed/table": 3,
@@ -172,101 +177,104 @@ _REFERENCE_SHAPES = {
 def _reference_shapes(
     layout: Layout, tensors: Arrays, parts: set[str], path: Path
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays in _TELLING; if one is wrong, all that names alone show to be wrong."""
-    shapes, odd = {}, []
-    for ours, ndim in _REFERENCE_SHAPES.items():
-        if ours.split("/")[0] in parts | {"encoder"}:
-            name = layout.external_name(ours)
+    """Return the shapes of _REFERENCE_SHAPES; if one is invalid, raise with all unknown keys."""
+    shapes, lines = {}, []
+    for param, ndim in _REFERENCE_SHAPES.items():
+        if param.split("/")[0] in parts | {"encoder"}:
+            name = layout.external_name(param)
             if name not in tensors:
-                odd.append(f"- {name} is missing")
+                lines.append(f"- {name} is missing")
             elif tensors[name].ndim != ndim or 0 in tensors[name].shape:
-                odd.append(f"! {name} has shape {tensors[name].shape}, the model needs {ndim} axes")
+                shape = tensors[name].shape
+                lines.append(f"! {name} has shape {shape}, the model needs {ndim} axes")
             else:
-                shapes[ours] = tensors[name].shape
+                shapes[param] = tensors[name].shape
     kernel = shapes.get("encoder/patch_embed/kernel", (1, 1, 1, 1))
     if kernel[2] != kernel[3]:
-        odd.append(f"! {layout.external_name('encoder/patch_embed/kernel')} {kernel} is not square")
-    if odd:
-        odd += [
+        name = layout.external_name("encoder/patch_embed/kernel")
+        lines.append(f"! {name} {kernel} is not square")
+    if lines:
+        lines += [
             f"+ {name} {array.shape} is not part of the model"
             for name, array in tensors.items()
             if not layout.match(name)
         ]
-    _raise_mismatch(path, layout, odd)
+    _raise_mismatch(path, layout, lines)
     return shapes
 
 
 def _image_size(
-    facts: dict[str, Any], rows: int | None, grid: tuple[int, int] | None, path: Path
+    metadata: dict[str, Any], num_positions: int | None, grid: tuple[int, int] | None, path: Path
 ) -> tuple[int, int]:
-    """Height and width in pixels: as told, else of as many rows of patches as columns."""
-    patch, told = facts["patch"], facts.get("image_size")
-    if told:
-        if grid and (grid[0] * patch, grid[1] * patch) != told:
-            raise ConvertError(f"{path} says that its image_size is {told}: no patches of {grid}")
-        return told
-    num_patches = (rows or 1) - 1
+    """Return height and width in pixels: as declared, else of the grid, else square."""
+    patch, declared = metadata["patch"], metadata.get("image_size")
+    if declared:
+        if grid and (grid[0] * patch, grid[1] * patch) != declared:
+            raise ConvertError(f"{path} has image_size={declared}, which is no grid of {grid}")
+        return declared
+    num_patches = (num_positions or 1) - 1
     side = math.isqrt(num_patches)
     grid = grid or (side, side)
     if grid[0] * grid[1] != num_patches or not num_patches:
         raise ConvertError(
-            f"{path} has positions of {num_patches} patches, which are not {grid[0]} x {grid[1]}: "
-            "say how many rows and columns with --grid-size ROWS,COLUMNS (in Python, grid=). A "
-            "table without a row for the class token (timm's no_embed_class) is not supported"
+            f"{path} has positional embeddings of {num_patches} patches, not {grid[0]} x "
+            f"{grid[1]}: set --grid-size ROWS,COLUMNS (in Python, grid=). Positional embeddings "
+            "without a row for the cls token (timm's no_embed_class) are not supported"
         )
     return grid[0] * patch, grid[1] * patch
 
 
-def _heads(facts: dict[str, Any], tower: str, asked: int | None, path: Path) -> int:
-    """Heads of a tower ("" or "decoder_"): told, asked for, or of a known size; else 0."""
-    told = facts.get(f"{tower}heads")
-    if asked and told and asked != told:
-        width, depth = (facts[f"{tower}{key}"] for key in ("width", "depth"))
+def _num_heads(metadata: dict[str, Any], tower: str, override: int | None, path: Path) -> int:
+    """Return the heads of a tower ("" or "decoder_"): declared, given or standard; 0 if unknown."""
+    declared = metadata.get(f"{tower}heads")
+    if override and declared and override != declared:
+        width, depth = (metadata[f"{tower}{key}"] for key in ("width", "depth"))
         raise ConvertError(
-            f"{path} says that it has {tower}heads={told}, not {asked} ({tower}width={width}, "
-            f"{tower}depth={depth}, patch={facts['patch']})"
+            f"{path} has {tower}heads={declared}, not {override} ({tower}width={width}, "
+            f"{tower}depth={depth}, patch={metadata['patch']})"
         )
-    for size in map(vars, VARIANTS.values()):
-        if all(size[f"{tower}{key}"] == facts.get(f"{tower}{key}") for key in ("width", "depth")):
-            return told or asked or size[f"{tower}heads"]
-    return told or asked or 0
+    for variant in map(vars, VARIANTS.values()):
+        keys = (f"{tower}width", f"{tower}depth")
+        if all(variant[key] == metadata.get(key) for key in keys):
+            return declared or override or variant[f"{tower}heads"]
+    return declared or override or 0
 
 
-def _check_heads(info: ModelInfo, towers: Collection[str], path: Path) -> None:
-    unknown = {
-        "encoder": (info.width, info.depth, "--num-heads") if not info.heads else None,
-        "decoder": (info.decoder_width, info.decoder_depth, "--decoder-num-heads")
-        if info.decoder_depth and not info.decoder_heads
-        else None,
-    }
-    lacking = {tower: told for tower, told in unknown.items() if told and tower in towers}
-    if lacking:
-        sizes = " and ".join(f"{t} ({w} features x {d} blocks)" for t, (w, d, _) in lacking.items())
-        flags = " and ".join(flag for _, _, flag in lacking.values())
+def _check_num_heads(info: ModelInfo, towers: Collection[str], path: Path) -> None:
+    """Raise ConvertError if a tower has an unknown number of heads."""
+    unknown = {}
+    if not info.heads:
+        unknown["encoder"] = (info.width, info.depth, "--num-heads")
+    if info.decoder_depth and not info.decoder_heads:
+        unknown["decoder"] = (info.decoder_width, info.decoder_depth, "--decoder-num-heads")
+    unknown = {tower: size for tower, size in unknown.items() if tower in towers}
+    if unknown:
+        sizes = " and ".join(f"{t} ({w} features x {d} blocks)" for t, (w, d, _) in unknown.items())
+        flags = " and ".join(flag for _, _, flag in unknown.values())
         raise ConvertError(
-            f"{path} does not tell how many attention heads its {sizes} has, and it is no known "
-            f"size: say it with {flags} (in Python, heads= and decoder_heads=)"
+            f"{path} does not record the number of attention heads of its {sizes}, which is not a "
+            f"standard size: set {flags} (in Python, heads= and decoder_heads=)"
         )
 
 
-def _fill_defaults(layout: Layout, facts: dict[str, Any], path: Path) -> ModelInfo:
-    """An `Info`, with the documented defaults of the dialect for what the file leaves unsaid."""
+def _fill_defaults(layout: Layout, metadata: dict[str, Any], path: Path) -> ModelInfo:
+    """Return a `ModelInfo`, with the format's defaults for metadata that the file lacks."""
     defaults = dict(DEFAULTS[layout.dialect])
     for name in ("mean", "std"):
-        defaults[name] = expand_stats(defaults[name], facts["channels"])
-    absent = {name: value for name, value in defaults.items() if name not in facts}
+        defaults[name] = expand_stats(defaults[name], metadata["channels"])
+    absent = {name: value for name, value in defaults.items() if name not in metadata}
     if absent:
         values = ", ".join(f"{name}={value}" for name, value in absent.items())
-        log.info("%s does not tell, so the defaults of %s hold: %s", path, layout.dialect, values)
-    facts = {"source": layout.dialect, **defaults, **facts}
-    names, count = facts.get("class_names", ()), facts.get("num_classes", 0)
-    if names and len(names) != count:
-        if count:
+        log.info("%s: using the defaults of %s for %s", path, layout.dialect, values)
+    metadata = {"source": layout.dialect, **defaults, **metadata}
+    names, num_classes = metadata.get("class_names", ()), metadata.get("num_classes", 0)
+    if names and len(names) != num_classes:
+        if num_classes:
             log.warning(
-                "%s names %d classes for a head of %d; the names are not used",
+                "%s names %d classes, but its head has %d: the names are ignored",
                 path,
                 len(names),
-                count,
+                num_classes,
             )
-        facts["class_names"] = ()
-    return ModelInfo(**facts)
+        metadata["class_names"] = ()
+    return ModelInfo(**metadata)

@@ -1,4 +1,4 @@
-"""The JSON files beside weights in directories of HuggingFace and timm."""
+"""Parse and write the JSON files in checkpoint directories of Hugging Face and timm."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from mae_jax.convert.model_info import ConvertError, ModelInfo
 from mae_jax.models.layers import mlp_dim
 
 Json = dict[str, Any]
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's codes
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -15,46 +15,47 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def parse_hf_config(config: Json) -> Json:
-    """Fields of an `Info` that config.json tells."""
+    """Return the fields of a `ModelInfo` that config.json of Hugging Face contains."""
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
-        raise ConvertError(f"config.json: hidden_act={activation!r}; only the exact 'gelu' is MAE")
-    facts: Json = {
+        raise ConvertError(f"config.json: hidden_act={activation!r}; only 'gelu' is supported")
+    metadata: Json = {
         "heads": config.get("num_attention_heads", 12),
         "layer_norm_eps": config.get("layer_norm_eps", 1e-12),
         "image_size": _pair(config.get("image_size", 224)),
     }
     if config.get("model_type") == "vit_mae":
-        facts["decoder_heads"] = config.get("decoder_num_attention_heads", 16)
-        facts["target"] = "normalized" if config.get("norm_pix_loss") else "pixels"
-        facts["mask_ratio"] = config.get("mask_ratio", 0.75)
+        metadata["decoder_heads"] = config.get("decoder_num_attention_heads", 16)
+        metadata["target"] = "normalized" if config.get("norm_pix_loss") else "pixels"
+        metadata["mask_ratio"] = config.get("mask_ratio", 0.75)
     names = config.get("id2label") or {}
     if names and not all(str(name).startswith("LABEL_") for name in names.values()):
-        facts["class_names"] = tuple(names[key] for key in sorted(names, key=int))
-    return facts
+        metadata["class_names"] = tuple(names[key] for key in sorted(names, key=int))
+    return metadata
 
 
 def parse_hf_preprocessor(preprocessor: Json, channels: int) -> Json:
-    """Fields of an `Info` that preprocessor_config.json tells."""
-    facts: Json = {}
+    """Return the fields of a `ModelInfo` that preprocessor_config.json contains."""
+    metadata: Json = {}
     if preprocessor.get("do_normalize") is False:
         preprocessor = preprocessor | {"image_mean": 0.0, "image_std": 1.0}
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if theirs in preprocessor:
-            value = preprocessor[theirs]
-            facts[ours] = (value,) * channels if isinstance(value, (int, float)) else tuple(value)
+    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+        if key in preprocessor:
+            value = preprocessor[key]
+            is_number = isinstance(value, (int, float))
+            metadata[name] = (value,) * channels if is_number else tuple(value)
     if preprocessor.get("resample") in RESAMPLING:
-        facts["interpolation"] = RESAMPLING[preprocessor["resample"]]
+        metadata["interpolation"] = RESAMPLING[preprocessor["resample"]]
     size, crop = preprocessor.get("size"), preprocessor.get("crop_size")
     shortest = size.get("shortest_edge") if isinstance(size, dict) else None
     if shortest:
-        cropped = crop["height"] if isinstance(crop, dict) else crop
-        cropped = cropped if preprocessor.get("do_center_crop") else None
-        facts |= {"resize": "crop", "crop": (cropped or shortest) / shortest}
-    return facts
+        crop_size = crop["height"] if isinstance(crop, dict) else crop
+        crop_size = crop_size if preprocessor.get("do_center_crop") else None
+        metadata |= {"resize": "crop", "crop": (crop_size or shortest) / shortest}
+    return metadata
 
 
-# What config.json tells of sizes that the tensors show: HuggingFace's keys, and timm's model_args.
+# Sizes that can be checked against tensor shapes: keys of config.json, and of timm's model_args.
 _SIZES = (
     *("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "intermediate_size"),
     *("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_intermediate_size"),
@@ -63,26 +64,26 @@ _SIZES = (
 
 
 def declared_sizes(config: Json) -> Json:
-    """Those of config.json, or of its model_args, that the tensors show as well."""
-    told = {key: config[key] for key in _SIZES if key in config}
-    patch = told.get("patch_size")
+    """Return the sizes in config.json (or model_args) that can be checked against the tensors."""
+    sizes = {key: config[key] for key in _SIZES if key in config}
+    patch = sizes.get("patch_size")
     if isinstance(patch, list) and len(set(patch)) == 1:
-        told["patch_size"] = patch[0]
-    return told
+        sizes["patch_size"] = patch[0]
+    return sizes
 
 
-def size_mismatches(told: Json, info: ModelInfo) -> list[str]:
-    """What `sizes` tells otherwise than the tensors; a decoder that is not there is no matter."""
-    made = hf_config(info) | timm_model_args(info)
+def size_mismatches(declared: Json, info: ModelInfo) -> list[str]:
+    """Return the declared sizes that differ from the tensors'; ignores those of a lost decoder."""
+    actual = hf_config(info) | timm_model_args(info)
     return [
-        f"{key}={value} (its tensors: {made[key]})"
-        for key, value in told.items()
-        if key in made and value != made[key]
+        f"{key}={value} (its tensors: {actual[key]})"
+        for key, value in declared.items()
+        if key in actual and value != actual[key]
     ]
 
 
 def hf_config(info: ModelInfo) -> Json:
-    """config.json of ViTMAEForPreTraining, ViTMAEModel or ViTForImageClassification."""
+    """Return config.json of ViTMAEForPreTraining, ViTMAEModel or ViTForImageClassification."""
     square = info.image_size[0] == info.image_size[1]
     config: Json = {
         "architectures": ["ViTMAEForPreTraining" if info.decoder_depth else "ViTMAEModel"],
@@ -121,7 +122,7 @@ def hf_config(info: ModelInfo) -> Json:
 
 
 def hf_preprocessor(info: ModelInfo) -> Json:
-    """preprocessor_config.json; transformers' ViT processor squashes, whatever `resize` says."""
+    """Return preprocessor_config.json. The ViT processor of transformers has no center crop."""
     resampling = {name: number for number, name in RESAMPLING.items()}
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -136,47 +137,47 @@ def hf_preprocessor(info: ModelInfo) -> Json:
     }
 
 
-# timm's arguments that change what a model computes and leave no trace in its tensors.
-_TIMM_ONLY = {
+# Arguments of timm models that change the computation, but not the tensors: supported values.
+_TIMM_SUPPORTED = {
     "act_layer": (None, "gelu"),
     "no_embed_class": (None, False),
     "pool_include_prefix": (None, False),
 }
 
 
-def _check_timm(arguments: Json) -> None:
-    for name, known in _TIMM_ONLY.items():
-        if arguments.get(name) not in known:
+def _check_timm(model_args: Json) -> None:
+    for name, supported in _TIMM_SUPPORTED.items():
+        if model_args.get(name) not in supported:
             raise ConvertError(
-                f"config.json: model_args has {name}={arguments[name]!r}; only {known[-1]!r} is "
-                "known here, and the tensors alone would be read as that"
+                f"config.json: model_args has {name}={model_args[name]!r}; only {supported[-1]!r} "
+                "is supported"
             )
 
 
 def parse_timm_config(config: Json) -> Json:
-    """Fields of an `Info` that a timm hub directory's config.json tells."""
-    facts: Json = {}
-    pretrained = config.get("pretrained_cfg", {})
-    arguments = config.get("model_args", {})
-    _check_timm(arguments)
+    """Return the fields of a `ModelInfo` that config.json of a timm directory contains."""
+    metadata: Json = {}
+    pretrained_cfg = config.get("pretrained_cfg", {})
+    model_args = config.get("model_args", {})
+    _check_timm(model_args)
     for name in ("mean", "std"):
-        if name in pretrained:
-            facts[name] = tuple(pretrained[name])
-    if pretrained.get("crop_mode") == "squash":
-        facts["resize"] = "squash"
-    if "crop_pct" in pretrained:
-        facts["crop"] = float(pretrained["crop_pct"])
-    if pretrained.get("interpolation") in RESAMPLING.values():
-        facts["interpolation"] = pretrained["interpolation"]
+        if name in pretrained_cfg:
+            metadata[name] = tuple(pretrained_cfg[name])
+    if pretrained_cfg.get("crop_mode") == "squash":
+        metadata["resize"] = "squash"
+    if "crop_pct" in pretrained_cfg:
+        metadata["crop"] = float(pretrained_cfg["crop_pct"])
+    if pretrained_cfg.get("interpolation") in RESAMPLING.values():
+        metadata["interpolation"] = pretrained_cfg["interpolation"]
     if config.get("global_pool") in ("avg", "token"):
-        facts["pool"] = "mean" if config["global_pool"] == "avg" else "cls"
-    if "num_heads" in arguments:
-        facts["heads"] = arguments["num_heads"]
-    if "img_size" in arguments:
-        facts["image_size"] = _pair(arguments["img_size"])
+        metadata["pool"] = "mean" if config["global_pool"] == "avg" else "cls"
+    if "num_heads" in model_args:
+        metadata["heads"] = model_args["num_heads"]
+    if "img_size" in model_args:
+        metadata["image_size"] = _pair(model_args["img_size"])
     if config.get("label_names"):
-        facts["class_names"] = tuple(config["label_names"])
-    return facts
+        metadata["class_names"] = tuple(config["label_names"])
+    return metadata
 
 
 ARCHITECTURES = {
@@ -189,7 +190,7 @@ ARCHITECTURES = {
 
 
 def timm_model_args(info: ModelInfo) -> Json:
-    """Keyword arguments with which timm.create_model makes the model, whatever its size."""
+    """Return the keyword arguments of timm.create_model for a model of any size."""
     return {
         "img_size": list(info.image_size),
         "patch_size": info.patch,
@@ -205,7 +206,7 @@ def timm_model_args(info: ModelInfo) -> Json:
 
 
 def timm_config(info: ModelInfo) -> Json:
-    """config.json for timm.create_model("local-dir:...")."""
+    """Return config.json for timm.create_model("local-dir:...")."""
     config: Json = {
         "architecture": ARCHITECTURES.get(info.size_name, "vit_base_patch16_224"),
         "num_classes": info.num_classes,

@@ -1,4 +1,4 @@
-"""What has to be known of a checkpoint beside its arrays, and the network that it makes."""
+"""Metadata of a checkpoint, and the network that it describes."""
 
 import dataclasses
 import json
@@ -25,22 +25,22 @@ TARGETS = ("pixels", "normalized", "unknown")
 
 
 class ConvertError(UserError):
-    """A checkpoint cannot be read, converted or written; the message says why and what to do."""
+    """A checkpoint cannot be read, converted or written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What a checkpoint is, and how its images are prepared.
+    """Architecture and preprocessing of a checkpoint.
 
-    source: the dialect that the weights first came from.
-    heads: 0 where unknown; decoder_depth: 0 without decoder; num_classes: 0 without a head.
+    source: format that the weights originally came from.
+    heads: 0 if unknown; decoder_depth: 0 without decoder; num_classes: 0 without head.
     image_size: height and width, pixels.
     pool, fc_norm, head_norm: as in `Classifier`.
-    target: what the decoder predicts, "pixels", "normalized" or "unknown".
-    mask_ratio: share of patches hidden in pretraining, the paper's where unknown.
-    resize: "crop" takes the central `crop` of the sides, "squash" the whole image whatever its
-      aspect; interpolation: "bicubic" or "bilinear".
-    mean, std: per channel, as `mae_jax.models.image_ops` takes them; exif: images are turned as it tells.
+    target: what the decoder predicts: "pixels", "normalized" or "unknown".
+    mask_ratio: fraction of patches hidden in pretraining; the paper's if unknown.
+    resize: "crop" takes the central `crop` of the sides; "squash" resizes the full image without
+      keeping its aspect ratio; interpolation: "bicubic" or "bilinear".
+    mean, std: per channel, as in `mae_jax.models.image_ops`; exif: EXIF orientation is applied.
     """
 
     source: str
@@ -72,48 +72,51 @@ class ModelInfo:
     exif: bool = False
 
     def __post_init__(self):
-        """ValueError for values that nothing could be computed with."""
-        kinds = (("source", str), ("fc_norm", bool), ("head_norm", bool), ("exif", bool))
-        for name, kind in kinds:
-            _check(name, vars(self)[name], isinstance(vars(self)[name], kind), kind.__name__)
+        """Raise ConvertError for invalid values."""
+        types = (("source", str), ("fc_norm", bool), ("head_norm", bool), ("exif", bool))
+        for name, expected in types:
+            value = vars(self)[name]
+            _check(name, value, isinstance(value, expected), f"a {expected.__name__}")
         counts = ("width", "depth", "patch", "channels")
         for name in (*counts, "heads", "num_classes", *_DECODER):
             value = vars(self)[name]
-            least = 1 if name in counts else 0
-            _check(name, value, type(value) is int and value >= least, f"a number from {least} up")
+            low = 1 if name in counts else 0
+            _check(name, value, type(value) is int and value >= low, f"an integer >= {low}")
         for name in ("mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "crop"):
             value = vars(self)[name]
-            good = isinstance(value, (int, float)) and 0 < value < math.inf
-            _check(name, value, good, "a positive number")
+            valid = isinstance(value, (int, float)) and 0 < value < math.inf
+            _check(name, value, valid, "a number > 0")
         _check("crop", self.crop, self.crop <= 1, "at most 1")
-        good = isinstance(self.norm_pix_eps, (int, float)) and 0 <= self.norm_pix_eps < math.inf
-        _check("norm_pix_eps", self.norm_pix_eps, good, "a number from 0 up")
-        good = isinstance(self.mask_ratio, (int, float)) and 0 <= self.mask_ratio < 1
-        _check("mask_ratio", self.mask_ratio, good, "a number from 0 up, below 1")
+        valid = isinstance(self.norm_pix_eps, (int, float)) and 0 <= self.norm_pix_eps < math.inf
+        _check("norm_pix_eps", self.norm_pix_eps, valid, "a number >= 0")
+        valid = isinstance(self.mask_ratio, (int, float)) and 0 <= self.mask_ratio < 1
+        _check("mask_ratio", self.mask_ratio, valid, "a number >= 0 and < 1")
         size = self.image_size
-        good = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)
-        _check("image_size", size, good, "height and width")
+        valid = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)
+        _check("image_size", size, valid, "height and width")
         for name, allowed in _CHOICES.items():
             _check(name, vars(self)[name], vars(self)[name] in allowed, f"one of {allowed}")
         for name, low in (("mean", -math.inf), ("std", 0)):
             values = vars(self)[name]
-            good = isinstance(values, tuple) and len(values) == self.channels
-            good = good and all(isinstance(x, (int, float)) and low < x < math.inf for x in values)
-            _check(name, values, good, f"a number for each of {self.channels} channels")
+            valid = isinstance(values, tuple) and len(values) == self.channels
+            valid = valid and all(
+                isinstance(x, (int, float)) and low < x < math.inf for x in values
+            )
+            _check(name, values, valid, f"{self.channels} numbers, one per channel")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Return the number of rows and columns of patches."""
         return patch_grid(self.image_size, self.patch)
 
     @property
     def size_name(self) -> str:
-        """As in sizes.py, or "custom"."""
+        """Return the name of the size in `VARIANTS`, or "custom"."""
         known = {(s.width, s.depth, s.patch): name for name, s in VARIANTS.items()}
         return known.get((self.width, self.depth, self.patch), "custom")
 
     def to_json(self) -> str:
-        """One line of JSON, for the metadata of a file."""
+        """Return one line of JSON, for the metadata of a file."""
         return json.dumps(dataclasses.asdict(self))
 
 
@@ -126,15 +129,15 @@ _CHOICES = {
 }
 
 
-def _check(name: str, value: Any, good: bool, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value!r}, which is not {wanted}")
+def _check(name: str, value: Any, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ConvertError(f"must be {expected}", key=name, value=value)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelInfo)}
 REQUIRED = {name for name, field in FIELDS.items() if field.default is dataclasses.MISSING}
 
-# What files of a dialect leave unsaid. A layer_norm_eps of 1e-12 is transformers' own default.
+# Defaults for metadata that files of a format lack. transformers' layer_norm_eps is 1e-12.
 _COMMON: dict[str, Any] = dict(
     layer_norm_eps=1e-6,
     mean=IMAGENET_MEAN,
@@ -153,17 +156,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def metadata_from_json(text: str, where: str) -> dict[str, Any]:
-    """Fields of an `Info` from `Info.to_json`; keys of later versions are ignored."""
+    """Parse `ModelInfo.to_json`; ignores unknown keys, such as those of later versions."""
     try:
-        facts = json.loads(text)
-        facts = {name: value for name, value in facts.items() if name in FIELDS}
+        metadata = json.loads(text)
+        metadata = {name: value for name, value in metadata.items() if name in FIELDS}
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ConvertError(f"{where}: its mae_jax metadata is damaged: {error}") from error
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        raise ConvertError(f"{where}: its mae_jax metadata is corrupt: {error}") from error
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in metadata.items()}
 
 
 def expand_stats(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Means or deviations for another number of channels: their mean for one, else cyclic."""
+    """Return means or deviations for another number of channels: averaged to one, else cyclic."""
     if channels == 1 and len(values) > 1:
         return (float(np.mean(values)),)
     return tuple(values[i % len(values)] for i in range(channels))
@@ -183,7 +186,7 @@ def _variant(info: ModelInfo) -> VitVariant:
 
 
 def make_autoencoder(info: ModelInfo, execution: ExecutionConfig = ExecutionConfig()) -> MAE:
-    """The MAE of a checkpoint with a decoder; its position tables are parameters."""
+    """Return the MAE of a checkpoint with a decoder; positional embeddings are parameters."""
     return make_mae(
         _variant(info),
         grid=info.grid,
@@ -196,7 +199,7 @@ def make_autoencoder(info: ModelInfo, execution: ExecutionConfig = ExecutionConf
 
 
 def make_classifier(info: ModelInfo, execution: ExecutionConfig = ExecutionConfig()) -> Classifier:
-    """The encoder of a checkpoint with whatever comes after it."""
+    """Return the encoder of a checkpoint with its pooling and head."""
     encoder = make_encoder(
         _variant(info),
         info.grid,
@@ -215,7 +218,7 @@ def make_classifier(info: ModelInfo, execution: ExecutionConfig = ExecutionConfi
 
 
 def to_variables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of all arrays as the collections that flax takes."""
+    """Split a tree of all arrays into flax collections."""
     statistics = {name: tree for name, tree in params.items() if name == "head_norm"}
     return {
         "params": {name: tree for name, tree in params.items() if name not in statistics},
@@ -224,7 +227,7 @@ def to_variables(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expected_shapes(info: ModelInfo) -> dict[str, tuple[int, ...]]:
-    """Our name -> shape of every array that the checkpoint has to have."""
+    """Return the shape of every array of a checkpoint, by parameter path."""
     num_patches = info.grid[0] * info.grid[1]
     patches = jnp.zeros((1, num_patches, info.patch**2 * info.channels))
     if info.decoder_depth:
