@@ -6,11 +6,12 @@ from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time goes into compilation, and many tests, and the runs that they start, compile the
-# same programs: share them within this session, and do not optimize them (four times faster).
-# XLA_FLAGS= in the environment optimizes, as `make test-torch` does.
-_compiled = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# same programs: share them among all processes of the session, and do not optimize them (four times
+# faster). XLA_FLAGS= in the environment optimizes, as `make test-torch` does.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 if version("jax").startswith("0.10."):  # later versions have no such flag
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
