@@ -1,13 +1,24 @@
 """Random and center crops, flips and resizing, compared with torchvision and Pillow."""
 
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 from image_helpers import encoded, noise_image, photograph
 from PIL import Image
 
-from mae_jax.data.transforms import EvalTransform, TrainTransform, random_crop_box, resize
+from mae_jax.data.randaugment import RandAugment
+from mae_jax.data.transforms import (
+    EvalTransform,
+    TrainTransform,
+    crop_size,
+    random_crop_box,
+    resize,
+    single_try_crop_box,
+)
+
+CROPS = {"crop": random_crop_box, "weak_crop": single_try_crop_box, "randaugment": random_crop_box}
 
 
 class TestRandomCrop:
@@ -26,6 +37,102 @@ class TestRandomCrop:
         rng = np.random.default_rng(0)
         boxes = {random_crop_box(rng, (10, 1000), (1.0, 1.0)) for _ in range(5)}
         assert boxes == {(493, 0, 506, 10)}
+
+
+class TestSingleTryCrop:
+    @pytest.fixture
+    def official(self, golden):
+        """Samples of the official code: sizes, quantiles of 500x375 crops."""
+        return np.load(golden / "crop" / "mae_500x375_s0.08.npz")
+
+    def test_sizes_equal_the_official_code(self, official):
+        for area_fraction, aspect, _, _, h, w in official["cases_scale_aspect_ijhw"]:
+            size = crop_size(area_fraction, aspect, (375, 500))
+            assert (min(size[0], 375), min(size[1], 500)) == (h, w)
+
+    def distances(self, sample_box, official):
+        """Return the distance of each CDF from the official quantiles, and P(full height)."""
+        rng = np.random.default_rng(0)
+        boxes = np.array([sample_box(rng, (375, 500), (0.08, 1.0)) for _ in range(20_000)])
+        left, top, right, lower = boxes.T
+        h, w = lower - top, right - left
+        samples = dict(h=h, w=w, i=top, j=left, area=h * w / (375 * 500), aspect_w_over_h=w / h)
+        level, distances = official["quantile_levels"], {}
+        for name, values in samples.items():
+            quantile = official[f"{name}_quantiles"]
+            slack = 1e-6 * quantile  # the quantiles are rounded
+            below = (values[:, None] < quantile - slack).mean(axis=0)
+            up_to = (values[:, None] <= quantile + slack).mean(axis=0)
+            distances[name] = np.maximum(below - level, level - up_to).max()
+        return distances, (h == 375).mean()
+
+    def test_distribution_equals_the_official_code(self, official):
+        distances, full_height = self.distances(single_try_crop_box, official)
+        assert max(distances.values()) < 0.015, distances
+        assert full_height == pytest.approx(0.262, abs=0.012)
+
+    def test_distribution_differs_from_torchvision(self, official):
+        distances, full_height = self.distances(random_crop_box, official)
+        assert distances["h"] > 0.05
+        assert distances["area"] > 0.05
+        assert full_height < 0.05
+
+    @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2)])
+    def test_box_is_inside_the_image(self, size):
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            left, top, right, lower = single_try_crop_box(rng, size, (0.01, 1.0))
+            assert 0 <= left < right <= size[1]
+            assert 0 <= top < lower <= size[0]
+
+
+@pytest.mark.parametrize("sample_box", [random_crop_box, single_try_crop_box])
+def test_crop_positions_are_uniform(sample_box):
+    """A quarter of 4x4 pixels is always 2x2 pixels."""
+    rng = np.random.default_rng(0)
+    count = Counter(sample_box(rng, (4, 4), (0.25, 0.25)) for _ in range(4500))
+    assert set(count) == {(x, y, x + 2, y + 2) for x in range(3) for y in range(3)}
+    assert max(abs(n - 500) for n in count.values()) < 90
+
+
+class TestAugmentations:
+    @pytest.fixture(params=[1, 3])
+    def channels(self, request):
+        return request.param
+
+    def make(self, augment, channels, **kwargs):
+        randaugment = (
+            RandAugment(fill=(124, 116, 104)[:channels]) if augment == "randaugment" else None
+        )
+        weak = augment == "weak_crop"
+        return TrainTransform(
+            (16, 24), channels, (0.2, 1.0), weak=weak, augment=randaugment, **kwargs
+        )
+
+    @pytest.mark.parametrize("augment", CROPS)
+    def test_is_a_function_of_the_rng(self, augment, channels):
+        transform, data = self.make(augment, channels), encoded(noise_image(0, (40, 80)))
+        runs = []
+        for seed in (1, 1, 2):
+            rng = np.random.default_rng(seed)
+            runs.append(np.stack([transform(data, rng)["image"] for _ in range(8)]))
+        assert runs[0].shape == (8, 16, 24, channels)
+        assert runs[0].dtype == np.uint8
+        np.testing.assert_array_equal(runs[0], runs[1])
+        assert (runs[0] != runs[2]).any(axis=(1, 2, 3)).all()
+
+    @pytest.mark.parametrize("augment", CROPS)
+    def test_crops_resizes_and_then_augments(self, augment, channels):
+        image = noise_image(0, (40, 80)).convert("RGB" if channels == 3 else "L")
+        transform, data = self.make(augment, channels, flip=False), encoded(image)
+        for seed in range(10):
+            rng = np.random.default_rng(seed)
+            box = CROPS[augment](rng, (40, 80), (0.2, 1.0))
+            expected = image.crop(box).resize((24, 16), Image.Resampling.BICUBIC)
+            if augment == "randaugment":
+                expected = transform.augment(expected, rng)
+            actual = transform(data, np.random.default_rng(seed))["image"]
+            np.testing.assert_array_equal(actual, np.asarray(expected).reshape(16, 24, channels))
 
 
 class TestTrainTransform:
