@@ -43,7 +43,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def photo_crops(tmp_path_factory):
-    """Where the embedded data set is prepared."""
+    """Return the directory in which the demo dataset is prepared."""
     from mae_jax.data.tfds import TfdsSource
 
     folder = str(tmp_path_factory.mktemp("datasets"))

@@ -1,10 +1,10 @@
-"""timm beside the CPU build of torch, for which its torchvision has no operators."""
+"""Import timm with the CPU build of torch, which lacks operators that torchvision registers."""
 
 import sys
 
 import torch
 
-sys.path.insert(0, sys.argv[1])  # the first argument of every peer is the folder of timm
+sys.path.insert(0, sys.argv[1])  # the first argument of each peer script is the folder of timm
 _operators = torch.library.Library("torchvision", "DEF")
 for missing in ("nms", "qnms"):
     _operators.define(f"{missing}(Tensor boxes, Tensor scores, float threshold) -> Tensor")

@@ -1,4 +1,4 @@
-"""timm's RandAugment operations against ours, pixel for pixel."""
+"""RandAugment operations are pixel-identical to timm's."""
 
 import os
 import subprocess
@@ -11,10 +11,10 @@ from PIL import Image
 
 from mae_jax.data.randaugment import OPERATIONS, OpParams
 
-TIMM = os.environ["TIMM"]  # where `pip install --target` put it; the Makefile knows
+TIMM = os.environ["TIMM"]  # folder of `pip install --target`, set by the Makefile
 FILL = (124, 116, 104)
-# All that timm 1.0.31 computes otherwise than 0.3.2: factors of color, contrast, brightness and
-# sharpness are at least .1. Ours, 1 - .9, is less by a rounding error, which no pixel shows.
+# timm 1.0.31 differs from 0.3.2 only in clipping the factors of color, contrast, brightness and
+# sharpness at 0.1. Ours (1 - 0.9) is less by a rounding error, which changes no pixel.
 LEVELS = (0.0, 0.05, 0.25, 0.5, 0.77, 0.9, 0.99, 1.0)
 NAMES = {
     "AutoContrast": "autocontrast",
@@ -36,7 +36,7 @@ NAMES = {
 
 
 def make_images():
-    """Noise over a ramp, whose values do not fill the range."""
+    """Return noise over a ramp, without the extreme values."""
     rng = np.random.default_rng(0)
     ramp = np.linspace(20, 180, 57)[None, :, None]
     pixels = (ramp + rng.uniform(0, 60, (38, 57, 3))).astype(np.uint8)
@@ -45,30 +45,30 @@ def make_images():
 
 @pytest.fixture(scope="module")
 def timm(tmp_path_factory):
-    """What timm makes of the images, for every operation, mode, sign and level."""
+    """timm's outputs by operation, mode, sign and level."""
     folder = tmp_path_factory.mktemp("timm")
     images = make_images()
     np.savez(folder / "in.npz", **images, modes=list(images), fill=FILL, levels=LEVELS)
     peer = Path(__file__).parent / "augment_peer.py"
     command = [sys.executable, peer, TIMM, folder / "in.npz", folder / "out.npz"]
-    made = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     return dict(np.load(folder / "out.npz"))
 
 
-def test_operations_are_timms(timm):
+def test_operations_are_those_of_timm(timm):
     assert {key.split()[0] for key in timm} == set(NAMES)
     assert set(NAMES.values()) == set(OPERATIONS)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", NAMES)
-def test_pixels_are_timms(timm, name, mode):
+def test_pixels_equal_timm(timm, name, mode):
     image = Image.fromarray(make_images()[mode])
     cases = [key for key in timm if key.startswith(f"{name} {mode} ")]
     assert len(cases) >= 2 * (len(LEVELS) - 1)
     for case in cases:
         sign, level = case.split()[2:]
-        draw = OpParams(float(level), int(sign), FILL if mode == "RGB" else FILL[0])
-        changed = OPERATIONS[NAMES[name]](image, draw)
-        np.testing.assert_array_equal(np.asarray(changed), timm[case], err_msg=case)
+        params = OpParams(float(level), int(sign), FILL if mode == "RGB" else FILL[0])
+        output = OPERATIONS[NAMES[name]](image, params)
+        np.testing.assert_array_equal(np.asarray(output), timm[case], err_msg=case)
