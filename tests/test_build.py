@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_sources import TFRECORDS
+from test_tfds import TFRECORDS
 
 from configs import common, finetune, knn, linprobe, pretrain
 from mae_jax.convert.model_info import ConvertError
