@@ -24,7 +24,7 @@ FENCES = {  # package -> the only places that may import it
     "tensorflow_datasets": ["data/tfds.py", "data/demo_dataset.py", "data/downscale.py"],
     "tensorboardX": ["train/metrics_writer.py"],
     "rich": ["train/progress.py", "utils/console.py"],
-    "safetensors": ["convert/io.py"],
+    "safetensors": ["convert/io.py", "convert/weight_files.py"],
     "ml_collections": ["train/__main__.py", "train/config.py", "train/config_schema.py"],
     "tensorflow": [],
     "torch": ["convert/torch_io.py"],

@@ -136,4 +136,4 @@ def _uses(info: weights.ModelInfo) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    cli.run_command(main, convert_cli.FLAGS)

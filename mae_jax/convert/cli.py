@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from mae_jax.convert.model_info import TARGETS
 from mae_jax.convert.pretrained import Params, PretrainedModel, load
 from mae_jax.data.sources import FileSource
 from mae_jax.distributed.inference import EvalBatches, extract_features
-from mae_jax.utils import console
 from mae_jax.utils.cli import index_list, int_pair, make_parser, positive_float, positive_int
 
 log = logging.getLogger("mae_jax")
@@ -112,14 +111,8 @@ def map_images(
 ) -> dict[str, np.ndarray]:
     """Apply a function to all images of a source in batches, with a progress bar."""
 
-    def read() -> Iterator[dict[str, np.ndarray]]:
-        return console.progress(
-            model.batches(source, min(batch_size, len(source))),
-            len(source),
-            count=console.num_valid,
-        )
-
-    return extract_features(function, EvalBatches(len(source), read))[0]
+    batches = EvalBatches(len(source), lambda: model.batches(source, min(batch_size, len(source))))
+    return extract_features(function, batches, show_progress=True).features
 
 
 def warn_nonfinite(features: Mapping[str, np.ndarray]) -> None:

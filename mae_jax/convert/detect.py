@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from mae_jax.convert.hf_timm import size_mismatches
-from mae_jax.convert.io import RawCheckpoint
 from mae_jax.convert.key_maps import Layout
 from mae_jax.convert.model_info import (
     DEFAULTS,
@@ -20,6 +19,7 @@ from mae_jax.convert.model_info import (
     expected_shapes,
 )
 from mae_jax.convert.state_dict import Arrays, Shapes, detect_layout, find_mismatches
+from mae_jax.convert.weight_files import RawCheckpoint
 from mae_jax.models.variants import VARIANTS
 from mae_jax.utils.errors import UserError
 
@@ -120,10 +120,10 @@ def _structure(layout: Layout, raw: RawCheckpoint, path: Path) -> tuple[dict[str
     this in their metadata; their stacked blocks are not inspected.
     """
     if layout.dialect == "mae_jax":
-        missing = REQUIRED - DEFAULTS["mae_jax"].keys() - raw.metadata.keys()
+        missing = sorted(REQUIRED - DEFAULTS["mae_jax"].keys() - raw.metadata.keys())
         if missing:
             raise ConvertError(
-                f"{path} has the keys of mae_jax, but its metadata lacks {', '.join(sorted(missing))}"
+                f"{path} has the keys of mae_jax, but its metadata lacks {', '.join(missing)}"
             )
         return {}, None
     matches = [match for name in raw.tensors if (match := layout.match(name))]

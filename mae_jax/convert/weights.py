@@ -14,6 +14,7 @@ from mae_jax.convert.detect import detect
 from mae_jax.convert.key_maps import DIALECTS
 from mae_jax.convert.model_info import ConvertError, ModelInfo, expand_stats
 from mae_jax.convert.state_dict import Arrays
+from mae_jax.convert.weight_files import TORCH_SUFFIXES
 from mae_jax.models.patches import interpolate_pos_embed, patch_grid
 from mae_jax.utils.errors import UserError
 
@@ -144,7 +145,7 @@ def check_destination(path: Path, dialect: str, *, overwrite: bool) -> None:
     if path.exists() and path.is_file() != bool(suffix):
         kind = "file" if path.is_file() else "directory"
         raise ConvertError(f"{path} exists and is a {kind}: choose another path")
-    if path.suffix.lower() in io.TORCH_SUFFIXES and not suffix:
+    if path.suffix.lower() in TORCH_SUFFIXES and not suffix:
         log.warning("%s becomes a directory: only .safetensors and .pth are single files", path)
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise ConvertError(f"{path} exists: choose another path, or replace it with --overwrite")

@@ -1,4 +1,4 @@
-"""Workdirs of our own runs, as the converter reads them."""
+"""Read the checkpoints of a training run: parameters and metadata from its workdir."""
 
 import logging
 from pathlib import Path
@@ -15,8 +15,12 @@ from mae_jax.utils.pytree import flatten
 log = logging.getLogger("mae_jax")
 
 
-def run_steps(path: Path) -> tuple[Path, int | None] | None:
-    """The folder of checkpoints and the step that a path means; None if it is no run."""
+def find_checkpoints(path: Path) -> tuple[Path, int | None] | None:
+    """Find the folder of checkpoints, and the step if the path is one; None if it is no run.
+
+    Args:
+      path: a workdir, its folder of checkpoints, or the folder of one step.
+    """
     if (path / "params").is_dir() and path.name.isdigit():
         return path.parent, int(path.name)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -31,7 +35,15 @@ DECODER_KEYS = ["decoder_width", "decoder_depth", "decoder_heads"]
 def load_run(
     folder: Path, step: int | None, *, ema: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays by our names, and the fields of an `Info` that the run's config tells."""
+    """Read the parameters of a run and the fields of a `ModelInfo` from its config.
+
+    Args:
+      step: None for the latest.
+      ema: read the EMA parameters instead of the last ones.
+
+    Raises:
+      ConvertError: the checkpoint is corrupt, or changes during the read.
+    """
     try:
         step, trees, meta = load_run_checkpoint(
             folder, step, items=("ema" if ema else "params", "batch_stats")
@@ -39,12 +51,12 @@ def load_run(
     except CheckpointError as error:
         raise ConvertError(str(error)) from error
     except OSError as error:
-        raise ConvertError(f"{folder} changed while it was read; try again: {error}") from error
+        raise ConvertError(f"{folder} changed during the read; try again: {error}") from error
     log.info("read step %d of %s", step, folder)
     config = meta["config"]
     model, data = config["model"], config["data"]
-    facts = {name: model[name] for name in ENCODER_KEYS}
-    facts |= {
+    metadata = {name: model[name] for name in ENCODER_KEYS}
+    metadata |= {
         "source": "mae_jax",
         "image_size": tuple(model["image_size"]),
         "mean": tuple(data["mean"])[: model["channels"]],
@@ -52,28 +64,30 @@ def load_run(
         "resize": "crop",
         "crop": data["eval_crop"] or default_crop_ratio(model["image_size"]),
         "interpolation": "bicubic",
-        "exif": data.get("exif", False),  # runs from before there was one ignored it
+        "exif": data.get("exif", False),  # older runs lack the key
         "norm_pix_eps": config["target"]["norm_pix_eps"],
     }
     tensors = {name: x for tree in trees for name, x in flatten(tree).items()}
-    classifies = config["task"] == "classify"
-    facts |= _head_metadata(config, tensors, meta) if classifies else _decoder_metadata(config)
-    # Sine-cosine tables are no parameters of a run, but part of every file.
-    grid = patch_grid(facts["image_size"], facts["patch"])
-    towers = {"encoder": facts["width"], "decoder": facts.get("decoder_width")}
-    for part, width in towers.items():
+    if config["task"] == "classify":
+        metadata |= _head_metadata(config, tensors, meta)
+    else:
+        metadata |= _decoder_metadata(config)
+    # Fixed sine-cosine embeddings are not parameters of a run, but checkpoint files contain them.
+    grid = patch_grid(metadata["image_size"], metadata["patch"])
+    widths = {"encoder": metadata["width"], "decoder": metadata.get("decoder_width")}
+    for tower, width in widths.items():
         if width:
             table = sincos_pos_embed_2d(width, grid)[None]
-            tensors.setdefault(f"{part}/pos_embed/table", table)
-    return tensors, facts
+            tensors.setdefault(f"{tower}/pos_embed/table", table)
+    return tensors, metadata
 
 
 def _decoder_metadata(config: dict[str, Any]) -> dict[str, Any]:
     model = config["model"]
-    facts = {name: model[name] for name in DECODER_KEYS}
-    if config["mask"]["kind"] != "user":  # whose file tells how many patches are hidden
-        facts["mask_ratio"] = config["mask"]["ratio"]
-    return facts | {
+    metadata = {name: model[name] for name in DECODER_KEYS}
+    if config["mask"]["kind"] != "user":  # a mask file determines the ratio
+        metadata["mask_ratio"] = config["mask"]["ratio"]
+    return metadata | {
         "decoder_mlp_ratio": model["mlp_ratio"],
         "target": "normalized" if config["target"]["norm_pix"] else "pixels",
     }
