@@ -1,4 +1,4 @@
-"""The choice of an implementation of attention, and what it does where there is none."""
+"""Attention, and the selection of its implementation where cuDNN is not available."""
 
 import logging
 import math
@@ -10,68 +10,68 @@ import pytest
 
 from mae_jax.models import attention_autotune
 from mae_jax.models.attention import AttentionImpl
+from mae_jax.models.attention_autotune import select_implementation
 from mae_jax.utils.errors import UserError
 
 SHAPE = (10, 2, 8)
 
 
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch):
+    monkeypatch.setattr(attention_autotune, "CALLS", 2)
+    monkeypatch.setattr(attention_autotune, "REPEATS", 1)
+
+
 def test_attention_is_the_softmax_of_scaled_products():
-    query, key, value = jax.random.normal(jax.random.key(0), (3, 4, *SHAPE))
+    query, key, value = np.random.default_rng(0).normal(size=(3, 4, *SHAPE)).astype(np.float32)
     scores = np.einsum("bthe,bshe->bhts", query, key) / np.sqrt(8)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshe->bthe", weights, value)
-    np.testing.assert_allclose(AttentionImpl()(query, key, value), expected, atol=1e-6)
+    actual = AttentionImpl()(*map(jnp.asarray, (query, key, value)))
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-def test_without_a_gpu_or_bfloat16_there_is_nothing_to_try(caplog):
+def test_without_a_gpu_or_bfloat16_nothing_is_timed(caplog):
     caplog.set_level(logging.INFO, "mae_jax.run")
     for dtype in (jnp.float32, jnp.bfloat16):
-        assert attention_autotune.select_implementation("auto", {SHAPE}, dtype) == AttentionImpl()
+        assert select_implementation("auto", {SHAPE}, dtype) == AttentionImpl()
     assert not caplog.records
     with pytest.raises(UserError, match="model.attention='cudnn' needs a GPU and .*bfloat16"):
-        attention_autotune.select_implementation("cudnn", {SHAPE}, jnp.bfloat16)
+        select_implementation("cudnn", {SHAPE}, jnp.bfloat16)
     with pytest.raises(UserError, match="model.attention='flash' must be one of auto, xla, cudnn"):
-        attention_autotune.select_implementation("flash", {SHAPE}, jnp.bfloat16)
+        select_implementation("flash", {SHAPE}, jnp.bfloat16)
 
 
-def test_an_implementation_that_fails_says_why():
-    trial = attention_autotune.time_cudnn(SHAPE, jnp.bfloat16)
-    assert trial.seconds == math.inf
-    assert trial.failure
-    assert attention_autotune.time_xla(SHAPE, jnp.bfloat16).seconds < 60
+def test_nan_gradients_are_a_failure(monkeypatch):
+    def broken(qkv, gradient):
+        result, dqkv = correct(qkv, gradient)
+        return result, dqkv * jnp.nan
+
+    correct = attention_autotune._forward_backward(AttentionImpl(), SHAPE)
+    passes = {AttentionImpl(): correct, AttentionImpl(frozenset([SHAPE])): broken}
+    monkeypatch.setattr(attention_autotune, "_forward_backward", lambda impl, shape: passes[impl])
+    timing = attention_autotune.time_cudnn(SHAPE, jnp.bfloat16)
+    assert timing.seconds == math.inf
+    assert timing.failure == "its results or gradients are off by nan"
 
 
-def test_gradients_that_are_no_numbers_are_not_taken(monkeypatch):
-    def broken(packed, gradient):
-        result, backward = right(packed, gradient)
-        return result, backward * jnp.nan
-
-    right = attention_autotune._forward_backward(AttentionImpl(), SHAPE)
-    ways = {AttentionImpl(): right, AttentionImpl(frozenset([SHAPE])): broken}
-    monkeypatch.setattr(attention_autotune, "_forward_backward", lambda attend, shape: ways[attend])
-    trial = attention_autotune.time_cudnn(SHAPE, jnp.bfloat16)
-    assert trial.seconds == math.inf
-    assert trial.failure == "its results or gradients are off by nan"
-
-
-def test_what_fails_on_a_device_is_not_chosen(monkeypatch, caplog):
-    """As on a GPU where cuDNN does not work: here there is none, and the trial is real."""
+def test_an_implementation_that_fails_is_not_selected(monkeypatch, caplog):
+    """As on a GPU where cuDNN does not work: there is none here, so it really fails."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     caplog.set_level(logging.INFO, "mae_jax.run")
-    assert (
-        attention_autotune.select_implementation("auto", {SHAPE}, jnp.bfloat16) == AttentionImpl()
-    )
+    assert select_implementation("auto", {SHAPE}, jnp.bfloat16) == AttentionImpl()
     [record] = caplog.records
     assert "attention of 10 tokens, 2 heads of 8: xla (xla " in record.getMessage()
+    assert " ms, cudnn " in record.getMessage()  # XLA has a time, cuDNN an error
     with pytest.raises(UserError, match="'cudnn' does not work for 10 tokens, 2 heads of 8: ."):
-        attention_autotune.select_implementation("cudnn", {SHAPE}, jnp.bfloat16)
+        select_implementation("cudnn", {SHAPE}, jnp.bfloat16)
 
 
-def test_a_shape_of_its_own_gets_cudnn():
-    """Which then fails here, so it was really asked for; other shapes are XLA's."""
-    attend = AttentionImpl(frozenset([SHAPE]))
-    [x] = jax.random.normal(jax.random.key(0), (1, 4, *SHAPE), jnp.bfloat16)
+def test_cudnn_is_used_for_its_shapes_only():
+    """It fails on a CPU, which shows that it was called."""
+    attention = AttentionImpl(frozenset([SHAPE]))
+    x = jnp.ones((4, *SHAPE), jnp.bfloat16)
     with pytest.raises(Exception, match="(?i)cudnn"):
-        jax.block_until_ready(jax.jit(attend)(x, x, x))
-    assert attend(x[:, :9], x[:, :9], x[:, :9]).shape == (4, 9, 2, 8)
+        jax.block_until_ready(jax.jit(attention)(x, x, x))
+    assert attention(x[:, :9], x[:, :9], x[:, :9]).shape == (4, 9, 2, 8)

@@ -1,4 +1,4 @@
-"""Classification against the official PyTorch code: heads, statistics, trajectories, mixing."""
+"""Classification against the official PyTorch code: heads, BatchNorm, trajectories, mixup."""
 
 import json
 
@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from official_state_dict import our_names, to_ours
+from official_state_dict import official_names, to_params
 from safetensors.numpy import load_file
 from test_golden import check_gradients, nhwc, schedule_of
 
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.patches import patchify
-from mae_jax.models.vit import Encoder
+from mae_jax.models.variants import VitVariant
+from mae_jax.models.vit import make_encoder
 from mae_jax.tasks import mixup
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.mixup import Mix
 from mae_jax.tasks.optimizer import adamw, lars, lr_multipliers, weight_decay_mask
-from mae_jax.tasks.train_step import init_state, make_train_step
+from mae_jax.tasks.train_step import TrainState, make_train_step
 from mae_jax.utils.pytree import flatten
 
 NO_DECAY = ("cls_token", "pos_embed")
@@ -26,12 +27,16 @@ NO_DECAY = ("cls_token", "pos_embed")
 
 def make_task(config: dict, *, mean_pool: bool, drop_path: float = 0.0, **kwargs) -> Classify:
     side = config["img_size"] // config["patch_size"]
-    encoder = Encoder(
-        config["embed_dim"],
-        config["depth"],
-        config["num_heads"],
-        (side, side),
+    variant = VitVariant(
+        width=config["embed_dim"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        patch=config["patch_size"],
         mlp_ratio=config["mlp_ratio"],
+    )
+    encoder = make_encoder(
+        variant,
+        (side, side),
         pos_embed="learned",
         final_norm=not mean_pool,
         drop_path=drop_path,
@@ -50,15 +55,16 @@ def make_task(config: dict, *, mean_pool: bool, drop_path: float = 0.0, **kwargs
 
 @pytest.fixture(params=["v0_cls", "v0_gap"])
 def vit(request, golden):
-    """A task, its parameters and the reference's arrays; with the head of a linear probe."""
+    """Return the folder, config, recorded arrays and parameters of a reference ViT."""
     folder = golden / "vit" / request.param
     config = json.loads((folder / "config.json").read_text())
     io = load_file(folder / "io.safetensors")
-    params = to_ours(load_file(folder / "state_dict.safetensors"), True)
+    params = to_params(load_file(folder / "state_dict.safetensors"), True)
     return folder, config, io, params
 
 
 def with_probe_head(params, io):
+    """Replace the head by that of the linear probe."""
     head = {"kernel": jnp.asarray(io["head_weight"].T), "bias": jnp.asarray(io["head_bias"])}
     return params | {"head": head}
 
@@ -66,21 +72,27 @@ def with_probe_head(params, io):
 def test_forward_and_gradients(vit, golden):
     folder, config, io, params = vit
     task = make_task(config, mean_pool=config["global_pool"])
-    patches = patchify(nhwc(io["images"]), task.patch)
-    made = jax.jit(task.model.apply)({"params": params}, patches)
-    np.testing.assert_allclose(made.pooled, io["features"], atol=2e-5, rtol=1e-5)
-    np.testing.assert_allclose(made.logits, io["logits"], atol=2e-5, rtol=1e-5)
-
+    has_grads = config["global_pool"]
     targets = jax.nn.one_hot(io["labels"], config["num_classes"])
     batch = {"pixels": nhwc(io["images"]), "target": targets}
-    (loss, _), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, {}, batch)
+
+    @jax.jit
+    def run(params, batch):
+        outputs = task.model.apply({"params": params}, patchify(batch["pixels"], task.patch))
+        if has_grads:
+            return outputs, *jax.value_and_grad(lambda p: task.loss(p, {}, batch)[0])(params)
+        return outputs, task.loss(params, {}, batch)[0], None
+
+    outputs, loss, grads = run(params, batch)
+    np.testing.assert_allclose(outputs.pooled, io["features"], atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(outputs.logits, io["logits"], atol=2e-5, rtol=1e-5)
     np.testing.assert_allclose(loss, io["ce_loss"], atol=2e-6, rtol=2e-6)
-    if config["global_pool"]:
+    if has_grads:
         check_gradients(flatten(grads), load_file(folder / "grads_ce.safetensors"))
 
 
 def test_linear_probe_head(vit):
-    """Training normalises by the batch, evaluation by running statistics, unbiased ones."""
+    """Training normalizes by the batch, evaluation by (unbiased) running statistics."""
     _, config, io, params = vit
     task = make_task(config, mean_pool=config["global_pool"], head_norm=True, train_last_blocks=0)
     params = with_probe_head(params, io)
@@ -91,23 +103,34 @@ def test_linear_probe_head(vit):
             "count": jnp.int32(0),
         }
     }
-    patches = patchify(nhwc(io["images"]), task.patch)
-    variables = {"params": params, "batch_stats": before}
-    made, changed = task.model.apply(variables, patches, False, True, mutable=["batch_stats"])
-    np.testing.assert_allclose(made.logits, io["lin_train_logits"], atol=1e-5)
-    after = changed["batch_stats"]["head_norm"]
-    np.testing.assert_allclose(after["mean"], io["bn1_running_mean"], atol=1e-6, rtol=1e-5)
-    np.testing.assert_allclose(after["var"], io["bn1_running_var"], atol=1e-6, rtol=1e-5)
-    assert after["count"] == 1
-    for stats, expected in ((before, "before"), (changed["batch_stats"], "after")):
-        logits = task.model.apply({"params": params, "batch_stats": stats}, patches).logits
-        np.testing.assert_allclose(logits, io[f"lin_eval_logits_{expected}"], atol=1e-5)
-
     targets = jax.nn.one_hot(io["labels"], config["num_classes"])
     batch = {"pixels": nhwc(io["images"]), "target": targets}
-    (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, before, batch)
+    patches = patchify(batch["pixels"], task.patch)
+
+    @jax.jit
+    def train(params, stats):
+        variables = {"params": params, "batch_stats": stats}
+        outputs, updated = task.model.apply(
+            variables, patches, False, True, mutable=["batch_stats"]
+        )
+        loss_and_grads = jax.value_and_grad(task.loss, has_aux=True)(params, stats, batch)
+        return outputs.logits, updated["batch_stats"], loss_and_grads
+
+    @jax.jit
+    def evaluate(params, stats):
+        return task.model.apply({"params": params, "batch_stats": stats}, patches).logits
+
+    logits, after, ((loss, loss_stats), grads) = train(params, before)
+    np.testing.assert_allclose(logits, io["lin_train_logits"], atol=1e-5)
+    for stats in (after["head_norm"], loss_stats["head_norm"]):
+        np.testing.assert_allclose(stats["mean"], io["bn1_running_mean"], atol=1e-6, rtol=1e-5)
+        np.testing.assert_allclose(stats["var"], io["bn1_running_var"], atol=1e-6, rtol=1e-5)
+        assert stats["count"] == 1
+    for stats, expected in ((before, "before"), (after, "after")):
+        expected = io[f"lin_eval_logits_{expected}"]
+        np.testing.assert_allclose(evaluate(params, stats), expected, atol=1e-5)
     np.testing.assert_allclose(loss, io["lin_train_loss"], atol=1e-5)
-    # What was recorded still held the gradient of the plain head before it.
+    # The recorded gradient includes that of the plain head, which was not zeroed before.
     plain = (jax.nn.softmax(io["logits"]) - targets) / len(targets)
     kernel, bias = plain.T @ io["features"], plain.sum(axis=0)
     np.testing.assert_allclose(grads["head"]["kernel"].T, io["lin_grad_weight"] - kernel, atol=5e-6)
@@ -116,9 +139,11 @@ def test_linear_probe_head(vit):
         assert name.startswith("head/") or not np.any(grad), name
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("vit", "cached"), [("v0_cls", False), ("v0_gap", False), ("v0_gap", True)], indirect=["vit"]
+)
 def test_linear_probe_trajectory(vit, golden, cached):
-    """Six LARS steps; the encoder's bits do not change, and cached features do as well."""
+    """Six LARS steps, also on cached features; the encoder does not change, to the bit."""
     folder, config, io, params = vit
     task = make_task(config, mean_pool=config["global_pool"], head_norm=True, train_last_blocks=0)
     params = with_probe_head(params, io)
@@ -134,15 +159,17 @@ def test_linear_probe_trajectory(vit, golden, cached):
         train_last_blocks=0,
     )
     before = jax.tree.map(np.asarray, params)
-    state = jax.jit(lambda key: init_state(task, tx, key))(jax.random.key(0))
-    state = type(state)(**(vars(state) | {"params": params, "opt_state": tx.init(params)}))
+    width = config["embed_dim"]
+    stats = {"head_norm": {"mean": jnp.zeros(width), "var": jnp.ones(width), "count": jnp.int32(0)}}
+    state = TrainState(*jnp.zeros((3,), jnp.int32), params, tx.init(params), None, stats)
     step = jax.jit(make_train_step(task, tx, lr, jax.random.key(1)))
+    headless = task.model.clone(num_classes=0)
+    encode = jax.jit(lambda pixels: headless.apply({"params": params}, patchify(pixels, 8)).pooled)
     for number, loss in enumerate(expected["losses"]):
         batch = {"label": jnp.asarray(batches["labels"][number])}
         pixels = nhwc(batches["images"][number])
         if cached:
-            headless = task.model.clone(num_classes=0)
-            batch["pooled"] = headless.apply({"params": params}, patchify(pixels, 8)).pooled
+            batch["pooled"] = encode(pixels)
         else:
             batch["pixels"] = pixels
         state, metrics = step(state, batch)
@@ -178,17 +205,18 @@ def test_lars(case, golden):
             np.testing.assert_allclose(params[name], get(name)[step], atol=1e-5, rtol=1e-5)
 
 
-def test_lars_trusts_every_layer_of_a_stack_by_itself():
+def test_lars_computes_a_trust_ratio_for_every_block_of_a_stack():
     rng = np.random.default_rng(0)
     w, g = (jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32) for _ in range(2))
     w = w * jnp.array([1.0, 10.0, 0.0])[:, None, None]
     tx = lars(lambda _: 1.0, momentum=0.9, weight_decay=0.0)
     stacked = {"blocks": {"kernel": w}}
-    together, _ = tx.update({"blocks": {"kernel": g}}, tx.init(stacked), stacked)
-    for layer in range(3):
-        alone = {"kernel": w[layer]}
-        update, _ = tx.update({"kernel": g[layer]}, tx.init(alone), alone)
-        np.testing.assert_allclose(together["blocks"]["kernel"][layer], update["kernel"], rtol=1e-6)
+    actual, _ = tx.update({"blocks": {"kernel": g}}, tx.init(stacked), stacked)
+    for block in range(3):
+        single = {"kernel": w[block]}
+        expected, _ = tx.update({"kernel": g[block]}, tx.init(single), single)
+        kernel = actual["blocks"]["kernel"][block]
+        np.testing.assert_allclose(kernel, expected["kernel"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["f2_clip", "f3_droppath"])
@@ -214,7 +242,7 @@ def test_finetuning_trajectory(name, golden):
         clip_norm=config["clip_grad"],
         layer_decay=config["layer_decay"],
     )
-    params = to_ours(load_file(folder / "init_state_dict.safetensors"), True)
+    params = to_params(load_file(folder / "init_state_dict.safetensors"), True)
     opt_state = tx.init(params)
 
     @jax.jit
@@ -229,23 +257,23 @@ def test_finetuning_trajectory(name, golden):
         batch = {"pixels": nhwc(io["images"][i]), "target": targets}
         if "soft_targets" in io:
             batch["target"] = jnp.asarray(io["soft_targets"][i])
-        if config["drop_path"]:  # the reference draws nothing for the first block, whose rate is 0
-            drop_path_noise = np.zeros((task.model.encoder.depth, 2, len(targets)), np.float32)
-            drop_path_noise[1:] = io["drop_path_rand"][i].reshape(-1, 2, len(targets))
-            batch["drop_path_noise"] = jnp.moveaxis(drop_path_noise, -1, 0)
-        found, norm, params, opt_state = step(params, opt_state, batch)
-        np.testing.assert_allclose(found, loss, atol=1e-5)
+        if config["drop_path"]:  # the reference has no noise for the first block, whose rate is 0
+            noise = np.zeros((task.model.encoder.depth, 2, len(targets)), np.float32)
+            noise[1:] = io["drop_path_rand"][i].reshape(-1, 2, len(targets))
+            batch["drop_path_noise"] = jnp.moveaxis(noise, -1, 0)
+        actual, norm, params, opt_state = step(params, opt_state, batch)
+        np.testing.assert_allclose(actual, loss, atol=1e-5)
         np.testing.assert_allclose(norm, io["grad_norms"][i], rtol=1e-4)
 
-    # Of f3 only the smaller arrays are kept; the losses above depend on all.
-    final = to_ours(load_file(folder / "final_state_dict.safetensors"), True)
-    ours = flatten(params)
+    # f3 has recorded only the smaller arrays; the losses above depend on all.
+    final = to_params(load_file(folder / "final_state_dict.safetensors"), True)
+    params = flatten(params)
     for path, expected in flatten(final).items():
         atol = np.full(expected.shape[-1], 1e-5)
-        if path.endswith("qkv/bias"):  # AdamW turns the key bias' rounding noise into whole steps
+        if path.endswith("qkv/bias"):  # AdamW amplifies rounding errors of the key bias to lr
             width = expected.shape[-1] // 3
             atol[width : 2 * width] = io["base_lr"].sum()
-        assert (np.abs(ours[path] - expected) <= atol).all(), path
+        assert (np.abs(params[path] - expected) <= atol).all(), path
 
 
 @pytest.mark.parametrize("name", ["cls_0.75", "gap_0.65"])
@@ -259,12 +287,12 @@ def test_layer_decay_groups_are_the_references(name, golden):
     scales = flatten(lr_multipliers(params, layer_decay=reference["layer_decay"]))
     decayed = flatten(weight_decay_mask(params, NO_DECAY))
     groups = reference["as_main_finetune"]
-    theirs = our_names(groups)
-    assert set(theirs) == set(scales)
-    for ours, names in theirs.items():
+    official = official_names(groups)
+    assert set(official) == set(scales)
+    for path, names in official.items():
         expected = [groups[n]["lr_scale"] for n in names]
-        np.testing.assert_allclose(np.ravel(scales[ours]), expected, rtol=1e-6)
-        assert {groups[n]["weight_decay"] > 0 for n in names} == {decayed[ours]}, ours
+        np.testing.assert_allclose(np.ravel(scales[path]), expected, rtol=1e-6)
+        assert {groups[n]["weight_decay"] > 0 for n in names} == {decayed[path]}, path
 
 
 def smooth(labels, num_classes, smoothing):
@@ -280,13 +308,13 @@ def test_losses(golden):
         np.testing.assert_allclose(
             optax.softmax_cross_entropy(logits, targets).mean(), expected, rtol=2e-6
         )
-    found = optax.softmax_cross_entropy(logits, jnp.asarray(io["soft"])).mean()
-    np.testing.assert_allclose(found, io["soft_target_ce"], rtol=2e-6)
+    actual = optax.softmax_cross_entropy(logits, jnp.asarray(io["soft"])).mean()
+    np.testing.assert_allclose(actual, io["soft_target_ce"], rtol=2e-6)
 
 
 @pytest.mark.parametrize("case", range(8))
-def test_mixing(case, golden):
-    """Blended and pasted pixels and soft labels, for shares and boxes that the reference drew."""
+def test_mixup_and_cutmix(case, golden):
+    """Mixed images and soft labels, for the lambdas and boxes that the reference sampled."""
     config = json.loads((golden / "finetune" / "mixup.json").read_text())[case]
     arrays = load_file(golden / "finetune" / "mixup.safetensors")
     get = lambda name: jnp.asarray(arrays[f"m{case}_{name}"])  # noqa: E731
@@ -295,19 +323,20 @@ def test_mixing(case, golden):
     rows = {"batch": 0 * rows, "elem": rows, "pair": np.minimum(rows, batch - 1 - rows)}
     rows = rows[config["mode"]]
     cut = np.array(config["use_cutmix"])
-    share, boxes = np.array(config["lam_drawn"]), np.zeros((len(cut), 4), int)
+    lam, boxes = np.array(config["lam_drawn"]), np.zeros((len(cut), 4), int)
     boxes[cut] = np.array(config["cutmix_calls"]["box"]).reshape(-1, 4)
-    share[cut] = config["cutmix_calls"]["lam"]
-    mix = Mix(*(jnp.asarray(x[rows]) for x in (share.astype(np.float32), cut, boxes)))
+    lam[cut] = config["cutmix_calls"]["lam"]
+    mix = Mix(*(jnp.asarray(x[rows]) for x in (lam.astype(np.float32), cut, boxes)))
     images = jnp.moveaxis(get("x"), 1, -1)
     mixed = jnp.moveaxis(mixup.mix_images(images, mix), -1, 1)
     np.testing.assert_allclose(mixed, get("out"), atol=1e-6)
     targets = smooth(get("labels"), config["ncls"], config["smooth"])
     np.testing.assert_allclose(mixup.mix_targets(targets, mix), get("target"), atol=1e-6)
-    # The box and the corrected share follow from its centre and the drawn share.
-    for box, drawn, left in zip(boxes[cut], *(config["cutmix_calls"][k] for k in ("lam0", "lam"))):
-        half = int(side * np.sqrt(1 - drawn)) // 2
-        centres = [high - half if low == 0 else low + half for low, high in (box[:2], box[2:])]
-        made, corrected = mixup.cutmix_box(jnp.array([drawn]), jnp.array([centres]), (side, side))
-        np.testing.assert_array_equal(made[0], box)
-        np.testing.assert_allclose(corrected[0], left, rtol=1e-6)
+    # The box and the corrected lambda follow from the center and the sampled lambda.
+    calls = config["cutmix_calls"]
+    for box, sampled, expected in zip(boxes[cut], calls["lam0"], calls["lam"]):
+        half = int(side * np.sqrt(1 - sampled)) // 2
+        center = [high - half if low == 0 else low + half for low, high in (box[:2], box[2:])]
+        actual, lam = mixup.cutmix_box(jnp.array([sampled]), jnp.array([center]), (side, side))
+        np.testing.assert_array_equal(actual[0], box)
+        np.testing.assert_allclose(lam[0], expected, rtol=1e-6)

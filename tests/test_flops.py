@@ -1,8 +1,10 @@
+"""Analytic FLOPs against the paper and XLA."""
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mae_jax.models.flops import forward_flops, peak_flops, train_flops
+from mae_jax.models.flops import forward_flops, patch_embed_flops, peak_flops, train_flops
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VARIANTS
@@ -16,37 +18,37 @@ from mae_jax.models.variants import VARIANTS
         ("vit_h14", 256, 588, 97.124, 290.99),
     ],
 )
-def test_paper_sizes(name, patches, values, forward, train):
+def test_flops_of_the_papers_variants(name, patches, values, forward, train):
     args = (VARIANTS[name], patches, patches // 4, values)
     assert forward_flops(*args) / 1e9 == pytest.approx(forward, abs=1e-3)
     assert train_flops(*args) / 1e9 == pytest.approx(train, abs=5e-3)
 
 
 @pytest.mark.parametrize("predicted", [147, 74, 1])
-def test_count_agrees_with_xla(predicted):
-    """On the forward pass of ViT-B/16, unrolled: XLA counts the body of a loop only once."""
-    size, n, kept = VARIANTS["vit_b16"], 196, 49
-    model = make_mae(size, grid=(14, 14), execution=ExecutionConfig(scan_unroll=12))
-    order = jnp.arange(n)[None]
-    args = jnp.zeros((1, n, 768)), order[:, :kept], order[:, kept : kept + predicted]
+def test_forward_flops_are_xlas(predicted):
+    """For ViT-B/16, unrolled: XLA counts the body of a loop once."""
+    variant, n, kept = VARIANTS["vit_b16"], 196, 49
+    model = make_mae(variant, grid=(14, 14), execution=ExecutionConfig(scan_unroll=12))
+    ids = jnp.arange(n)[None]
+    args = jnp.zeros((1, n, 768)), ids[:, :kept], ids[:, kept : kept + predicted]
     params = jax.eval_shape(model.init, jax.random.key(0), *args)
 
-    def forward(model, patches, keep, masked):  # with the head on all tokens
-        return model.decoder(model.encoder(patches, keep), keep, masked, 0)
+    def forward(model, patches, ids_keep, ids_masked):  # with the head on all tokens
+        return model.decoder(model.encoder(patches, ids_keep), ids_keep, ids_masked, 0)
 
     predict = jax.jit(lambda params, *args: model.apply(params, *args, method=forward))
     xla = predict.lower(params, *args).cost_analysis()["flops"]
-    saved = 2 * (n - kept) * 768 * size.width  # we embed only the kept patches
-    counted = forward_flops(size, n, kept, 768, predicted=predicted)
-    assert xla == pytest.approx(counted - saved, rel=0.03)
+    not_embedded = patch_embed_flops(variant, n - kept, 768)  # the model embeds kept patches only
+    analytic = forward_flops(variant, n, kept, 768, predicted=predicted)
+    assert xla == pytest.approx(analytic - not_embedded, rel=0.03)
 
 
-def test_predicting_all_is_the_papers_form():
+def test_predicting_all_masked_patches_is_the_default():
     args = VARIANTS["vit_b16"], 196, 49, 768
     assert train_flops(*args, predicted=147) == train_flops(*args)
     assert train_flops(*args, predicted=146) < train_flops(*args)
 
 
-def test_known_and_unknown_devices():
+def test_peak_flops_of_devices():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("cpu") is None

@@ -1,4 +1,4 @@
-"""Resizing on the device against Pillow, and values of any type there and back."""
+"""Resizing on the device against Pillow; normalization and its inverse for all dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,18 @@ def pillow(crop, size):
 
 
 def psnr(one, other):
-    """In dB, of each image; 0 errors count as 78."""
+    """Return the PSNR of every image, dB; at most 78."""
     error = np.square(one.astype(float) - other).mean(axis=(1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(error, 1e-3))
 
 
 @pytest.fixture(scope="module")
 def crops():
-    """The recipe's crops of a photograph: canvases, sizes, flips, and the crops themselves."""
+    """Return crops of a photograph as in training: canvases, sizes, flips, and the crops."""
     image, rng = np.asarray(photograph()), np.random.default_rng(0)
-    canvases = np.full((100, CANVAS, CANVAS, 3), 77, np.uint8)  # what is outside does not count
+    canvases = np.full(
+        (100, CANVAS, CANVAS, 3), 77, np.uint8
+    )  # pixels outside the crop do not matter
     cut = []
     for canvas in canvases:
         left, top, right, lower = random_crop_box(rng, image.shape[:2], (0.2, 1.0))
@@ -41,19 +43,19 @@ def crops():
 @pytest.fixture(scope="module")
 def resized(crops):
     canvases, sizes, flips, _ = crops
-    with jax.default_matmul_precision("bfloat16"):  # which crop_resize does not follow
+    with jax.default_matmul_precision("bfloat16"):  # crop_resize does not use it
         return np.asarray(jax.jit(crop_resize, static_argnums=3)(canvases, sizes, flips, SIZE))
 
 
-def test_it_is_pillow(crops, resized):
-    whole = np.stack([pillow(c, SIZE)[:, :: -1 if f else 1] for c, f in zip(crops[3], crops[2])])
-    found = psnr(resized, whole)
-    assert found.mean() > 70, "dB"
-    assert found.min() > 50, "dB"
+def test_crop_resize_is_close_to_pillow(crops, resized):
+    expected = [pillow(c, SIZE)[:, :: -1 if f else 1] for c, f in zip(crops[3], crops[2])]
+    actual = psnr(resized, np.stack(expected))
+    assert actual.mean() > 70, "dB"
+    assert actual.min() > 50, "dB"
 
 
-def test_rows_before_columns_it_is_pillow_to_the_bit(crops, resized):
-    """Nearly: one value in ten thousand lies on a half, and is rounded the other way."""
+def test_crop_resize_equals_pillow_in_the_same_order_of_axes(crops, resized):
+    """Except for one value in ten thousand, which is rounded the other way at a half."""
     by_axis = np.stack(
         [
             pillow(pillow(crop, (len(crop), SIZE[1])), SIZE)[:, :: -1 if flip else 1]
@@ -65,17 +67,18 @@ def test_rows_before_columns_it_is_pillow_to_the_bit(crops, resized):
     assert np.abs(resized.astype(int) - by_axis).max() <= 1
 
 
-def test_a_crop_of_the_wanted_size_stays_as_it_is():
+def test_resizing_to_the_same_size_is_the_identity():
     image = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 1), dtype=np.uint8)
     canvas = np.zeros((1, CANVAS, CANVAS, 1), np.uint8)
     canvas[:, : SIZE[0], : SIZE[1]] = image
     for flip in (False, True):
-        found = crop_resize(canvas, np.array([SIZE], np.int32), np.array([flip]), SIZE)
-        np.testing.assert_array_equal(found, image[:, :, :: -1 if flip else 1])
+        arrays = map(jnp.asarray, (canvas, np.array([SIZE], np.int32), np.array([flip])))
+        actual = crop_resize(*arrays, SIZE)
+        np.testing.assert_array_equal(actual, image[:, :, :: -1 if flip else 1])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_values_there_and_back(dtype):
+def test_denormalize_inverts_normalize(dtype):
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 5)).astype(dtype)
     scale = 255 if dtype == np.uint8 else 1
     mean, std = [100 / scale] * 5, [30 / scale] * 5
@@ -86,8 +89,8 @@ def test_values_there_and_back(dtype):
     np.testing.assert_allclose(back, images, atol=1e-3)
 
 
-def test_values_beyond_the_type_are_clipped():
+def test_denormalize_clips_to_the_range_of_the_dtype():
     pixels = jnp.array([-9.0, 9.0]).reshape(1, 1, 2, 1)
     for dtype, high in ((jnp.uint8, 255), (jnp.uint16, 65535)):
-        found = denormalize(pixels, [0.5], [20_000.0], dtype)
-        assert found.ravel().tolist() == [0, high]
+        actual = denormalize(pixels, [0.5], [20_000.0], dtype)
+        assert actual.ravel().tolist() == [0, high]

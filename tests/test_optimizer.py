@@ -1,10 +1,12 @@
+"""Learning rate schedule and weight decay groups against the official code."""
+
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official_state_dict import our_names
+from official_state_dict import official_names
 
 from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VARIANTS
@@ -15,7 +17,7 @@ from mae_jax.utils.pytree import flatten
 
 
 def test_schedule_is_the_references(golden):
-    """float64 to 1e-12; and float32, what training uses, to 1e-6 of the peak."""
+    """float64 to 1e-12, and float32, as in training, to 1e-6 of the peak."""
     for case in json.loads((golden / "lr_sched" / "lr_sched.json").read_text()):
         schedule = warmup_cosine(
             peak=case["lr"],
@@ -26,13 +28,13 @@ def test_schedule_is_the_references(golden):
         epochs, expected = np.array(case["table"])[:, :2].T
         with jax.enable_x64(True):
             exact = jax.vmap(schedule)(epochs)
-        # The last rate is 1e-11 of the peak: there the reference's 1 + cos has lost its digits.
+        # The last rate is 1e-11 of the peak: there the reference's 1 + cos is rounded.
         np.testing.assert_allclose(exact, expected, rtol=1e-12, atol=1e-16 * case["lr"])
         single = jax.vmap(schedule)(jnp.asarray(epochs, jnp.float32))
         np.testing.assert_allclose(single, expected, atol=1e-6 * case["lr"])
 
 
-def test_schedule_holds_float32_to_the_last_of_a_million_steps():
+def test_schedule_is_exact_in_float32_to_the_last_of_a_million_steps():
     steps = np.array([1_000_000 - 1, 1_000_000 - 10, 500_000], np.int32)
     kwargs = dict(peak=1.0, warmup_steps=1000, total_steps=1_000_000)
     with jax.enable_x64(True):
@@ -40,17 +42,17 @@ def test_schedule_holds_float32_to_the_last_of_a_million_steps():
     np.testing.assert_allclose(jax.vmap(warmup_cosine(**kwargs))(steps), exact, rtol=1e-6)
 
 
-def test_first_step_has_rate_zero_and_no_warmup_starts_at_the_peak():
+def test_first_learning_rate_is_zero_or_without_warmup_the_peak():
     assert warmup_cosine(peak=1.0, warmup_steps=5, total_steps=10)(0) == 0
     assert warmup_cosine(peak=1.0, warmup_steps=0, total_steps=10)(0) == 1
 
 
-def test_warmup_longer_than_the_run():
+def test_warmup_must_be_shorter_than_the_run():
     with pytest.raises(UserError, match="must be shorter"):
         warmup_cosine(peak=1.0, warmup_steps=10, total_steps=10)
 
 
-def test_decay_groups_are_the_references(golden):
+def test_weight_decay_groups_are_the_references(golden):
     reference = json.loads((golden / "lr_decay" / "pretrain_groups_vit_base.json").read_text())
     decayed = {name: decay > 0 for name, decay in reference["weight_decay"].items()}
     task = Pretrain(
@@ -60,8 +62,8 @@ def test_decay_groups_are_the_references(golden):
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
     )
-    ours = flatten(weight_decay_mask(jax.eval_shape(task.init, jax.random.key(0))))
-    theirs = our_names(decayed)
-    assert set(ours) == set(theirs)
-    for name, names in theirs.items():
-        assert {decayed[n] for n in names} == {ours[name]}, name
+    mask = flatten(weight_decay_mask(jax.eval_shape(task.init, jax.random.key(0))))
+    official = official_names(decayed)
+    assert set(mask) == set(official)
+    for path, names in official.items():
+        assert {decayed[n] for n in names} == {mask[path]}, path

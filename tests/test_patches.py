@@ -1,3 +1,5 @@
+"""Patches and position embeddings against the official code and torch."""
+
 import json
 
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ def test_sincos_table_is_the_references(tables, width, side):
 
 
 @pytest.mark.parametrize(("width", "side"), [(1024, 14), (1280, 16), (512, 16)])
-def test_rows_of_larger_sincos_tables(golden, tables, width, side):
+def test_rows_of_larger_sincos_tables_are_the_references(golden, tables, width, side):
     name = f"sincos_{width}_{side}"
     rows = json.loads((golden / "pos_embed" / "pos_embed.json").read_text())[name]["rows_index"]
     table = sincos_pos_embed_2d(width, (side, side))
@@ -36,8 +38,8 @@ def test_rows_of_larger_sincos_tables(golden, tables, width, side):
 
 def test_sincos_table_of_a_wide_grid_encodes_the_column_first():
     table = sincos_pos_embed_2d(8, (2, 3))[1:].reshape(2, 3, 8)
-    assert (table[0, :, :4] == table[1, :, :4]).all()  # the first half does not know the row
-    assert (table[:, 0, 4:] == table[:, 2, 4:]).all()  # the second does not know the column
+    assert (table[0, :, :4] == table[1, :, :4]).all()  # the first half does not depend on the row
+    assert (table[:, 0, 4:] == table[:, 2, 4:]).all()  # the second does not depend on the column
     np.testing.assert_allclose(table[0, 2, :4], [np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)])
 
 
@@ -45,25 +47,25 @@ def test_sincos_table_of_a_wide_grid_encodes_the_column_first():
     ("name", "old", "new"),
     [("14to24_d32_random", 14, 24), ("14to7_d32_random", 14, 7), ("16to32_d16_random", 16, 32)],
 )
-def test_resampling_is_torchs_bicubic(tables, name, old, new):
+def test_interpolation_is_torchs_bicubic(tables, name, old, new):
     source = tables[f"interp_{name}_src"][0]
-    ours = interpolate_pos_embed(source, (old, old), (new, new))
-    np.testing.assert_allclose(ours, tables[f"interp_{name}_out"][0], atol=1e-5)
+    table = interpolate_pos_embed(source, (old, old), (new, new))
+    np.testing.assert_allclose(table, tables[f"interp_{name}_out"][0], atol=1e-5)
     weights = tables[f"bicubic_1d_{old}to{new}"]
     np.testing.assert_allclose(bicubic_weights(new, old), weights, atol=1e-5)
 
 
-def test_resampling_a_non_square_grid_keeps_axes_apart():
-    rows = np.repeat(np.arange(4.0), 6)[:, None]  # a table that knows only the row
+def test_interpolation_of_a_non_square_grid_is_separable():
+    rows = np.repeat(np.arange(4.0), 6)[:, None]  # depends on the row only
     table = np.concatenate([[[9.0]], rows])
-    resampled = interpolate_pos_embed(table, (4, 6), (8, 3))
-    assert resampled[0] == 9
-    cells = resampled[1:].reshape(8, 3)
+    interpolated = interpolate_pos_embed(table, (4, 6), (8, 3))
+    assert interpolated[0] == 9
+    cells = interpolated[1:].reshape(8, 3)
     np.testing.assert_allclose(cells, np.repeat(cells[:, :1], 3, axis=1))
     np.testing.assert_allclose(cells[:, 0], bicubic_weights(8, 4) @ np.arange(4.0))
 
 
-def test_patchify_non_square():
+def test_patchify_of_non_square_images():
     images = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
     patches = patchify(images, 2)
     assert patches.shape == (2, 6, 12)
@@ -71,6 +73,6 @@ def test_patchify_non_square():
     np.testing.assert_array_equal(unpatchify(patches, 2, (2, 3)), images)
 
 
-def test_image_size_that_does_not_divide():
+def test_image_size_must_be_a_multiple_of_the_patch_size():
     with pytest.raises(UserError, match=r"225 = 14 \* 16 \+ 1. Use 224 or 240"):
         patch_grid((224, 225), 16)
