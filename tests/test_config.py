@@ -257,7 +257,7 @@ def test_predicting_some_patches_costs_less_and_is_logged(folder, caplog):
 def test_bad_data(folder):
     with pytest.raises(DataError, match="nowhere"):
         build(config_of(folder / "nowhere"), folder / "run")
-    with pytest.raises(DataError, match="batch_size=16 is larger than the data set of 8"):
+    with pytest.raises(DataError, match="batch_size=16 is larger than the dataset of 8 images"):
         build(config_of(folder, batch_size=16), folder / "run")
 
 
@@ -324,7 +324,7 @@ def test_classification_needs_labels_and_an_evaluation_split(folder, labelled):
     with pytest.raises(DataError, match="5 shots, but class 'a' has only 4 images"):
         build(classify(labelled, data__shots=5), labelled / "run")
     (labelled / "validation" / "c").rename(labelled / "validation" / "d")
-    with pytest.raises(DataError, match="classes that training has not: d"):
+    with pytest.raises(DataError, match="not in the training split: d"):
         build(classify(labelled), labelled / "run")
 
 
