@@ -1,14 +1,16 @@
-"""Batches made ready by a thread."""
+"""Batches prefetched by a thread."""
 
 import threading
-import time
 
 import pytest
 
 from mae_jax.data.prefetch import BUFFER_SIZE, DevicePrefetcher
 
+HANG_S = 60  # deadline that only a hang exceeds
 
-def counted(stop=None, closed=None, error=None):
+
+def count_to(stop=None, closed=None, error=None):
+    """Yield 0, 1, ... stop - 1, then raise an error, if any; set `closed` at the end."""
     number = 0
     try:
         while number != stop:
@@ -18,47 +20,50 @@ def counted(stop=None, closed=None, error=None):
             raise error
     finally:
         if closed is not None:
-            closed.append(number)
-
-
-def until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+            closed.set()
 
 
 def test_all_batches_in_order():
-    feed = DevicePrefetcher(counted(5), lambda n: n * 10)
-    assert list(feed) == [0, 10, 20, 30, 40]
-    assert list(feed) == [], "it stays at its end"
+    prefetcher = DevicePrefetcher(count_to(5), lambda n: n * 10)
+    assert list(prefetcher) == [0, 10, 20, 30, 40]
+    assert list(prefetcher) == [], "it stays exhausted"
 
 
-def test_works_ahead_but_not_further():
+def test_prefetches_as_many_batches_as_its_buffer_holds():
+    requested = threading.Semaphore(0)
+
+    def batches():
+        for number in count_to():
+            requested.release()  # it blocks after the one that finds no free slot
+            yield number
+
     put, ready = [], []
-    feed = DevicePrefetcher(counted(), lambda n: put.append(n) or n, ready.append)
-    until(lambda: len(put) == BUFFER_SIZE)
-    assert next(feed) == 0
-    until(lambda: len(put) == BUFFER_SIZE + 1)
-    time.sleep(0.05)
-    assert len(put) == BUFFER_SIZE + 1
+    prefetcher = DevicePrefetcher(batches(), lambda n: put.append(n) or n, ready.append)
+    for _ in range(BUFFER_SIZE + 1):
+        assert requested.acquire(timeout=HANG_S)
+    assert put == list(range(BUFFER_SIZE))
+    assert next(prefetcher) == 0
+    assert requested.acquire(timeout=HANG_S)
+    assert put == list(range(BUFFER_SIZE + 1))
+    assert not requested.acquire(blocking=False)
     assert ready == [BUFFER_SIZE]
-    feed.close()
+    prefetcher.close()
 
 
-def test_errors_reach_the_loop_after_the_batches_before_them():
-    feed = DevicePrefetcher(counted(2, error=OSError("disk")), lambda n: n)
-    assert [next(feed), next(feed)] == [0, 1]
+def test_errors_are_raised_after_the_batches_before_them():
+    prefetcher = DevicePrefetcher(count_to(2, error=OSError("disk")), lambda n: n)
+    assert [next(prefetcher), next(prefetcher)] == [0, 1]
     for _ in range(2):
         with pytest.raises(OSError, match="disk"):
-            next(feed)
+            next(prefetcher)
 
 
-def test_closing_ends_the_thread_and_what_it_reads():
-    closed = []
-    before = threading.active_count()
-    feed = DevicePrefetcher(counted(closed=closed), lambda n: n)
-    until(lambda: threading.active_count() == before + 1)
-    feed.close()
-    assert threading.active_count() == before
-    assert closed
+def test_closing_ends_the_thread_and_closes_the_batches():
+    closed, before = threading.Event(), set(threading.enumerate())
+    prefetcher = DevicePrefetcher(count_to(closed=closed), lambda n: n)
+    assert next(prefetcher) == 0
+    (thread,) = set(threading.enumerate()) - before
+    prefetcher.close()
+    assert closed.wait(HANG_S)
+    thread.join(HANG_S)
+    assert not thread.is_alive()
