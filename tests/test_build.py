@@ -16,7 +16,7 @@ from mae_jax.data.sources import DataError
 from mae_jax.distributed.sharding import make_mesh
 from mae_jax.tasks.optimizer import adamw, lars
 from mae_jax.tasks.train_step import init_state
-from mae_jax.train import build_data, build_model, evaluators
+from mae_jax.train import build_data, build_evaluators, build_model
 from mae_jax.train.config import from_config_dict
 from mae_jax.train.init_state import split_rng
 from mae_jax.train.loop import make_prefetcher
@@ -135,7 +135,7 @@ class Parts:
     @cached_property
     def evaluators(self):
         """Evaluators by name; none of them is run, so there is nothing to log."""
-        made = evaluators.make_evaluators(
+        made = build_evaluators.make_evaluators(
             self.config,
             self.task,
             train_source=self.train_source,

@@ -24,10 +24,10 @@ from mae_jax.data.sources import DataError
 from mae_jax.models.variants import VARIANTS
 from mae_jax.train import report
 from mae_jax.train.build_data import make_eval_transform
+from mae_jax.train.build_evaluators import features_enabled
 from mae_jax.train.build_model import flops_per_image
 from mae_jax.train.config import Config, MaskConfig, from_config_dict
 from mae_jax.train.config_schema import as_json, to_config_dict
-from mae_jax.train.evaluators import features_enabled
 from mae_jax.train.resume import RESUMABLE_KEYS, SHAPE_KEYS
 from mae_jax.train.trainer import build
 from mae_jax.utils.errors import UserError

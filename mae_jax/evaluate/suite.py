@@ -64,29 +64,23 @@ class SplitFeatures:
         rows: Sequence[int] | slice = slice(None),
         attention_heads: int = 0,
     ) -> dict[str, Score]:
-        """Return scores of probes by name of the features; those of one shape train together.
+        """Train probes together, on features of one shape; return scores by name of the features.
 
         Args:
           rows: training images to use.
           attention_heads: of attention pooling, for features [n, patches, d].
         """
         assert self.train is not None
-        groups: dict[tuple[int, ...], list[str]] = {}
-        for name in names:
-            groups.setdefault(self.test.features[name].shape[1:], []).append(name)
-        scores = {}
-        for group in groups.values():
-            self.report(f"training probes of {', '.join(group)}")
-            scores |= probe_scores(
-                {name: self.train.features[name][rows] for name in group},
-                self.train.labels[rows],
-                {name: self.test.features[name] for name in group},
-                self.test.labels,
-                num_classes=self.num_classes,
-                attention_heads=attention_heads,
-                recipe=recipe,
-            )
-        return {name: scores[name] for name in names}
+        self.report(f"training probes of {', '.join(names)}")
+        return probe_scores(
+            {name: self.train.features[name][rows] for name in names},
+            self.train.labels[rows],
+            {name: self.test.features[name] for name in names},
+            self.test.labels,
+            num_classes=self.num_classes,
+            attention_heads=attention_heads,
+            recipe=recipe,
+        )
 
 
 def extract_splits(

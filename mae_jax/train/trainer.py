@@ -24,10 +24,11 @@ from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.train_step import TrainState, jit_step, make_train_step
 from mae_jax.train import build_data, build_model, report
+from mae_jax.train.build_evaluators import features_enabled, make_evaluators
 from mae_jax.train.build_model import RunLength
 from mae_jax.train.config import Config
 from mae_jax.train.config_schema import as_json
-from mae_jax.train.evaluators import Evaluation, features_enabled, make_evaluators
+from mae_jax.train.evaluators import Evaluation
 from mae_jax.train.fault_tolerance import PreemptionHandler, Watchdog
 from mae_jax.train.init_state import (
     StateLayout,

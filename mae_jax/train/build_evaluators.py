@@ -1,0 +1,99 @@
+"""Build the evaluators of a run."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from mae_jax.data.loader import eval_batches
+from mae_jax.data.sources import Source
+from mae_jax.data.subsets import evenly_spaced
+from mae_jax.evaluate.figures import ReconstructionFigure, check_display_channels
+from mae_jax.tasks.classify import Classify
+from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.train.build_data import make_eval_batches, make_eval_transform
+from mae_jax.train.build_model import RunLength
+from mae_jax.train.config import Config
+from mae_jax.train.evaluators import (
+    AccuracyEvaluator,
+    Evaluator,
+    FeatureEvaluator,
+    ReconstructionEvaluator,
+)
+from mae_jax.train.metrics_writer import MetricsWriter
+
+
+def make_evaluators(
+    config: Config,
+    task: Pretrain | Classify,
+    *,
+    train_source: Source,
+    eval_source: Source | None,
+    length: RunLength,
+    mesh: jax.sharding.Mesh,
+    writer: MetricsWriter,
+    workdir: Path,
+    init_key: Key[Array, ""],
+    heartbeat: Callable[[str], None],
+) -> list[Evaluator]:
+    """Return the evaluators of a run for its task and its data.
+
+    Args:
+      init_key: PRNG key from which those of the random encoders are derived.
+      heartbeat: called for every batch with what is being done.
+    """
+    evaluators: list[Evaluator] = []
+    images = partial(make_eval_batches, config, mesh=mesh, heartbeat=heartbeat)
+    every = {
+        "accuracy": length.steps(config.eval.accuracy_every_epochs),
+        "knn": length.steps(config.eval.knn_every_epochs),
+        "pictures": length.steps(config.eval.pictures_every_epochs),
+    }
+    if isinstance(task, Pretrain):
+        figure = _make_figure(config, task, eval_source or train_source)
+        folder = workdir / "pictures"
+        evaluators.append(ReconstructionEvaluator(figure, writer, folder, every["pictures"]))
+    elif task.model.num_classes and eval_source is not None:
+        batches = images(eval_source, num_classes=task.model.num_classes)
+        evaluators.append(AccuracyEvaluator(task, batches, mesh, every["accuracy"]))
+    if features_enabled(config, train_source, eval_source):
+        assert eval_source is not None
+        num_classes = len(train_source.classes)
+        bank = evenly_spaced(train_source, config.eval.knn_bank)
+        queries = evenly_spaced(eval_source, config.eval.knn_queries)
+        evaluators.append(
+            FeatureEvaluator(
+                task=task,
+                bank=images(bank, num_classes=num_classes),
+                queries=images(queries, num_classes=num_classes),
+                num_classes=num_classes,
+                ks=tuple(config.eval.knn_k),
+                temperature=config.eval.knn_temperature,
+                mesh=mesh,
+                every=every["knn"],
+                linear=config.eval.linear,
+                baseline_key=init_key if config.eval.baselines else None,
+                heartbeat=heartbeat,
+            )
+        )
+    return evaluators
+
+
+def features_enabled(config: Config, train_source: Source, eval_source: Source | None) -> bool:
+    """Return whether k-NN is on, and there are labeled images for it."""
+    labeled = bool(train_source.classes and eval_source is not None and eval_source.classes)
+    return config.eval.knn_every_epochs >= 0 and labeled
+
+
+def _make_figure(config: Config, task: Pretrain, source: Source) -> ReconstructionFigure:
+    source = evenly_spaced(source, config.eval.pictures)
+    skip, max_bad = config.data.on_bad == "skip", config.data.max_bad
+    transform = make_eval_transform(config)
+    batches = eval_batches(source, transform, len(source), skip=skip, max_bad=max_bad)
+    images = np.asarray(next(iter(batches))["image"])
+    mask = task.sample_mask(jax.random.key(0), len(source))  # the same in all figures of a run
+    show = check_display_channels(config.eval.show_channels, config.model.channels)
+    return ReconstructionFigure(task, images, mask, config.eval.stats, show)
