@@ -33,10 +33,11 @@ from benchmarks.loaders import BATCH as LOADER_BATCH
 from configs import pretrain
 from mae_jax.models.variants import VARIANTS
 from mae_jax.tasks.train_step import init_state
-from mae_jax.train import build_data, trainer
+from mae_jax.train import build_data
 from mae_jax.train.config import Config, from_config_dict
 from mae_jax.train.init_state import split_rng
 from mae_jax.train.loop import make_prefetcher
+from mae_jax.train.setup import build, make_step, select_attention
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.cli import check_output, make_parser, positive_int, run_command
 from mae_jax.utils.console import print_table, progress
@@ -53,9 +54,9 @@ class TrainLoop:
     """The loader and the train step of a run, and its state."""
 
     def __init__(self, config: Config, workdir: Path):
-        setup = trainer.select_attention(trainer.build(config, workdir))
+        setup = select_attention(build(config, workdir))
         init = functools.partial(init_state, setup.task, setup.tx)
-        self.setup, self.step = setup, trainer.make_step(setup)
+        self.setup, self.step = setup, make_step(setup)
         self.state = jax.jit(init, out_shardings=setup.layout.shardings)(split_rng(config.seed)[0])
 
     def time(self, part: str, steps: int) -> dict[str, float]:

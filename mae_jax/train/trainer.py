@@ -1,45 +1,36 @@
 """A run, from its config to its summary: build, resume or start, train, evaluate, save."""
 
-import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
-from mae_jax.data.loader import ArrayLoader, Loader
-from mae_jax.data.sources import Source
-from mae_jax.distributed import processes, sharding
+from mae_jax.data.loader import ArrayLoader
+from mae_jax.distributed import processes
 from mae_jax.distributed.checkpointer import Checkpointer
 from mae_jax.distributed.inference import extract_features, with_sharded_inputs
-from mae_jax.models import attention_autotune, flops
+from mae_jax.models import flops
 from mae_jax.tasks.classify import Classify
-from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.tasks.train_step import TrainState, jit_step, make_train_step
+from mae_jax.tasks.train_step import TrainState
 from mae_jax.train import build_data, build_model, report
 from mae_jax.train.build_evaluators import features_enabled, make_evaluators
-from mae_jax.train.build_model import RunLength
 from mae_jax.train.config import Config
 from mae_jax.train.config_schema import as_json
 from mae_jax.train.evaluators import Evaluation
 from mae_jax.train.fault_tolerance import PreemptionHandler, Watchdog
 from mae_jax.train.init_state import (
-    StateLayout,
     init_provenance,
-    make_state_layout,
     restore_or_init,
     split_rng,
 )
 from mae_jax.train.loop import Trainer
 from mae_jax.train.metrics_writer import MetricsWriter
 from mae_jax.train.progress import MetricsLogger, Profiler
+from mae_jax.train.setup import RunSetup, assert_same_run, build, make_step, select_attention
 from mae_jax.train.workdir import lock_workdir
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.errors import UserError
@@ -64,94 +55,6 @@ def train_and_evaluate(config: Config, workdir: Path) -> None:
         with lock_workdir(workdir), Watchdog(minutes, workdir) as watchdog:
             run(setup, preemption, watchdog)
             processes.barrier()
-
-
-@dataclass(frozen=True)
-class RunSetup:
-    """The parts of a run, all validated before anything is written or trained."""
-
-    config: Config
-    workdir: Path
-    mesh: jax.sharding.Mesh
-    task: Pretrain | Classify
-    train_source: Source
-    fingerprint: str  # of the training data; takes a while for millions of files
-    eval_source: Source | None
-    loader: Loader | None  # None if nothing is trained
-    resize_on_device: bool
-    length: RunLength
-    learning_rate: optax.Schedule
-    tx: optax.GradientTransformation
-    layout: StateLayout
-
-
-def build(config: Config, workdir: Path) -> RunSetup:
-    """Open the data, and build model, objective and optimizer.
-
-    Raises:
-      UserError: a config value, a file or a folder is invalid.
-    """
-    mesh = sharding.make_mesh(config.mesh.fsdp)
-    sharding.check_batch(config.batch_size, config.accumulate, mesh)
-    index_dir = Path(os.path.abspath(workdir)).parent / ".indices"
-    train_source = build_data.make_train_source(config, index_dir)
-    eval_source = build_data.make_eval_source(config, train_source.classes, index_dir)
-    dtype = build_data.pixel_dtype(config, train_source)
-    if eval_source:
-        build_data.pixel_dtype(config, eval_source)
-    task = build_model.make_task(config, mesh, train_source.classes)
-    length = build_model.make_run_length(config, len(train_source))
-    learning_rate = build_model.make_learning_rate(config, length)
-    loader, tx = None, optax.identity()
-    if length.total_steps:
-        classify = task if isinstance(task, Classify) else None
-        num_classes = classify.model.num_classes if classify else None
-        loader = build_data.make_loader(config, train_source, num_classes, dtype)
-        blocks = classify.train_last_blocks if classify else None
-        tx = build_model.make_optimizer(config, learning_rate, blocks)
-    return RunSetup(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        task=task,
-        train_source=train_source,
-        fingerprint=train_source.fingerprint(),
-        eval_source=eval_source,
-        loader=loader,
-        resize_on_device=build_data.resizes_on_device(config, dtype),
-        length=length,
-        learning_rate=learning_rate,
-        tx=tx,
-        layout=make_state_layout(config, task, tx, mesh),
-    )
-
-
-def assert_same_run(setup: RunSetup) -> None:
-    """Raise UserError unless all processes have the same config and data."""
-    if jax.process_count() == 1:
-        return
-    values = {"config": str(setup.config), "dataset": setup.fingerprint}
-    if setup.eval_source:
-        values["data.eval_split"] = setup.eval_source.fingerprint()
-    if isinstance(setup.task, Pretrain) and setup.task.user_mask is not None:
-        values["mask.path"] = str(setup.task.user_mask.tolist())
-    processes.assert_equal_across_processes(values)
-
-
-def select_attention(setup: RunSetup) -> RunSetup:
-    """Return the run with the attention implementation that suits its devices.
-
-    All processes must call this together.
-
-    Raises:
-      UserError: model.attention does not work here.
-    """
-    config = setup.config
-    attention = attention_autotune.select_implementation(
-        config.model.attention, setup.task.attention_shapes, jnp.dtype(config.model.dtype)
-    )
-    task = build_model.make_task(config, setup.mesh, setup.train_source.classes, attention)
-    return dataclasses.replace(setup, task=task)
 
 
 def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> None:
@@ -304,21 +207,6 @@ def make_trainer(
         mesh=setup.mesh,
         shardings=setup.layout.shardings,
     )
-
-
-def make_step(setup: RunSetup) -> Callable[..., Any]:
-    """Return the jitted train step, which donates its state."""
-    config = setup.config
-    step = make_train_step(
-        setup.task,
-        setup.tx,
-        setup.learning_rate,
-        split_rng(config.seed)[1],
-        preprocess=build_data.make_device_preprocess(config, setup.mesh, setup.resize_on_device),
-        grad_accum_steps=config.accumulate,
-        ema_decay=config.optim.ema,
-    )
-    return jit_step(step, setup.layout.shardings)
 
 
 def _cache_features(

@@ -52,7 +52,9 @@ def load_init_weights(
     path = str(init.path)
     classifies = isinstance(task, Classify)
     if init.encoder_only or classifies:
-        checkpoint = weights.read(path, ema=init.ema, heads=model.heads, require_num_heads=("encoder",))
+        checkpoint = weights.read(
+            path, ema=init.ema, heads=model.heads, require_num_heads=("encoder",)
+        )
         checkpoint = weights.encoder_only(checkpoint)
     else:
         heads = dict(heads=model.heads, decoder_heads=model.decoder_heads)

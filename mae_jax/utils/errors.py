@@ -1,4 +1,4 @@
-"""Errors that a user can mend: the message names the value and what to do."""
+"""Errors that a user can fix: the message names the value and the remedy."""
 
 from collections.abc import Mapping
 from typing import Any
