@@ -1,6 +1,7 @@
 """Metadata of a checkpoint, and the network that it describes."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -228,14 +229,18 @@ def to_variables(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def expected_shapes(info: ModelInfo) -> dict[str, tuple[int, ...]]:
     """Return the shape of every array of a checkpoint, by parameter path."""
+    network = make_autoencoder(info) if info.decoder_depth else make_classifier(info)
     num_patches = info.grid[0] * info.grid[1]
-    patches = jnp.zeros((1, num_patches, info.patch**2 * info.channels))
-    if info.decoder_depth:
+    return dict(_init_shapes(network, num_patches, info.patch**2 * info.channels))
+
+
+@functools.lru_cache(maxsize=8)
+def _init_shapes(network: Any, num_patches: int, patch_dim: int) -> dict[str, tuple[int, ...]]:
+    """Trace the initialization of a network, which takes longer than reading a small file."""
+    inputs = [jnp.zeros((1, num_patches, patch_dim))]
+    if isinstance(network, MAE):
         order = jnp.arange(num_patches)[None]
-        arguments = (make_autoencoder(info), patches, order[:, :1], order[:, 1:])
-    else:
-        arguments = (make_classifier(info), patches)
-    network, *inputs = arguments
+        inputs += [order[:, :1], order[:, 1:]]
     shapes: Any = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     tree = {**shapes["params"], **shapes.get("batch_stats", {})}
     return {name: leaf.shape for name, leaf in flatten(tree).items()}
