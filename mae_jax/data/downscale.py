@@ -83,12 +83,8 @@ class DownscaledDataset(tfds.core.GeneratorBasedBuilder):
         skip: bool,
     ):
         self.name = name
-        self._sources, self._downscale, self._threads, self._skip = (
-            sources,
-            downscale,
-            threads,
-            skip,
-        )
+        self._sources, self._downscale = sources, downscale
+        self._threads, self._skip = threads, skip
         self._classes = next(iter(sources.values())).classes
         super().__init__(data_dir=str(folder), file_format="array_record")
 

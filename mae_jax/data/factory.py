@@ -15,14 +15,14 @@ class DatasetSpec:
     """A dataset on disk.
 
     Args:
-      kind: "tfds", "folder" or "arrays"; or "files", whose splits are folders or array files.
+      kind: "tfds", "folder" or "arrays"; None if each split is either a folder or an array file.
       name: of a TFDS dataset, as in `TfdsSource`.
       path: the folder; for TFDS its data_dir, None is TFDS's default.
       image_feature: of a TFDS dataset.
       index_dir: where indices of TFRecord files are cached; None caches nothing.
     """
 
-    kind: str
+    kind: str | None
     name: str | None = None
     path: str | None = None
     image_feature: str = "image"
@@ -39,14 +39,14 @@ class DatasetSpec:
         """
         if self.kind == "tfds":
             return self._open_tfds(split)
-        if self.kind not in (*KINDS, "files"):
+        if self.kind not in (*KINDS, None):
             raise DataError(
                 f"must be one of {', '.join(KINDS)}", key="data.source", value=self.kind
             )
         if not self.path:
             raise DataError("needs data.path, a folder", key="data.source", value=self.kind)
         is_arrays = self.kind == "arrays"
-        if self.kind == "files":
+        if self.kind is None:
             _check_split(Path(self.path), split)
             is_arrays = bool(split) and has_split(Path(self.path), split, ("arrays",))
         return (read_arrays if is_arrays else FolderSource)(self.path, split, classes)
@@ -87,7 +87,7 @@ def detect_dataset(data: str, data_dir: str | None, image_feature: str = "image"
     """
     path = Path(data)
     if path.is_dir():
-        return DatasetSpec("files", path=data)
+        return DatasetSpec(None, path=data)
     if path.exists() or path.is_absolute() or data.startswith("."):
         raise DataError(f"{data} {'is not a directory' if path.exists() else 'does not exist'}")
     return DatasetSpec("tfds", data, data_dir, image_feature)

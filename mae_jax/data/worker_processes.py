@@ -27,8 +27,8 @@ def to_worker_processes(rows: grain.MapDataset, workers: int, threads: int) -> g
     """Return a dataset whose rows are computed by processes with `threads` threads each.
 
     Images travel in shared memory, which requires contiguous arrays. The rest of a worker's
-    prefetched rows must fit into a pipe (64 KiB): otherwise the worker blocks on writing until
-    somebody reads, and closing the iterator waits for the worker.
+    prefetched rows must fit into a pipe (64 KiB): otherwise the worker blocks on writing, and
+    closing the iterator waits for the worker.
     """
     if not flags.FLAGS.is_parsed():  # grain reads absl flags before it starts processes
         flags.FLAGS.mark_as_parsed()
