@@ -11,7 +11,7 @@ from mae_jax.models.classifier import Classifier
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VitVariant
-from mae_jax.models.vit import Encoder
+from mae_jax.models.vit import make_encoder
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.mixup import Mixup
 from mae_jax.tasks.optimizer import adamw, warmup_cosine
@@ -36,7 +36,7 @@ def make_pretrain_some(execution):
 
 
 def make_finetune(execution):
-    encoder = Encoder(64, 2, 2, (4, 4), final_norm=False, drop_path=0.2, execution=execution)
+    encoder = make_encoder(SIZE, (4, 4), final_norm=False, drop_path=0.2, execution=execution)
     model = Classifier(encoder, num_classes=CLASSES, pool="mean", fc_norm=True)
     mixup = Mixup(mixup=0.8, cutmix=1.0, mode="elem")
     return Classify(model=model, smoothing=0.1, mixup=mixup, erase=0.25, **PIXELS)
