@@ -50,7 +50,7 @@ def assert_equal(left, right):
 
 
 class TestLoader:
-    @pytest.mark.parametrize("kwargs", [dict(threads=4), dict(threads=0), dict(workers=3)], ids=str)
+    @pytest.mark.parametrize("kwargs", [dict(threads=4), dict(threads=0), dict(workers=2)], ids=str)
     def test_threads_and_workers_do_not_change_batches(self, folder, kwargs):
         assert_equal(take(make_loader(folder), 12), take(make_loader(folder, **kwargs), 12))
 
