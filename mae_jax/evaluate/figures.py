@@ -19,7 +19,7 @@ from mae_jax.utils.errors import UserError
 
 GRAY = 128  # masked patches
 GAP = 6  # pixels between images
-PATCH_STATS = {"gt": "true patch statistics", "visible": "statistics of visible neighbours"}
+PATCH_STATS = {"gt": "true patch statistics", "visible": "statistics of visible neighbors"}
 MIN_SIDE = 112  # pixels; smaller images are enlarged by an integer factor
 
 
