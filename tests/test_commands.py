@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from convert_helpers import HEADS, OFFICIAL
 from image_helpers import encoded, noise_image
 from PIL import Image
 from safetensors.numpy import load_file
-from test_convert import HEADS, OFFICIAL
 
 import mae_jax
 from mae_jax import features, predict, reconstruct

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_convert import HEADS, OFFICIAL
+from convert_helpers import HEADS, OFFICIAL
 
 from mae_jax.convert import weights
 from mae_jax.convert.model_info import ConvertError

@@ -231,11 +231,14 @@ def expected_shapes(info: ModelInfo) -> dict[str, tuple[int, ...]]:
     """Return the shape of every array of a checkpoint, by parameter path."""
     network = make_autoencoder(info) if info.decoder_depth else make_classifier(info)
     num_patches = info.grid[0] * info.grid[1]
-    return dict(_init_shapes(network, num_patches, info.patch**2 * info.channels))
+    patch_dim = info.patch**2 * info.channels
+    return dict(_init_shapes(network, num_patches, patch_dim))  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache(maxsize=8)
-def _init_shapes(network: Any, num_patches: int, patch_dim: int) -> dict[str, tuple[int, ...]]:
+def _init_shapes(
+    network: MAE | Classifier, num_patches: int, patch_dim: int
+) -> dict[str, tuple[int, ...]]:
     """Trace the initialization of a network, which takes longer than reading a small file."""
     inputs = [jnp.zeros((1, num_patches, patch_dim))]
     if isinstance(network, MAE):

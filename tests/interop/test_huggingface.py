@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_convert import HEADS, OFFICIAL, assert_same
+from convert_helpers import HEADS, OFFICIAL, assert_same
 from transformers import (
     ViTConfig,
     ViTForImageClassification,

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_convert import HEADS, OFFICIAL
+from convert_helpers import HEADS, OFFICIAL
 
 import mae_jax
 from mae_jax.convert import weights

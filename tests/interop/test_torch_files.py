@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from convert_helpers import HEADS, OFFICIAL, assert_same
 from safetensors.numpy import load_file
-from test_convert import HEADS, OFFICIAL, assert_same
 
 import mae_jax
 from mae_jax.convert import weights
