@@ -59,7 +59,7 @@ def test_a_full_disk(tiny, roomy, tmp_path):
         output = run(tiny, disk / "run", *SMALL, code=1)
         assert "No space left on device" in output.splitlines()[-1]
         assert "GB are free in" in output, "the run warns at its start"
-        assert "Make room or mend the disk: the same command goes on from there" in output
+        assert "Free some space or repair the disk: the same command resumes from there" in output
         complete = steps(disk / "run")
         assert complete
         assert all(name.isdecimal() for name in complete)
