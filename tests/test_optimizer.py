@@ -1,16 +1,18 @@
-"""Learning rate schedule and weight decay groups against the official code."""
+"""Learning rate schedule, weight decay groups and LARS against the official code."""
 
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from official_state_dict import official_names
+from safetensors.numpy import load_file
 
 from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VARIANTS
-from mae_jax.tasks.optimizer import warmup_cosine, weight_decay_mask
+from mae_jax.tasks.optimizer import lars, warmup_cosine, weight_decay_mask
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import flatten
@@ -67,3 +69,37 @@ def test_weight_decay_groups_are_the_references(golden):
     assert set(mask) == set(official)
     for path, names in official.items():
         assert {decayed[n] for n in names} == {mask[path]}, path
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_lars(case, golden):
+    arrays = load_file(golden / "lars" / "lars.safetensors")
+    config = json.loads((golden / "lars" / "lars.json").read_text())[case]
+    get = lambda name: jnp.asarray(arrays[f"c{case}_{name}"])  # noqa: E731
+    tx = lars(
+        lambda _: config["lr"],
+        momentum=config["momentum"],
+        weight_decay=config["weight_decay"],
+        trust_coefficient=config["trust_coefficient"],
+    )
+    params = {"w": get("w0"), "b": get("b0")}
+    state = tx.init(params)
+    for step in range(5):
+        updates, state = tx.update({"w": get("gw")[step], "b": get("gb")[step]}, state, params)
+        params = optax.apply_updates(params, updates)
+        for name in params:
+            np.testing.assert_allclose(params[name], get(name)[step], atol=1e-5, rtol=1e-5)
+
+
+def test_lars_computes_a_trust_ratio_for_every_block_of_a_stack():
+    rng = np.random.default_rng(0)
+    w, g = (jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32) for _ in range(2))
+    w = w * jnp.array([1.0, 10.0, 0.0])[:, None, None]
+    tx = lars(lambda _: 1.0, momentum=0.9, weight_decay=0.0)
+    stacked = {"blocks": {"kernel": w}}
+    actual, _ = tx.update({"blocks": {"kernel": g}}, tx.init(stacked), stacked)
+    for block in range(3):
+        single = {"kernel": w[block]}
+        expected, _ = tx.update({"kernel": g[block]}, tx.init(single), single)
+        kernel = actual["blocks"]["kernel"][block]
+        np.testing.assert_allclose(kernel, expected["kernel"], rtol=1e-6)
