@@ -1,7 +1,8 @@
-"""transformers' ViTMAE and ViT against ours, on the same weights and the same noise."""
+"""Outputs of transformers' ViTMAE and ViT on the same weights and the same noise."""
 
 import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,8 +39,8 @@ TINY_DECODER = dict(
 )
 
 
-def randomise(model):
-    """Biases and tokens too: transformers starts many of them at zero."""
+def randomize(model):
+    """Add noise to all parameters: transformers initializes many biases and tokens to zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,66 +48,73 @@ def randomise(model):
     return model.eval()
 
 
-def assert_close(found, expected):
+def assert_close(array, expected):
     expected = expected.detach().numpy()
-    assert np.abs(np.asarray(found) - expected).max() <= 5e-5 * np.abs(expected).max()
+    assert np.abs(np.asarray(array) - expected).max() <= 5e-5 * np.abs(expected).max()
 
 
 def nhwc(pixels):
     return jnp.asarray(pixels.permute(0, 2, 3, 1).numpy())
 
 
-def check_forward_pass(theirs, model, params):
-    size, count = theirs.config.image_size, model.info.grid[0] * model.info.grid[1]
+def check_forward_pass(torch_model, model, params):
+    size, count = torch_model.config.image_size, model.info.grid[0] * model.info.grid[1]
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn((2, 3, size, size), generator=generator)
     noise = torch.rand((2, count), generator=generator)
     with torch.no_grad():
-        expected = theirs(pixels, noise=noise)
+        expected = torch_model(pixels, noise=noise)
     task = model.task()
     mask = masking.mask_from_noise(jnp.asarray(noise.numpy()), task.num_kept)
     patches = patchify(nhwc(pixels), model.info.patch)
-    assert_close(task.apply("predict", params, patches, *mask), expected.logits)
-    np.testing.assert_allclose(
-        task.loss_of_patches(params, patches, mask), expected.loss.item(), rtol=1e-5
-    )
+
+    @jax.jit
+    def run(params, patches, mask):
+        logits = task.apply("predict", params, patches, *mask)
+        return logits, task.loss_of_patches(params, patches, mask)
+
+    logits, loss = run(params, patches, mask)
+    assert_close(logits, expected.logits)
+    np.testing.assert_allclose(loss, expected.loss.item(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_theirs_to_ours(tmp_path, norm_pix):
+def test_import(tmp_path, norm_pix):
     config = ViTMAEConfig(**TINY, **TINY_DECODER, norm_pix_loss=norm_pix)
-    theirs = randomise(ViTMAEForPreTraining(config))
-    theirs.save_pretrained(tmp_path)
+    torch_model = randomize(ViTMAEForPreTraining(config))
+    torch_model.save_pretrained(tmp_path)
     model, params = mae_jax.load(tmp_path)
     assert model.info.target == ("normalized" if norm_pix else "pixels")
-    check_forward_pass(theirs, model, params)
+    check_forward_pass(torch_model, model, params)
 
 
-def test_vit_b(tmp_path):
-    theirs = randomise(ViTMAEForPreTraining(ViTMAEConfig(layer_norm_eps=1e-6)))
-    theirs.save_pretrained(tmp_path)
+def test_import_of_vit_b(tmp_path):
+    torch_model = randomize(ViTMAEForPreTraining(ViTMAEConfig(layer_norm_eps=1e-6)))
+    torch_model.save_pretrained(tmp_path)
     model, params = mae_jax.load(tmp_path)
     assert model.info.size_name == "vit_b16"
-    check_forward_pass(theirs, model, params)
+    check_forward_pass(torch_model, model, params)
 
 
-def test_ours_to_theirs(golden, tmp_path, caplog):
-    reading = dict(target="pixels", **HEADS)
-    weights.write(weights.read(golden / OFFICIAL, **reading), tmp_path / "hf", "hf")
-    theirs, report = ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
+def test_export(golden, tmp_path):
+    overrides = dict(target="pixels", **HEADS)
+    weights.write(weights.read(golden / OFFICIAL, **overrides), tmp_path / "hf", "hf")
+    torch_model, report = ViTMAEForPreTraining.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert theirs.config.layer_norm_eps == 1e-6
-    check_forward_pass(theirs.eval(), *mae_jax.load(golden / OFFICIAL, **reading))
-    # And once more through their own way of writing it.
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = weights.read(tmp_path / "theirs")
-    assert_same(again.arrays, weights.read(golden / OFFICIAL, **reading).arrays)
+    assert torch_model.config.layer_norm_eps == 1e-6
+    check_forward_pass(torch_model.eval(), *mae_jax.load(golden / OFFICIAL, **overrides))
+    # Read what transformers writes, too.
+    torch_model.save_pretrained(tmp_path / "saved")
+    reread = weights.read(tmp_path / "saved")
+    assert_same(reread.arrays, weights.read(golden / OFFICIAL, **overrides).arrays)
 
 
-def test_encoder_alone(golden, tmp_path):
-    found = weights.encoder_only(weights.read(golden / OFFICIAL, **HEADS))
-    weights.write(found, tmp_path / "hf", "hf")
-    theirs, report = ViTMAEModel.from_pretrained(
+def test_export_of_an_encoder(golden, tmp_path):
+    encoder = weights.encoder_only(weights.read(golden / OFFICIAL, **HEADS))
+    weights.write(encoder, tmp_path / "hf", "hf")
+    torch_model, report = ViTMAEModel.from_pretrained(
         tmp_path / "hf", output_loading_info=True, mask_ratio=0.0
     )
     assert not report["missing_keys"]
@@ -115,24 +123,24 @@ def test_encoder_alone(golden, tmp_path):
     pixels = torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(1))
     noise = torch.arange(16.0).repeat(2, 1)
     with torch.no_grad():
-        expected = theirs.eval()(pixels, noise=noise).last_hidden_state
+        expected = torch_model.eval()(pixels, noise=noise).last_hidden_state
     outputs = make_classifier(model.info).apply(to_variables(params), patchify(nhwc(pixels), 8))
     assert_close(outputs.tokens, expected)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = weights.read(tmp_path / "theirs")
-    assert_same(again.arrays, weights.encoder_only(weights.read(golden / OFFICIAL, **HEADS)).arrays)
+    torch_model.save_pretrained(tmp_path / "saved")
+    reread = weights.read(tmp_path / "saved")
+    assert_same(reread.arrays, encoder.arrays)
 
 
-def test_image_classification_both_ways(tmp_path):
+def test_round_trip_of_a_classifier(tmp_path):
     names = {0: "cat", 1: "dog", 2: "eel"}
-    theirs = randomise(ViTForImageClassification(ViTConfig(**TINY, id2label=names)))
-    theirs.save_pretrained(tmp_path / "theirs")
-    weights.write(weights.read(tmp_path / "theirs"), tmp_path / "ours.safetensors", "mae_jax")
+    torch_model = randomize(ViTForImageClassification(ViTConfig(**TINY, id2label=names)))
+    torch_model.save_pretrained(tmp_path / "saved")
+    weights.write(weights.read(tmp_path / "saved"), tmp_path / "ours.safetensors", "mae_jax")
     model, params = mae_jax.load(tmp_path / "ours.safetensors")
     assert model.info.class_names == ("cat", "dog", "eel")
     pixels = torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = theirs(pixels).logits
+        expected = torch_model(pixels).logits
     outputs = make_classifier(model.info).apply(to_variables(params), patchify(nhwc(pixels), 8))
     assert_close(outputs.logits, expected)
 
@@ -147,10 +155,10 @@ def test_image_classification_both_ways(tmp_path):
         assert torch.equal(back.eval()(pixels).logits, expected)
 
 
-def test_their_default_epsilon_is_kept(tmp_path, caplog):
+def test_default_epsilon_of_transformers_is_kept(tmp_path, caplog):
     config = ViTMAEConfig(**{**TINY, "layer_norm_eps": 1e-12}, **TINY_DECODER)
-    randomise(ViTMAEForPreTraining(config)).save_pretrained(tmp_path / "hf")
+    randomize(ViTMAEForPreTraining(config)).save_pretrained(tmp_path / "hf")
     with caplog.at_level(logging.WARNING):
         weights.write(weights.read(tmp_path / "hf"), tmp_path / "o.pth", "official")
-    assert "layer_norm_eps=1e-12, which official cannot hold" in caplog.text
+    assert "layer_norm_eps=1e-12, which official cannot store" in caplog.text
     assert weights.read(tmp_path / "o.pth").info.layer_norm_eps == 1e-12

@@ -1,4 +1,4 @@
-"""A model of timm in a process of its own.
+"""Run a model of timm in a separate process.
 
 python timm_peer.py FOLDER_OF_TIMM MODEL ARGUMENTS_JSON WEIGHTS IMAGES.npy OUT.npz
 """
