@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -112,9 +113,10 @@ def wait_for(process, condition, pause=0.01):
     """Wait until the condition holds; fail if the process exits first."""
     deadline = time.monotonic() + 600
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(pause)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(pause)
+            pytest.fail(process.communicate()[0])
+        assert time.monotonic() < deadline, "hangs"
 
 
 def final_arrays(workdir, step):

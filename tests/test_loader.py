@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -209,13 +210,6 @@ def test_array_loader_has_the_order_of_records(folder):
     assert loader.record_indices(7) == make_loader(folder).record_indices(7)
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + HANG_S
-    while not condition():
-        assert time.monotonic() < deadline, "hangs"
-        time.sleep(0.02)
-
-
 class TestWorkerProcesses:
     def test_killed_worker_is_an_error_and_stops_the_others(self, folder):
         batches = make_loader(folder, workers=2).batches(0)
@@ -225,7 +219,9 @@ class TestWorkerProcesses:
         os.kill(workers[0].pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match=r"was killed \(exit code -9\): if memory ran out"):
             list(batches)  # endless
-        wait_until(lambda: not any(worker.is_alive() for worker in workers))
+        for worker in workers:
+            worker.join(HANG_S)
+            assert not worker.is_alive(), "hangs"
 
     def test_worker_with_full_buffers_exits_when_the_loader_is_closed(self, tmp_path):
         """Grain kills workers that do not exit, for example because a pipe is full."""
@@ -238,7 +234,10 @@ class TestWorkerProcesses:
         next(batches)
         (worker,) = multiprocessing.active_children()
         # The batch, the buffer of the process, and those of its two threads.
-        wait_until(lambda: transform.calls() >= 8 + PREFETCH + 2 * PREFETCH)
+        deadline = time.monotonic() + HANG_S
+        while transform.calls() < 8 + PREFETCH + 2 * PREFETCH:
+            worker.join(0.02)
+            assert time.monotonic() < deadline, "hangs"
         batches.close()
         assert worker.exitcode == 0
 
@@ -254,9 +253,11 @@ class TestWorkerProcesses:
         command = [sys.executable, "-c", code, str(folder)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with subprocess.Popen(command, env=environment, **pipes) as parent:
-            (worker,) = parent.stdout.readline().split()
+            worker = os.pidfd_open(int(parent.stdout.readline()))
             parent.kill()
-        wait_until(lambda: not Path(f"/proc/{int(worker)}").exists())
+        exited, _, _ = select.select([worker], [], [], HANG_S)
+        os.close(worker)
+        assert exited, "hangs"
 
 
 @dataclass(frozen=True)
