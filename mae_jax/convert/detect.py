@@ -210,7 +210,10 @@ def _image_size(
     patch, declared = metadata["patch"], metadata.get("image_size")
     if declared:
         if grid and (grid[0] * patch, grid[1] * patch) != declared:
-            raise ConvertError(f"{path} has image_size={declared}, which is no grid of {grid}")
+            raise ConvertError(
+                f"{path} has image_size={declared}, which does not match a grid of {grid} patches "
+                f"of {patch} pixels: leave out --grid-size (in Python, grid=)"
+            )
         return declared
     num_patches = (num_positions or 1) - 1
     side = math.isqrt(num_patches)

@@ -16,7 +16,7 @@ log = logging.getLogger("mae_jax")
 
 
 def find_checkpoints(path: Path) -> tuple[Path, int | None] | None:
-    """Find the folder of checkpoints, and the step if the path is one; None if it is no run.
+    """Return the folder of checkpoints, and the step of a step folder; None if there is no run.
 
     Args:
       path: a workdir, its folder of checkpoints, or the folder of one step.
