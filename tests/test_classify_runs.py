@@ -166,7 +166,7 @@ def test_attentive_probe_is_a_checkpoint_like_any_other(images, pretrained, tmp_
     again = config_of(attentive, images, init__path=str(single), steps=0)
     trainer.train_and_evaluate(again, tmp_path / "again")
     assert summary_of(tmp_path / "again")["top1"] == top1
-    with pytest.raises(weights.ConvertError, match="no place for the learned attention"):
+    with pytest.raises(weights.ConvertError, match="has no learned attention pooling"):
         convert.main([str(single), str(tmp_path / "x.safetensors"), "--to", "timm"])
 
 
