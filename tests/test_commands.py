@@ -70,9 +70,8 @@ def test_features(golden, images, tmp_path, capsys):
     assert (arrays["cls_1"] != arrays["cls"]).any()
     assert arrays["attention"].shape == (5, 4, 4)
     assert (arrays["attention"] > 0).all()
-    assert (
-        arrays["attention"].sum(axis=(1, 2)) < 1
-    ).all()  # the rest is attention of the cls token to itself
+    # The rest is the attention of the cls token to itself.
+    assert (arrays["attention"].sum(axis=(1, 2)) < 1).all()
     with Image.open(picture) as image:
         assert image.size[1] > 5 * 112
 
