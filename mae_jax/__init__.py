@@ -5,7 +5,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str):
-    if name == "load":  # imported only when it is used, so that `import mae_jax` stays light
+    if name == "load":  # imported lazily, so that `import mae_jax` does not import jax
         from mae_jax.convert.pretrained import load
 
         return load

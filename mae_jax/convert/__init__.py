@@ -1,1 +1,1 @@
-"""MAE weights in and out: official PyTorch files, HuggingFace, timm and our own runs."""
+"""Conversion and loading of checkpoints: official PyTorch files, Hugging Face, timm, our runs."""

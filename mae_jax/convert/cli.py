@@ -16,7 +16,7 @@ from mae_jax.utils.cli import index_list, int_pair, make_parser, positive_float,
 
 log = logging.getLogger("mae_jax")
 
-# The flags of these commands that set what a config key sets in a run: errors name the flag.
+# Flags by the config key that they correspond to: errors name the flag instead of the key.
 FLAGS = {
     "mask.ratio": "--mask-ratio",
     "mask.kind": "--mask",
@@ -29,7 +29,7 @@ FLAGS = {
 
 
 def add_format_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for what a checkpoint may not record."""
+    """Add the flags for metadata that a checkpoint may lack."""
     group = parser.add_argument_group("metadata that the checkpoint may lack")
     group.add_argument(
         "--from", dest="dialect", choices=DIALECTS, help="its format (detected by default)"
