@@ -321,7 +321,7 @@ def test_classification_needs_labels_and_an_evaluation_split(folder, labelled):
     (labelled / "empty" / "a").mkdir(parents=True)
     with pytest.raises(DataError, match="no images in .*empty"):
         build(classify(labelled, data__eval_split="empty"), labelled / "run")
-    with pytest.raises(DataError, match="5 shots, but class 'a' has only 4 images"):
+    with pytest.raises(DataError, match="data.shots=5 is more than the 4 images of class 'a'"):
         build(classify(labelled, data__shots=5), labelled / "run")
     (labelled / "validation" / "c").rename(labelled / "validation" / "d")
     with pytest.raises(DataError, match="not in the training split: d"):

@@ -109,7 +109,7 @@ def test_the_head_of_a_checkpoint(golden, images, tmp_path):
     [
         (["--suite", "probe"], "there is no 'probe'; use some of knn, linear"),
         (["--suite", "head"], "has no classification head"),
-        (["--suite", "few_shot", "--shots", "50"], "has only 20 images"),
+        (["--suite", "few_shot", "--shots", "50"], "is more than the 20 images of class"),
         (["--eval-split", "val"], "val does not exist"),
         (["--max-gb", "0.00001"], "allow them with --max-gb"),
         (["--out", "results.txt"], "must end in .json"),

@@ -203,5 +203,5 @@ def test_shots_are_sampled_per_class():
     labels = [-1, 0, 1, 5, 0, 1, -1, 1]
     indices = sample_shots(labels.__getitem__, 8, ("a", "b"), 2, seed=0)
     assert sorted(labels[index] for index in indices) == [0, 0, 1, 1]
-    with pytest.raises(DataError, match="3 shots, but class 'a' has only 2 images"):
+    with pytest.raises(DataError, match="data.shots=3 is more than the 2 images of class 'a'"):
         sample_shots(labels.__getitem__, 8, ("a", "b"), 3, seed=0)

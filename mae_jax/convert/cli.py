@@ -25,6 +25,7 @@ FLAGS = {
     "eval.show_channels": "--show",
     "data.image_feature": "--image-feature",
     "data.path": "--data-dir",
+    "data.shots": "--shots",
 }
 
 

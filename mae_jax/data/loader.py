@@ -32,9 +32,9 @@ class ExampleLoader:
     """Reads and transforms a record; with `skip`, the next good one in place of a bad one.
 
     Args:
-      hint: ends the error about a bad record.
+      hint: remedy, appended to the error about a bad record.
       num_classes: labels must be below it, if given.
-      max_bad: with `skip`, consecutive bad records after which to give up.
+      max_bad: with `skip`, maximum number of consecutive bad records.
     """
 
     source: Source
@@ -52,7 +52,8 @@ class ExampleLoader:
         Raises:
           DataError: a record is bad and not skipped, or a label is out of range.
         """
-        for skipped in range(min(len(self.source), self.max_bad + 1)):
+        attempts = min(len(self.source), self.max_bad + 1)
+        for skipped in range(attempts):
             candidate = (index + skipped) % len(self.source)
             try:
                 record, example = self.read(candidate, rng)
@@ -68,8 +69,10 @@ class ExampleLoader:
                 "skipped": np.int32(skipped),
             }
         raise DataError(
-            f"more than data.max_bad={self.max_bad} consecutive bad images, from "
-            f"{self.source.describe(index)} on"
+            f"does not suffice: {attempts} consecutive images are bad, from "
+            f"{self.source.describe(index)} on",
+            key="data.max_bad",
+            value=self.max_bad,
         )
 
     def read(self, index: int, rng: Any) -> tuple[Record, Example]:
@@ -93,7 +96,7 @@ class Loader:
       batch_size: global, over all hosts; each host yields batch_size // hosts rows of it.
       shapes: as in `collate`.
       workers: processes that decode, with `threads` threads each; 0 decodes in this process.
-      max_bad: with `skip`, distinct bad records after which to give up.
+      max_bad: with `skip`, maximum number of distinct bad records.
       num_classes: labels must be below it, if given.
 
     Raises:
@@ -233,7 +236,11 @@ def _record_bad(load: ExampleLoader, index: int, bad: set[int]) -> None:
     except DataError as error:
         log.warning("skipped a bad image (%d so far): %s: %s", len(bad), name, error)
     if len(bad) > load.max_bad:
-        raise DataError(f"more than data.max_bad={load.max_bad} bad images; the last is {name}")
+        raise DataError(
+            f"does not suffice: {len(bad)} images are bad, the last one is {name}",
+            key="data.max_bad",
+            value=load.max_bad,
+        )
 
 
 def eval_batches(
@@ -254,7 +261,7 @@ def eval_batches(
     to `max_bad` of them. As in `Loader`, the batch size is global and a host yields its rows.
 
     Args:
-      hint: ends the error about a bad record.
+      hint: remedy, appended to the error about a bad record.
 
     Raises:
       DataError: a record is bad and not skipped, or more than `max_bad` are skipped.

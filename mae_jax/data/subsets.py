@@ -70,5 +70,7 @@ def sample_shots(
             incomplete -= len(chosen[class_index]) == shots
     if incomplete:
         fewest, name = min((len(indices), name) for indices, name in zip(chosen, classes))
-        raise DataError(f"{shots} shots, but class {name!r} has only {fewest} images")
+        raise DataError(
+            f"is more than the {fewest} images of class {name!r}", key="data.shots", value=shots
+        )
     return sorted(index for indices in chosen for index in indices)
