@@ -21,6 +21,7 @@ def restored_logging():
 
 def test_progress_is_logged_at_intervals(caplog, monkeypatch):
     monkeypatch.setattr(console.log, "propagate", True)
+    monkeypatch.setattr(console.log, "handlers", [])
     caplog.set_level("INFO", logger="mae_jax")
     seconds = itertools.count(step=console.LOG_INTERVAL_S / 2)
     batches = [8] * 4

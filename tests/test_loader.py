@@ -1,5 +1,6 @@
 """Deterministic batches: threads, worker processes, hosts, resuming; bad images; buffers."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -213,6 +214,11 @@ def test_array_loader_has_the_order_of_records(folder):
 
 
 class TestWorkerProcesses:
+    @pytest.fixture(autouse=True)
+    def collect_semaphores(self):
+        """Free those of closed loaders before new ones are made (CPython gh-109629)."""
+        gc.collect()
+
     def test_killed_worker_is_an_error_and_stops_the_others(self, folder):
         batches = make_loader(folder, workers=2).batches(0)
         next(batches)
