@@ -1,9 +1,9 @@
 """Validate images, compute channel statistics, prepare TFDS datasets, write a downscaled copy.
 
-python -m mae_jax.data check DIR_OR_TFDS_NAME         lists bad images
-python -m mae_jax.data stats DIR_OR_TFDS_NAME         mean and standard deviation per channel
-python -m mae_jax.data prepare TFDS_NAME              downloads and prepares it as array_record
-python -m mae_jax.data cache DIR_OR_TFDS_NAME DST     a downscaled copy, which is faster to read
+python -m mae_jax.data check DIR_OR_TFDS_NAME         list bad images
+python -m mae_jax.data stats DIR_OR_TFDS_NAME         compute mean and std per channel
+python -m mae_jax.data prepare TFDS_NAME              download and prepare as array_record
+python -m mae_jax.data cache DIR_OR_TFDS_NAME DST     write a downscaled copy, faster to read
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 def check_command(parser: argparse.ArgumentParser) -> None:
     """Decode every image once and list the bad ones; exit with 1 if there are any."""
     _add_data(parser)
-    parser.add_argument("--out", type=Path, help=".txt file for the names of all bad images")
+    parser.add_argument("--out", type=Path, help=".txt file for all bad images, with the reason")
 
     def run(arguments: argparse.Namespace) -> None:
         if arguments.out:
@@ -66,10 +66,10 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 
 
 def stats_command(parser: argparse.ArgumentParser) -> None:
-    """Compute the mean and the standard deviation of every channel, for the config."""
-    _add_data(parser, "train, or all of a folder without splits")
+    """Compute mean and standard deviation per channel, and print them as config overrides."""
+    _add_data(parser, "train, or everything in a folder without splits")
     parser.add_argument(
-        "--images", type=cli.positive_int, help="number of images, evenly spaced (all)"
+        "--images", type=cli.positive_int, help="use this many evenly spaced images (all)"
     )
 
     def run(arguments: argparse.Namespace) -> None:
@@ -91,8 +91,8 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_command(parser: argparse.ArgumentParser) -> None:
-    """Download a TFDS dataset and prepare it as array_record; some need TensorFlow for that."""
-    parser.add_argument("name", help="TFDS dataset, as in cifar10 or eurosat/all")
+    """Download a TFDS dataset and prepare it as array_record; some datasets need TensorFlow."""
+    parser.add_argument("name", help="name of a TFDS dataset, such as cifar10 or eurosat/all")
     parser.add_argument("--data-dir", help="output directory (the default of TFDS)")
 
     def run(arguments: argparse.Namespace) -> None:
@@ -107,13 +107,19 @@ def prepare_command(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_command(parser: argparse.ArgumentParser) -> None:
-    """Write a downscaled copy: faster to read, but other data than the original."""
+    """Write a downscaled JPEG copy: faster to read, but no longer the same data."""
     _add_data(parser)
-    parser.add_argument("dst", type=Path, help="folder for the copy, a TFDS dataset")
-    parser.add_argument("--short-side", type=cli.positive_int, default=320, help="pixels (320)")
-    parser.add_argument("--quality", type=cli.positive_int, default=90, help="of JPEG (90)")
-    parser.add_argument("--name", help="of the copy (the original's, and the short side)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out bad images")
+    parser.add_argument("dst", type=Path, help="directory for the copy, which is a TFDS dataset")
+    parser.add_argument(
+        "--short-side", type=cli.positive_int, default=320, help="maximum, in pixels (320)"
+    )
+    parser.add_argument(
+        "--quality", type=cli.positive_int, default=90, help="JPEG quality, 1 to 100 (90)"
+    )
+    parser.add_argument("--name", help="name of the copy (original name and short side)")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out bad images instead of stopping"
+    )
 
     def run(arguments: argparse.Namespace) -> None:
         from mae_jax.data.downscale import DownscaledDataset, DownscaleJpeg, write_dataset
@@ -147,11 +153,15 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser, default_split: str = "all") -> None:
-    parser.add_argument("data", help="a folder, or the name of a TFDS dataset")
+    parser.add_argument("data", help="folder of images, or name of a TFDS dataset")
     parser.add_argument("--data-dir", help="directory of TFDS datasets (the default of TFDS)")
     parser.add_argument("--split", help=f"split to read ({default_split})")
-    parser.add_argument("--channels", type=cli.positive_int, default=3, help="of images (3)")
-    parser.add_argument("--image-feature", default="image", help="of a TFDS dataset (image)")
+    parser.add_argument(
+        "--channels", type=cli.positive_int, default=3, help="channels per image (3)"
+    )
+    parser.add_argument(
+        "--image-feature", default="image", help="image feature of a TFDS dataset (image)"
+    )
 
 
 def _dataset(arguments: argparse.Namespace) -> DatasetSpec:
@@ -159,11 +169,11 @@ def _dataset(arguments: argparse.Namespace) -> DatasetSpec:
 
 
 def _open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
-    """Return the split of --split, or all, by name; "" for a folder without splits."""
+    """Open the split that --split names, or all; the name is "" in a folder without splits."""
     dataset = _dataset(arguments)
     splits = dataset.splits() if arguments.split is None else [arguments.split]
     sources: dict[str, Source] = {}
-    classes: tuple[str, ...] = ()  # those of the first split
+    classes: tuple[str, ...] = ()  # of the first split
     for split in splits:
         sources[split] = dataset.open(split, classes)
         classes = classes or sources[split].classes

@@ -41,7 +41,7 @@ def collate(
     """Yield batches of `size` examples, copying each example as it arrives.
 
     Args:
-      source: of the examples, to name one in errors by its "index".
+      source: source of the examples; names an example in errors by its "index".
       shapes: row shape of arrays that differ in size, by name; each is written to the corner of
         its row, the rest of which is undefined.
 

@@ -1,4 +1,4 @@
-"""A downscaled JPEG copy of a dataset, which is faster to read but not the same data."""
+"""Write a downscaled JPEG copy of a dataset, which is faster to read but not the same data."""
 
 import contextlib
 import io
@@ -27,7 +27,8 @@ class DownscaleJpeg:
     """Converts an image to a JPEG with a limited short side; a smaller JPEG is returned as is.
 
     Args:
-      short_side: in pixels, at most.
+      channels: 1 or 3.
+      short_side: maximum, in pixels.
       quality: JPEG quality, 1 to 100.
     """
 
@@ -63,9 +64,11 @@ class DownscaledDataset(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of a downscaled copy.
 
     Args:
-      name: of the copy.
-      folder: TFDS data_dir.
-      sources: splits by name; all have the same classes.
+      name: name of the copy.
+      folder: TFDS data_dir to write to.
+      sources: source by name of the split; all have the same classes.
+      downscale: converts each image.
+      threads: number of threads that convert images.
       skip: leave out bad images, and log them.
     """
 

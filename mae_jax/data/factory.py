@@ -1,4 +1,4 @@
-"""Open a split of a dataset, given by its kind or detected from its path."""
+"""Open a split of a dataset, given by its type or detected from its path."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from mae_jax.data.in_memory import ARRAY_SUFFIXES, read_arrays
 from mae_jax.data.sources import DataError, FolderSource, Source
 
-KINDS = ("tfds", "folder", "arrays")
+SOURCE_TYPES = ("tfds", "folder", "arrays")
 SPLITS = ("train", "validation", "val", "test")  # the usual names of split folders
 
 
@@ -15,14 +15,14 @@ class DatasetSpec:
     """A dataset on disk.
 
     Args:
-      kind: "tfds", "folder" or "arrays"; None if each split is either a folder or an array file.
-      name: of a TFDS dataset, as in `TfdsSource`.
-      path: the folder; for TFDS its data_dir, None is TFDS's default.
-      image_feature: of a TFDS dataset.
+      source_type: "tfds", "folder" or "arrays"; None detects folder or array file per split.
+      name: name of a TFDS dataset, as in `TfdsSource`.
+      path: folder with the splits; for TFDS its data_dir, or None for the default of TFDS.
+      image_feature: name of the image feature of a TFDS dataset.
       index_dir: where indices of TFRecord files are cached; None caches nothing.
     """
 
-    kind: str | None
+    source_type: str | None
     name: str | None = None
     path: str | None = None
     image_feature: str = "image"
@@ -32,21 +32,23 @@ class DatasetSpec:
         """Open a split.
 
         Args:
-          classes: of the training split, whose class indices are used.
+          classes: class names of the training split, which define the class indices.
 
         Raises:
           DataError: the dataset or the split does not exist, or cannot be read.
         """
-        if self.kind == "tfds":
+        if self.source_type == "tfds":
             return self._open_tfds(split)
-        if self.kind not in (*KINDS, None):
+        if self.source_type not in (*SOURCE_TYPES, None):
             raise DataError(
-                f"must be one of {', '.join(KINDS)}", key="data.source", value=self.kind
+                f"must be one of {', '.join(SOURCE_TYPES)}",
+                key="data.source",
+                value=self.source_type,
             )
         if not self.path:
-            raise DataError("needs data.path, a folder", key="data.source", value=self.kind)
-        is_arrays = self.kind == "arrays"
-        if self.kind is None:
+            raise DataError("needs data.path, a folder", key="data.source", value=self.source_type)
+        is_arrays = self.source_type == "arrays"
+        if self.source_type is None:
             _check_split(Path(self.path), split)
             is_arrays = bool(split) and has_split(Path(self.path), split, ("arrays",))
         return (read_arrays if is_arrays else FolderSource)(self.path, split, classes)
@@ -65,7 +67,7 @@ class DatasetSpec:
 
         If a folder has a subfolder with the usual name of a split, all its subfolders are splits.
         """
-        if self.kind == "tfds":
+        if self.source_type == "tfds":
             from mae_jax.data.tfds import open_builder
 
             return list(open_builder(str(self.name), self.path).info.splits)
@@ -80,7 +82,7 @@ def detect_dataset(data: str, data_dir: str | None, image_feature: str = "image"
 
     Args:
       data: a folder with images, with split folders or with array files; or a TFDS name.
-      data_dir: of TFDS.
+      data_dir: directory of TFDS datasets; None is the default of TFDS.
 
     Raises:
       DataError: `data` is a path but not a directory.
@@ -93,10 +95,12 @@ def detect_dataset(data: str, data_dir: str | None, image_feature: str = "image"
     return DatasetSpec("tfds", data, data_dir, image_feature)
 
 
-def has_split(folder: Path, split: str, kinds: tuple[str, ...] = ("folder", "arrays")) -> bool:
+def has_split(
+    folder: Path, split: str, source_types: tuple[str, ...] = ("folder", "arrays")
+) -> bool:
     """Return whether a folder has a subfolder, or an array file, named like a split."""
-    return ("folder" in kinds and (folder / split).is_dir()) or (
-        "arrays" in kinds
+    return ("folder" in source_types and (folder / split).is_dir()) or (
+        "arrays" in source_types
         and any((folder / f"{split}{suffix}").exists() for suffix in ARRAY_SUFFIXES)
     )
 

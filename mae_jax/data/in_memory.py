@@ -21,9 +21,9 @@ class ArraySource:
     """Images [n, height, width, channels] (or a list of images) with optional labels.
 
     Args:
-      name: for messages.
+      name: name of the dataset in error messages.
       labels: class indices [n], -1 for unlabeled; None without labels.
-      classes: class names; by default the indices.
+      classes: class names; the default is the indices as strings.
 
     Raises:
       DataError: there are no images, or the labels do not fit.
@@ -77,7 +77,7 @@ def read_arrays(path: str, split: str, classes: tuple[str, ...] = ()) -> ArraySo
     """Read PATH/SPLIT.npz ("image", optional "label" and "classes") or PATH/SPLIT.npy (images).
 
     Args:
-      classes: of the training split, which those in the file must equal.
+      classes: class names of the training split, which those in the file must equal.
 
     Raises:
       DataError: the file does not exist, cannot be read, or has invalid arrays.
@@ -114,7 +114,7 @@ def _load_arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 class InMemory:
-    """A source whose images are decoded once and kept in memory; bad images are not."""
+    """A source whose images are decoded once and kept in memory, except for bad images."""
 
     def __init__(self, source: Source, channels: int, *, exif: bool = False, threads: int = 2):
         self._source = source

@@ -1,4 +1,4 @@
-"""Prefetch of batches to the devices while the previous step runs."""
+"""Prefetch batches to the devices while the previous step runs."""
 
 import queue
 import threading
@@ -7,14 +7,14 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 BUFFER_SIZE = 2  # prefetched batches, besides the one in use
-CLOSE_TIMEOUT_S = 10.0  # seconds that `close` waits for a batch that is being read
+CLOSE_TIMEOUT_S = 10.0  # that `close` waits for a batch that is being read
 
 
 class DevicePrefetcher(Generic[T]):
     """Iterator over `put(batch)` of all batches, computed ahead of time by a thread.
 
     Args:
-      batches: is closed with the prefetcher, or at its end. Its errors are raised by `next`.
+      batches: generator, closed when it is exhausted or by `close`; `next` raises its errors.
       put: transfers a batch to the devices.
       on_ready: called with the number of prefetched batches whenever one is requested.
     """

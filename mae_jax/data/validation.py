@@ -1,4 +1,4 @@
-"""Validation of all images of a source, and channel statistics."""
+"""Validate all images of a source, and compute channel statistics."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,8 +15,11 @@ from mae_jax.utils import console
 class ValidationReport:
     """Summary of the images of a source.
 
-    bad: reason by name of a bad image; sizes: height and width of each good image; dtypes and
-    labels: number of good images with each.
+    Attributes:
+      bad: reason by name of a bad image.
+      sizes: height and width of each good image.
+      dtypes: number of good images by dtype.
+      labels: number of good images by label.
     """
 
     bad: dict[str, str] = field(default_factory=dict)
@@ -53,14 +56,14 @@ def validate_images(source: Source, channels: int, threads: int) -> ValidationRe
 
 @dataclass(frozen=True)
 class ChannelStats:
-    """Mean and standard deviation per channel; of uint8 images as fractions of 255."""
+    """Mean and standard deviation per channel; uint8 images are divided by 255."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 def channel_stats(source: Source, channels: int, threads: int) -> ChannelStats:
-    """Compute the statistics of all pixels, with equal weight per image and a progress bar.
+    """Compute mean and standard deviation over all pixels, with equal weight per image.
 
     Raises:
       DataError: an image is bad, or a channel is constant.

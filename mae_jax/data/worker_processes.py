@@ -1,4 +1,4 @@
-"""Worker processes that decode images, and errors about them."""
+"""Worker processes that decode images, and their errors."""
 
 import multiprocessing
 import os
@@ -26,9 +26,9 @@ def read_options(threads: int) -> grain.ReadOptions:
 def to_worker_processes(rows: grain.MapDataset, workers: int, threads: int) -> grain.IterDataset:
     """Return a dataset whose rows are computed by processes with `threads` threads each.
 
-    Images travel in shared memory, which requires contiguous arrays. The rest of a worker's
-    prefetched rows must fit into a pipe (64 KiB): otherwise the worker blocks on writing, and
-    closing the iterator waits for the worker.
+    Images are passed in shared memory, which requires contiguous arrays. Everything else that a
+    worker prefetches must fit into a pipe (64 KiB): otherwise the worker blocks on writing, and
+    closing the iterator waits until grain kills it.
     """
     if not flags.FLAGS.is_parsed():  # grain reads absl flags before it starts processes
         flags.FLAGS.mark_as_parsed()
@@ -50,7 +50,7 @@ def _init_worker(index: int, count: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exit this process as soon as its parent has exited, for whatever reason."""
+    """Exit this process as soon as its parent has exited, even if it was killed."""
     # PR_SET_PDEATHSIG would be sent when the thread ends that started this process.
     parent = multiprocessing.parent_process()
     assert parent is not None
