@@ -22,7 +22,7 @@ from mae_jax.data.sources import DataError, FolderSource
 from mae_jax.data.transforms import DeviceResizeTransform, EvalTransform, TrainTransform, resize
 from mae_jax.data.worker_processes import PREFETCH, WorkerError
 
-HANG_S = 120  # deadline that only a hang exceeds
+HANG_S = 600  # deadline that only a hang exceeds
 
 
 @pytest.fixture
@@ -231,8 +231,10 @@ class TestWorkerProcesses:
             worker.join(HANG_S)
             assert not worker.is_alive(), "hangs"
 
-    def test_worker_with_full_buffers_exits_when_the_loader_is_closed(self, tmp_path):
+    def test_worker_with_full_buffers_exits_when_the_loader_is_closed(self, tmp_path, monkeypatch):
         """Grain kills workers that do not exit, for example because a pipe is full."""
+        module = "grain._src.python.dataset.transformations.process_prefetch"
+        monkeypatch.setattr(f"{module}._PROCESS_KILL_TIMEOUT_S", HANG_S, raising=False)
         for number in range(8):
             noise_image(number, (300, 300)).save(tmp_path / f"{number}.jpg")
         transform = CountCalls(TrainTransform((224, 224), 3, (0.2, 1.0)), tmp_path / "calls")
