@@ -1,11 +1,16 @@
-"""Train what a config describes, or resume it; see mae_jax/train/__main__.py.
+"""Train what a config describes, or resume it: the same command does both.
 
-python train.py --config configs/pretrain.py:vit_b16 --workdir runs/x [--config.key=value ...]
+    python train.py --config configs/pretrain.py:vit_b16 --workdir runs/x [--config.key=value ...]
+
+Exit codes: 0 finished, or stopped on request with everything saved; 2 bad config or input;
+3 aborted on NaN/Inf loss; 1 any other error.
 """
 
-from absl import app
+from absl import app, flags
 
-from mae_jax.train.__main__ import main, parse_flags
+from mae_jax.train import __main__ as command
+
+flags.adopt_module_key_flags(command)
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(command.main, flags_parser=command.parse_flags)

@@ -39,7 +39,7 @@ def test_other_shapes_cannot_be_allowed():
     with pytest.raises(CheckpointError) as error:
         check(seed=1, model__width=64)
     assert str(error.value).endswith(
-        "Use another --workdir: its arrays have other shapes, because of model.width"
+        "Use another --workdir: the checkpoint's arrays have other shapes: model.width"
     )
 
 

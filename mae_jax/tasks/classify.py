@@ -170,11 +170,6 @@ class Classify:
         return optax.softmax_cross_entropy(outputs.logits, batch["target"]).mean(), stats
 
     @property
-    def is_stochastic(self) -> bool:
-        """Whether training applies mixup, CutMix, random erasing or drop path."""
-        return bool(self.erase or self.mixup.active or self.model.encoder.drop_path)
-
-    @property
     def _head(self) -> ProbeTask:
         """The objective of the head alone, for precomputed features."""
         model = self.model

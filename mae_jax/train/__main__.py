@@ -17,6 +17,8 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
+from mae_jax.utils.errors import UserError
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as in configs/pretrain.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and figures.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a run.")
@@ -37,7 +39,6 @@ def main(argv: list[str]) -> None:
     from mae_jax.train.trainer import train_and_evaluate
     from mae_jax.utils import console
     from mae_jax.utils.compilation import enable_compilation_cache
-    from mae_jax.utils.errors import UserError
 
     console.setup_logging()
     enable_compilation_cache()
@@ -73,7 +74,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         _ = CONFIG.value.items()  # raises for a missing config file
     except (AttributeError, KeyError) as error:
         _fail(f"no such config key: {_reason(error)}")
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+    except (flags.Error, UserError, TypeError, ValueError, OSError) as error:
         _fail(_reason(error))
     return rest
 

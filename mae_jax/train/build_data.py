@@ -119,7 +119,7 @@ def pixel_dtype(config: Config, source: Source) -> np.dtype:
 
 def make_eval_transform(config: Config) -> EvalTransform:
     """Return the deterministic resize and center crop of evaluation."""
-    size, data = _image_size(config), config.data
+    size, data = config.model.image_size, config.data
     crop = default_crop_ratio(size) if data.eval_crop is None else data.eval_crop
     return EvalTransform(size, config.model.channels, crop=crop, exif=data.exif)
 
@@ -140,19 +140,14 @@ def make_train_transform(config: Config, dtype: np.dtype) -> EvalTransform | Tra
             layers=data.randaugment_layers,
         )
     return TrainTransform(
-        _image_size(config),
+        config.model.image_size,
         config.model.channels,
-        (data.crop_scale[0], data.crop_scale[1]),
+        data.crop_scale,
         flip=data.flip,
         weak=data.augment == "weak_crop",
         augment=augment,
         exif=data.exif,
     )
-
-
-def _image_size(config: Config) -> tuple[int, int]:
-    height, width = config.model.image_size
-    return height, width
 
 
 def resizes_on_device(config: Config, dtype: np.dtype) -> bool:
@@ -193,7 +188,7 @@ def make_device_preprocess(
         return lambda batch: batch
     # Each device resizes its own images.
     resize = jax.shard_map(
-        partial(crop_resize, image_size=_image_size(config)),
+        partial(crop_resize, image_size=config.model.image_size),
         mesh=mesh,
         in_specs=sharding.BATCH_SPEC,
         out_specs=sharding.BATCH_SPEC,

@@ -69,7 +69,7 @@ def make_task(
 
 def _make_pretrain(config: Config, execution: ExecutionConfig) -> Pretrain:
     model, variant = config.model, make_variant(config)
-    grid = patch_grid((model.image_size[0], model.image_size[1]), variant.patch)
+    grid = patch_grid(model.image_size, variant.patch)
     mae = make_mae(
         variant,
         grid=grid,
@@ -103,7 +103,7 @@ def _make_classify(config: Config, execution: ExecutionConfig, num_classes: int)
         )
     encoder = make_encoder(
         variant,
-        patch_grid((model.image_size[0], model.image_size[1]), variant.patch),
+        patch_grid(model.image_size, variant.patch),
         pos_embed=model.position,
         layer_norm_eps=model.layer_norm_eps,
         final_norm=not classify.fc_norm,

@@ -12,13 +12,17 @@ from typing import ClassVar
 
 from ml_collections import ConfigDict
 
+from mae_jax.data.factory import SOURCE_TYPES
 from mae_jax.data.transforms import AUGMENTS
 from mae_jax.distributed.sharding import MAX_REPLICATED, MIN_SPLIT_BYTES
 from mae_jax.evaluate.figures import PATCH_STATS
 from mae_jax.models.classifier import POOLS
 from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD
+from mae_jax.models.layers import REMAT_POLICIES
 from mae_jax.models.variants import get_variant
 from mae_jax.models.vit import POS_EMBEDS
+from mae_jax.tasks.masking import SAMPLERS
+from mae_jax.tasks.mixup import MODES
 from mae_jax.train.config_schema import Group, group_from_dict, key
 
 _B = get_variant("vit_b16")
@@ -29,6 +33,7 @@ class InitConfig(Group):
     """Where the first parameters come from (warm start)."""
 
     prefix: ClassVar[str] = "init."
+    resumable: ClassVar[bool] = True
     path: str | None = key(
         None,
         "checkpoint to start from: official, Hugging Face, timm or a workdir; 'random' starts from"
@@ -44,16 +49,20 @@ class ModelConfig(Group):
     """The ViT encoder and the MAE decoder."""
 
     prefix: ClassVar[str] = "model."
-    image_size: tuple[int, ...] = key((224, 224), "height and width, pixels")
-    channels: int = key(3, "1 (gray), 3 (RGB), or as many as the arrays of the dataset have", low=1)
-    patch: int = key(_B.patch, "side of a patch, pixels", low=1)
-    width: int = key(_B.width, "embedding dimension of the encoder", low=1)
-    depth: int = key(_B.depth, "encoder blocks", low=1)
+    image_size: tuple[int, int] = key((224, 224), "height and width, pixels", low=1)
+    channels: int = key(
+        3, "1 (gray), 3 (RGB), or as many as the arrays of the dataset have", low=1, reshapes=True
+    )
+    patch: int = key(_B.patch, "side of a patch, pixels", low=1, reshapes=True)
+    width: int = key(_B.width, "embedding dimension of the encoder", low=1, reshapes=True)
+    depth: int = key(_B.depth, "encoder blocks", low=1, reshapes=True)
     heads: int = key(_B.heads, "attention heads of the encoder", low=1)
-    decoder_width: int = key(_B.decoder_width, "embedding dimension of the decoder", low=1)
-    decoder_depth: int = key(_B.decoder_depth, "decoder blocks", low=1)
+    decoder_width: int = key(
+        _B.decoder_width, "embedding dimension of the decoder", low=1, reshapes=True
+    )
+    decoder_depth: int = key(_B.decoder_depth, "decoder blocks", low=1, reshapes=True)
     decoder_heads: int = key(_B.decoder_heads, "attention heads of the decoder", low=1)
-    mlp_ratio: float = key(4.0, "hidden width of an MLP over its width", above=0)
+    mlp_ratio: float = key(4.0, "hidden width of an MLP over its width", above=0, reshapes=True)
     position: str = key(
         "sincos",
         "positional embedding: 'sincos' is fixed; 'learned' starts from the same table",
@@ -69,18 +78,19 @@ class ModelConfig(Group):
         "auto",
         "attention implementation: 'xla', 'cudnn', or 'auto', which times both at the start on a"
         " GPU in bfloat16 and takes the faster; elsewhere there is only xla",
+        resumable=True,
     )
     remat: str = key(
         "none",
         "rematerialization (activation checkpointing): 'none', 'dots' (recompute all but matmuls)"
         " or 'full'",
+        choices=tuple(REMAT_POLICIES),
+        resumable=True,
     )
-    scan_unroll: int = key(1, "blocks per iteration of the scan over depth")
+    scan_unroll: int = key(1, "blocks per iteration of the scan over depth", low=1, resumable=True)
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.image_size) != 2:
-            raise self.error("image_size", "is not a height and a width, as in (224, 224)")
         if self.mlp_ratio * min(self.width, self.decoder_width) < 1:
             raise self.error("mlp_ratio", "gives an MLP without hidden units")
 
@@ -91,7 +101,9 @@ class MaskConfig(Group):
 
     prefix: ClassVar[str] = "mask."
     kind: str = key(
-        "random", "masking strategy: 'random', 'block', 'grid' (paper Table 1f), 'user'"
+        "random",
+        "masking strategy: 'random', 'block', 'grid' (paper Table 1f), or 'user' (mask.path)",
+        choices=(*SAMPLERS, "user"),
     )
     ratio: float = key(0.75, "fraction of patches to hide, between 0 and 1; some must stay visible")
     path: str | None = key(
@@ -108,6 +120,9 @@ class DecoderConfig(Group):
         1.0,
         "fraction of the masked patches, sampled per image and step, that the decoder sees and"
         " predicts; less than 1 is faster and differs from the paper",
+        above=0,
+        high=1,
+        implied=1.0,
     )
 
 
@@ -136,15 +151,17 @@ class ClassifyConfig(Group):
     head_norm: bool = key(False, "BatchNorm without affine parameters before the linear layer")
     head_init_std: float = key(0.01, "standard deviation of the head's first weights", low=0)
     drop_path: float = key(
-        0.0, "stochastic depth rate of the last block, falling to 0 in the first"
+        0.0, "stochastic depth rate of the last block, falling to 0 in the first", low=0, below=1
     )
-    smoothing: float = key(0.0, "label smoothing, from 0 to 1")
-    mixup: float = key(0.0, "alpha of mixup's Beta distribution; 0 is off")
-    cutmix: float = key(0.0, "alpha of CutMix's Beta distribution; 0 is off")
-    mixup_prob: float = key(1.0, "probability that a batch is mixed")
-    mixup_switch: float = key(0.5, "probability of CutMix where both are on")
-    mixup_mode: str = key("batch", "one sample per 'batch', per 'pair', or per image ('elem')")
-    erase: float = key(0.0, "probability of random erasing, per image")
+    smoothing: float = key(0.0, "label smoothing", low=0, high=1)
+    mixup: float = key(0.0, "alpha of mixup's Beta distribution; 0 is off", low=0)
+    cutmix: float = key(0.0, "alpha of CutMix's Beta distribution; 0 is off", low=0)
+    mixup_prob: float = key(1.0, "probability that a batch is mixed", low=0, high=1)
+    mixup_switch: float = key(0.5, "probability of CutMix if both are on", low=0, high=1)
+    mixup_mode: str = key(
+        "batch", "one sample per 'batch', per 'pair', or per image ('elem')", choices=MODES
+    )
+    erase: float = key(0.0, "probability of random erasing, per image", low=0, high=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -160,8 +177,8 @@ class OptimConfig(Group):
     name: str = key("adamw", "'lars' is for linear probing", choices=("adamw", "lars"))
     base_lr: float = key(1.5e-4, "learning rate = base_lr * batch_size / 256", low=0)
     min_lr: float = key(0.0, "learning rate at the end of the cosine", low=0)
-    warmup_epochs: float = key(40.0, "linear warm-up, epochs")
-    warmup_steps: int | None = key(None, "linear warm-up, steps; overrides warmup_epochs")
+    warmup_epochs: float = key(40.0, "linear warm-up, epochs", low=0)
+    warmup_steps: int | None = key(None, "linear warm-up, steps; overrides warmup_epochs", low=0)
     b1: float = key(0.9, "adamw: decay of the first moment", low=0, below=1)
     b2: float = key(0.95, "adamw: decay of the second moment", low=0, below=1)
     eps: float = key(1e-8, "adamw: added to the denominator", above=0)
@@ -193,9 +210,12 @@ class DataConfig(Group):
     source: str = key(
         "tfds",
         "'tfds', 'folder' (of images), or 'arrays' (TRAIN_SPLIT.npz, EVAL_SPLIT.npz in a folder)",
+        choices=SOURCE_TYPES,
     )
     name: str = key("imagenet2012", "for source 'tfds': the dataset")
-    path: str | None = key(None, "folder of images, or TFDS data_dir; None is TFDS's default")
+    path: str | None = key(
+        None, "folder of images, or TFDS data_dir; None is TFDS's default", resumable=True
+    )
     image_feature: str = key("image", "for source 'tfds': the image feature")
     train_split: str = key("train", "split, subfolder or .npz to train on")
     eval_split: str = key("validation", "split for k-NN, accuracy and reconstruction figures")
@@ -208,13 +228,15 @@ class DataConfig(Group):
         " 'randaugment': crop and RandAugment",
         choices=tuple(AUGMENTS),
     )
-    crop_scale: tuple[float, ...] = key(
+    crop_scale: tuple[float, float] = key(
         (0.2, 1.0), "range of a random crop's area over the image's", above=0, high=1
     )
     flip: bool = key(True, "flip half of the training images horizontally")
-    randaugment_magnitude: float = key(9.0, "mean magnitude, 0 to 10")
-    randaugment_std: float = key(0.5, "standard deviation of the magnitude")
-    randaugment_layers: int = key(2, "operations per image, each skipped with probability 0.5")
+    randaugment_magnitude: float = key(9.0, "mean magnitude", low=0, high=10)
+    randaugment_std: float = key(0.5, "standard deviation of the magnitude", low=0)
+    randaugment_layers: int = key(
+        2, "operations per image, each skipped with probability 0.5", low=0
+    )
     cache_features: bool = key(
         False, "frozen encoder without augmentation: compute the features of each image once"
     )
@@ -233,31 +255,44 @@ class DataConfig(Group):
         "auto",
         "where crops are resized: 'host', 'device', or 'auto' (device on a GPU)",
         choices=("auto", "host", "device"),
+        resumable=True,
     )
     canvas: int = key(
-        512, "pixels: buffer side for on-device resize; larger crops are resized on the host", low=1
+        512,
+        "pixels: buffer side for on-device resize; larger crops are resized on the host",
+        low=1,
+        resumable=True,
     )
-    in_memory: bool = key(False, "decode all images once and keep them, for small datasets")
+    in_memory: bool = key(
+        False, "decode all images once and keep them, for small datasets", resumable=True
+    )
     workers: int = key(
         0,
         "processes that read images; 0 uses threads of the main process, which cost less as long as"
         " its Python keeps up (docs/data.md)",
         low=0,
+        resumable=True,
     )
     threads: int | None = key(
-        None, "threads per process; None: as many as cores over all processes", low=1
+        None,
+        "threads per process; None: as many as cores over all processes",
+        low=1,
+        resumable=True,
     )
     on_bad: str = key(
         "raise",
         "on a decode error: 'raise', or 'skip' to the next good image, counted and logged",
         choices=("raise", "skip"),
+        resumable=True,
     )
-    max_bad: int = key(100, "distinct bad images that a process skips before it gives up", low=0)
+    max_bad: int = key(
+        100, "distinct bad images that a process skips before it gives up", low=0, resumable=True
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]:
-            raise self.error("crop_scale", "must be two increasing numbers, as in (0.2, 1.0)")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise self.error("crop_scale", "must increase, as in (0.2, 1.0)")
         if self.workers and (self.in_memory or self.source == "arrays"):
             raise self.error(
                 "workers",
@@ -271,6 +306,7 @@ class EvalConfig(Group):
     """Evaluation during and after training."""
 
     prefix: ClassVar[str] = "eval."
+    resumable: ClassVar[bool] = True
     accuracy_every_epochs: float = key(1.0, "classify; 0 evaluates at the end only")
     knn_every_epochs: float = key(20.0, "0 evaluates at the end only; negative: never")
     knn_k: tuple[int, ...] = key(
@@ -303,6 +339,7 @@ class LogConfig(Group):
     """Metrics and profiles."""
 
     prefix: ClassVar[str] = "log."
+    resumable: ClassVar[bool] = True
     every_steps: int = key(50, "steps between lines of metrics.jsonl", low=1)
     profile_from: int | None = key(
         None, "first step of a profile, written to WORKDIR/profile", low=1
@@ -315,6 +352,7 @@ class HealthConfig(Group):
     """Fault tolerance: NaN/Inf steps, loss spikes, hangs."""
 
     prefix: ClassVar[str] = "health."
+    resumable: ClassVar[bool] = True
     max_bad_steps: int = key(
         10, "consecutive NaN/Inf steps, each of which is skipped, before the run aborts", low=1
     )
@@ -334,6 +372,7 @@ class CheckpointConfig(Group):
     """Checkpoints."""
 
     prefix: ClassVar[str] = "checkpoint."
+    resumable: ClassVar[bool] = True
     every_steps: int = key(1000, "steps between checkpoints", low=1)
     max_to_keep: int = key(3, "checkpoints to keep", low=1)
 
@@ -343,6 +382,7 @@ class ResumeConfig(Group):
     """Resuming."""
 
     prefix: ClassVar[str] = "resume."
+    resumable: ClassVar[bool] = True
     allow: str = key("", "comma-separated keys that may differ from the checkpoint's")
 
 
@@ -351,6 +391,7 @@ class MeshConfig(Group):
     """Sharding over devices; the batch is always split over all of them (data parallel)."""
 
     prefix: ClassVar[str] = "mesh."
+    resumable: ClassVar[bool] = True
     fsdp: int = key(
         1, "FSDP: devices to shard parameters and optimizer state over; 1 replicates them", low=1
     )

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
 
@@ -21,18 +22,25 @@ def key(
     high: float = INF,
     below: float = INF,
     choices: tuple[str, ...] = (),
+    resumable: bool = False,
+    reshapes: bool = False,
+    implied: Any = None,
 ) -> Any:
     """Declare a config key. Bounds hold for numbers, and for each element of a tuple.
 
-    Values that the model, the objective or the data pipeline check themselves (such as mask.ratio,
-    whose bounds depend on the patch grid) have no bounds here.
+    What depends on other values is checked where these are known: mask.ratio, for example, by the
+    objective, since its bounds depend on the patch grid.
 
     Args:
       low, high: inclusive bounds; above, below: exclusive bounds.
       choices: the allowed strings.
+      resumable: a resumed run may change it, because the result does not depend on it.
+      reshapes: its change alters the shapes of arrays, which no checkpoint can fill.
+      implied: value that checkpoints of earlier versions imply, which lack the key.
     """
     bounds = {"low": low, "above": above, "high": high, "below": below}
     metadata = {"meaning": meaning, "bounds": bounds, "choices": choices}
+    metadata |= {"resumable": resumable, "reshapes": reshapes, "implied": implied}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -41,6 +49,7 @@ class Group:
     """Config keys with a common prefix, which check themselves when constructed."""
 
     prefix: ClassVar[str] = ""
+    resumable: ClassVar[bool] = False  # of all keys of the group
 
     def __post_init__(self):
         hints = get_type_hints(type(self))
@@ -56,24 +65,27 @@ class Group:
 G = TypeVar("G", bound=Group)
 
 
-def _check(key: str, value: Any, field: dataclasses.Field, hints: dict[str, Any]) -> None:
+def _check(name: str, value: Any, field: dataclasses.Field, hints: dict[str, Any]) -> None:
     """Raise UserError unless a value has the declared type and lies within the bounds."""
     hint, metadata = hints[field.name], field.metadata
     if value is None and type(None) in get_args(hint):
         return
     if metadata["choices"] and value not in metadata["choices"]:
-        raise UserError(f"must be one of {', '.join(metadata['choices'])}", key=key, value=value)
-    elements = value if isinstance(value, tuple) else (value,)
-    kind = _scalar_type(hint)
-    if isinstance(value, tuple) and not value:
-        raise UserError("must not be empty", key=key, value=value)
+        raise UserError(f"must be one of {', '.join(metadata['choices'])}", key=name, value=value)
+    kind, elements = _scalar_type(hint), (value,)
+    if get_origin(hint) is tuple:
+        elements = value if isinstance(value, tuple) else ()
+        length = None if ... in get_args(hint) else len(get_args(hint))
+        if not elements or length not in (None, len(elements)):
+            example = (kind(1),) * (length or 1)
+            count = f"{length} numbers" if length else "a tuple of numbers"
+            raise UserError(f"must be {count}, as in {example}", key=name, value=value)
     for element in elements:
         if type(element) is not kind:
-            example = f"({kind(1)},)" if isinstance(value, tuple) else repr(kind(1))
-            wanted = f"must be of type {kind.__name__}, as in {example}"
-            raise UserError(wanted, key=key, value=value)
+            problem = f"must be of type {kind.__name__}, as in {kind(1)!r}"
+            raise UserError(problem, key=name, value=value)
         if isinstance(element, int | float) and not _within(element, **metadata["bounds"]):
-            raise UserError(f"must be {_bounds_text(metadata['bounds'])}", key=key, value=value)
+            raise UserError(f"must be {_bounds_text(metadata['bounds'])}", key=name, value=value)
 
 
 def _scalar_type(hint: Any) -> type:
@@ -83,7 +95,7 @@ def _scalar_type(hint: Any) -> type:
 
 
 def _within(value: float, *, low: float, above: float, high: float, below: float) -> bool:
-    """Return False for NaN, and for infinity where there is a bound."""
+    """Return False for NaN, and for infinity if there is a bound."""
     inside = low <= value <= high and (above < value or above == -INF)
     inside = inside and (value < below or below == INF)
     bounded = (low, above, high, below) != (-INF, -INF, INF, INF)
@@ -91,9 +103,27 @@ def _within(value: float, *, low: float, above: float, high: float, below: float
 
 
 def _bounds_text(bounds: dict[str, float]) -> str:
+    """Return "at least 0 and below 1", "from 0 to 1" or "a finite number"."""
+    low, high = bounds["low"], bounds["high"]
+    if math.isfinite(low) and math.isfinite(high):
+        return f"from {low} to {high}"
     words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    given = [f"{words[name]} {bound:g}" for name, bound in bounds.items() if not math.isinf(bound)]
-    return " and ".join(given) or "a finite number"
+    given = [f"{words[name]} {bound}" for name, bound in bounds.items() if math.isfinite(bound)]
+    text = " and ".join(given)
+    return f"{text}, and finite" if len(given) == 1 else text or "a finite number"
+
+
+def declared_keys(group: Group) -> dict[str, Mapping[str, Any]]:
+    """Return the metadata of all keys by name, as in "mask.ratio"."""
+    keys: dict[str, Mapping[str, Any]] = {}
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if isinstance(value, Group):
+            keys |= declared_keys(value)
+        else:
+            resumable = group.resumable or field.metadata["resumable"]
+            keys[f"{group.prefix}{field.name}"] = {**field.metadata, "resumable": resumable}
+    return keys
 
 
 def to_config_dict(group: Group) -> ConfigDict:
@@ -119,7 +149,7 @@ def group_from_dict(group: type[G], values: dict[str, Any]) -> G:
     for name, value in values.items():
         if name not in hints:
             raise UserError("is not a config key", key=f"{group.prefix}{name}", value=value)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(hints[name], type):
             value = group_from_dict(hints[name], value)
         elif _scalar_type(hints[name]) is float:  # as in crop_scale=(0, 1)
             value = _as_float(value)

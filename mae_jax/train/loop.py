@@ -106,7 +106,7 @@ class Trainer:
 
     Args:
       example_name: name of the training image with an index, for logs.
-      guard_options: max_bad_steps and spike_sigmas of the `NonFiniteGuard`.
+      max_bad_steps, spike_sigmas: as in `NonFiniteGuard`.
       meta: metadata of the checkpoints.
     """
 
@@ -120,7 +120,8 @@ class Trainer:
     checkpoint_every: int
     meta: Mapping[str, Any]
     should_stop: PreemptionHandler
-    guard_options: Mapping[str, Any]
+    max_bad_steps: int
+    spike_sigmas: float
     rollbacks: int
     workdir: Path
     mesh: jax.sharding.Mesh
@@ -192,7 +193,8 @@ class Trainer:
             return [self.example_name(index) for index in indices]
 
         return NonFiniteGuard(
-            **self.guard_options,
+            max_bad_steps=self.max_bad_steps,
+            spike_sigmas=self.spike_sigmas,
             image_names=image_names,
             on_skip=self.logger.writer.write_skipped,
             on_spike=self.logger.writer.write_scalars,

@@ -122,7 +122,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "_random_init": f"random encoder (mean of {RANDOM_ENCODERS})",
         "_pixels": "raw pixels",
     }
-    names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, averaged parameters"}
+    names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, EMA parameters"}
     measures = {"knn_top1": "k-NN top-1", "linear_top1": "linear probe top-1"}
     of_k = [name for name in summary if re.fullmatch(r"knn_top1_k\d+", name)]
     measures |= {name: f"k-NN top-1, k = {name.removeprefix('knn_top1_k')}" for name in of_k}

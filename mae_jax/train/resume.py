@@ -5,44 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mae_jax.distributed.checkpoint_reader import CheckpointError
+from mae_jax.train.config import Config
+from mae_jax.train.config_schema import declared_keys
 from mae_jax.utils.pytree import flatten
 
 log = logging.getLogger("mae_jax.run")
 
-# Keys (or prefixes, ending in ".") that may differ on resume: they change how the computation is
-# sharded, logged and stored, but not its result.
-RESUMABLE_KEYS = (
-    "init.",
-    "model.attention",
-    "model.remat",
-    "model.scan_unroll",
-    "data.path",
-    "data.workers",
-    "data.threads",
-    "data.resize_on",
-    "data.canvas",
-    "data.in_memory",
-    "data.on_bad",
-    "data.max_bad",
-    "eval.",
-    "log.",
-    "health.",
-    "checkpoint.",
-    "resume.",
-    "mesh.",
-)
-# Keys whose change alters the shapes of arrays, which no checkpoint can fill.
-SHAPE_KEYS = (
-    "model.width",
-    "model.depth",
-    "model.patch",
-    "model.channels",
-    "model.mlp_ratio",
-    "model.decoder_width",
-    "model.decoder_depth",
-)
-# Keys that checkpoints of earlier versions lack, with the values that these implied.
-DEFAULTS_OF_NEW_KEYS = {"decoder.predict_ratio": 1.0}
+KEYS = declared_keys(Config())
 
 
 def check_compatible(
@@ -63,18 +32,18 @@ def check_compatible(
         raise CheckpointError("is not a config key", key="resume.allow", value=unknown[0])
     refused = {}
     for key in sorted({*old, *new}):
-        before, after = old.get(key, DEFAULTS_OF_NEW_KEYS.get(key)), new.get(key)
+        before, after = old.get(key, _declared(key, "implied")), new.get(key)
         if before == after or key == "resume.allow":
             continue
         change = f"{key}: {before} -> {after}"
-        if key in allow or _is_resumable(key):
+        if key in allow or _declared(key, "resumable"):
             log.info("changed since the checkpoint: %s", change)
         else:
             refused[key] = change
     if refused:
         remedy = f", or resume with --config.resume.allow={','.join(refused)}"
-        if reshaped := [key for key in refused if key in SHAPE_KEYS]:
-            remedy = f": its arrays have other shapes, because of {', '.join(reshaped)}"
+        if reshaped := [key for key in refused if _declared(key, "reshapes")]:
+            remedy = f": the checkpoint's arrays have other shapes: {', '.join(reshaped)}"
         changes = "\n  ".join(refused.values())
         raise CheckpointError(
             f"the workdir holds a run with another config:\n  {changes}\n"
@@ -82,5 +51,6 @@ def check_compatible(
         )
 
 
-def _is_resumable(key: str) -> bool:
-    return any(key == k or (k.endswith(".") and key.startswith(k)) for k in RESUMABLE_KEYS)
+def _declared(key: str, name: str) -> Any:
+    """Return what the declaration of a key says; None for keys that are not declared any more."""
+    return KEYS[key][name] if key in KEYS else None

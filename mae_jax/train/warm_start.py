@@ -68,7 +68,7 @@ def load_init_weights(
         settings["target"] = "normalized" if task.norm_pix else "pixels"
     checkpoint = adapt(
         checkpoint,
-        image_size=(model.image_size[0], model.image_size[1]),
+        image_size=model.image_size,
         channels=model.channels,
         position=model.position,
         final_norm=not classifies or task.model.encoder.final_norm,
