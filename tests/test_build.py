@@ -67,7 +67,7 @@ def config_of(flavor, folder, changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Noise in two classes: 32 images to train on, 8 to judge on, and 8 of 5 channels."""
+    """Noise in two classes: 32 images to train on, 8 to evaluate on, and 8 of 5 channels."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 16), ("validation", 4)):
         for label in "ab":
@@ -135,7 +135,7 @@ class Parts:
     @cached_property
     def evaluators(self):
         """Evaluators by name; none of them is run, so there is nothing to log."""
-        made = build_evaluators.make_evaluators(
+        built = build_evaluators.make_evaluators(
             self.config,
             self.task,
             train_source=self.train_source,
@@ -147,7 +147,7 @@ class Parts:
             init_key=jax.random.key(0),
             heartbeat=lambda _: None,
         )
-        return {type(judge).__name__: judge for judge in made}
+        return {type(evaluator).__name__: evaluator for evaluator in built}
 
     @property
     def accuracy(self):

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from run_helpers import assert_same_end, lines, run, start, wait_for, write_tiny
+from run_helpers import ROOT, assert_same_end, lines, run, start, wait_for, write_tiny
 
 from mae_jax.convert import __main__ as convert
 from mae_jax.convert import weights
@@ -92,6 +94,20 @@ def test_bad_input_is_one_clear_error(tiny, tmp_path, overrides, message):
     assert message in errors[0]
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_size_is_one_clear_error(tmp_path):
+    output = run(ROOT / "configs" / "pretrain.py:vit_foo", tmp_path / "run", code=2)
+    assert "error: unknown model size 'vit_foo'; known: vit_ti16" in output
+    assert "Traceback" not in output
+
+
+def test_help_has_flags_and_exit_codes():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True
+    )
+    for text in ("--workdir", "--config", "--[no]distributed", "Exit codes: 0"):
+        assert text in done.stdout
 
 
 def config_of(tiny, **overrides):

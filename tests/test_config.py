@@ -270,10 +270,10 @@ def test_bad_data(folder):
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def labeled(tmp_path):
     from PIL import Image
 
-    tmp_path = tmp_path / "labelled"
+    tmp_path = tmp_path / "labeled"
     for split in ("train", "validation"):
         for label in ("a", "b", "c"):
             (tmp_path / split / label).mkdir(parents=True)
@@ -314,31 +314,31 @@ def classify(folder, **overrides):
     ],
     ids=str,
 )
-def test_bad_values_of_classification(labelled, overrides, message):
+def test_bad_values_of_classification(labeled, overrides, message):
     with pytest.raises(UserError, match=message):
-        build(classify(labelled, **overrides), labelled / "run")
+        build(classify(labeled, **overrides), labeled / "run")
 
 
-def test_classification_needs_labels_and_an_evaluation_split(folder, labelled):
+def test_classification_needs_labels_and_an_evaluation_split(folder, labeled):
     with pytest.raises(DataError, match="has no class labels"):
         build(classify(folder), folder / "run")
     with pytest.raises(DataError, match="validation exists, but no .*training"):
-        build(classify(labelled, data__train_split="training"), labelled / "run")
+        build(classify(labeled, data__train_split="training"), labeled / "run")
     with pytest.raises(DataError, match="eval_split names the images"):
-        build(classify(labelled, data__eval_split="val"), labelled / "run")
-    (labelled / "empty" / "a").mkdir(parents=True)
+        build(classify(labeled, data__eval_split="val"), labeled / "run")
+    (labeled / "empty" / "a").mkdir(parents=True)
     with pytest.raises(DataError, match="no images in .*empty"):
-        build(classify(labelled, data__eval_split="empty"), labelled / "run")
+        build(classify(labeled, data__eval_split="empty"), labeled / "run")
     with pytest.raises(DataError, match="data.shots=5 is more than the 4 images of class 'a'"):
-        build(classify(labelled, data__shots=5), labelled / "run")
-    (labelled / "validation" / "c").rename(labelled / "validation" / "d")
+        build(classify(labeled, data__shots=5), labeled / "run")
+    (labeled / "validation" / "c").rename(labeled / "validation" / "d")
     with pytest.raises(DataError, match="not in the training split: d"):
-        build(classify(labelled), labelled / "run")
+        build(classify(labeled), labeled / "run")
 
 
-def test_few_shot_images_depend_on_their_seed_alone(labelled):
+def test_few_shot_images_depend_on_their_seed_alone(labeled):
     one, again, other = (
-        build(classify(labelled, data__shots=3, data__shots_seed=seed), labelled / "run")
+        build(classify(labeled, data__shots=3, data__shots_seed=seed), labeled / "run")
         for seed in (0, 0, 1)
     )
     labels = [one.train_source[i]["label"] for i in range(len(one.train_source))]
@@ -349,8 +349,8 @@ def test_few_shot_images_depend_on_their_seed_alone(labelled):
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_evaluation_alone_trains_nothing_and_needs_no_batch(labelled):
-    run = build(classify(labelled, steps=0, batch_size=512), labelled / "run")
+def test_evaluation_alone_trains_nothing_and_needs_no_batch(labeled):
+    run = build(classify(labeled, steps=0, batch_size=512), labeled / "run")
     assert run.loader is None
     assert run.length.total_steps == 0
 

@@ -103,7 +103,7 @@ def test_a_run_compiles_its_step_once(run_on_bands):
 
 def test_many_channels_in_training_and_figures(trained_on_bands):
     assert np.isfinite(losses(trained_on_bands)).all()
-    assert 0.5 < losses(trained_on_bands)[0] < 2.0, "of normalised values"
+    assert 0.5 < losses(trained_on_bands)[0] < 2.0, "of normalized values"
     assert any("knn_top1" in row for row in rows(trained_on_bands))
     with Image.open(trained_on_bands / "pictures" / "step_0000006.png") as picture:
         assert picture.mode == "RGB"

@@ -13,7 +13,7 @@ from mae_jax.utils.atomic import atomic_path
 
 
 def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop the rows after a step and lines that are no rows; return the rows that remain."""
+    """Drop the rows after a step and invalid lines; return the remaining rows."""
     if not path.exists():
         return []
     rows = []
