@@ -77,6 +77,11 @@ def test_the_config_dict_and_the_typed_config_convert_into_each_other():
     assert as_json(typed)["model"]["image_size"] == [64, 96]
 
 
+def test_a_value_in_place_of_a_group_is_an_error():
+    with pytest.raises(UserError, match="mask=3 must be a group of keys"):
+        Config(mask=3)
+
+
 def test_every_key_has_a_meaning():
     groups = [Config(), *(x for x in vars(Config()).values() if dataclasses.is_dataclass(x))]
     for group in groups:

@@ -54,8 +54,11 @@ class Group:
     def __post_init__(self):
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            name, value = f"{self.prefix}{field.name}", getattr(self, field.name)
             if field.metadata:
-                _check(f"{self.prefix}{field.name}", getattr(self, field.name), field, hints)
+                _check(name, value, field, hints)
+            elif not isinstance(value, hints[field.name]):
+                raise UserError("must be a group of keys", key=name, value=value)
 
     def error(self, name: str, problem: str) -> UserError:
         """Return the error of a key of this group."""
