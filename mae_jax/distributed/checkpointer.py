@@ -3,6 +3,7 @@
 import itertools
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -196,8 +197,10 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the save in the background, and release all resources."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -209,12 +212,21 @@ class Checkpointer:
             with suppress(Exception):  # the first error matters more
                 self.close()
             if kind is CheckpointSaveError:
-                self._remove_partial()  # its threads may have continued to write
+                self._remove_partial()
 
     def _remove_partial(self) -> None:
-        """Remove the files of a failed save; they may be what fills the disk."""
-        for partial in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        """Remove the files of a failed save; they may be what fills the disk.
+
+        Threads of the save may still write and create them again: this tries for two seconds. What
+        is left then, the next run removes.
+        """
+        for _ in range(20):
+            partial = list(self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"))
+            if not partial:
+                break
+            for folder in partial:
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.1)
 
 
 def _list_steps(directory: Path) -> list[int]:
