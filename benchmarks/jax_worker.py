@@ -25,7 +25,7 @@ from benchmarks.environment import versions
 from benchmarks.rpc import UnusableError, serve, time_steps
 from mae_jax.convert import hf_timm, state_dict
 from mae_jax.convert.model_info import ModelInfo
-from mae_jax.models import attention_autotune
+from mae_jax.models import attention_selection
 from mae_jax.models.attention import AttentionImpl
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
@@ -50,7 +50,7 @@ def make_task(plan: Plan) -> Pretrain:
     dtype = DTYPES[plan["dtype"]]
     shapes = _make_task(plan, AttentionImpl()).attention_shapes
     try:
-        attention = attention_autotune.select_implementation(plan["attention"], shapes, dtype)
+        attention = attention_selection.select_implementation(plan["attention"], shapes, dtype)
     except (UserError, ValueError) as error:
         raise UnusableError(f"--attention {plan['attention']}: {error}") from error
     return _make_task(plan, attention)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from benchmarks.hlo_counts import COLLECTIVES, collectives, count_kinds, products
+from benchmarks.hlo import COLLECTIVES, collectives, count_kinds, products
 from mae_jax.distributed import sharding
 from mae_jax.models import flops, variants
 from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD

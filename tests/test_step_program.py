@@ -15,7 +15,7 @@ from compiled_step import (
     train_flops,
 )
 
-from benchmarks.hlo_counts import collectives, count_kinds, products
+from benchmarks.hlo import collectives, count_kinds, products
 from mae_jax.distributed import sharding
 from mae_jax.models.variants import VitVariant
 

@@ -1,7 +1,7 @@
 """Sharding over devices: the mesh, and one rule for train states and one for batches."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ MIN_SPLIT_BYTES = 2**20  # smaller arrays cost more to gather than to copy
 MAX_REPLICATED = 0.1  # largest fraction of the bytes of a state that FSDP may leave replicated
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
+def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of all devices, data x fsdp.
 
     Batches are sharded over both axes, train states over `fsdp` only. Devices are in the order of
@@ -26,7 +26,7 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     Raises:
       UserError: `fsdp` does not divide the number of devices.
     """
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     if fsdp < 1 or len(devices) % fsdp:
         divisors = [str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise UserError(

@@ -8,6 +8,8 @@ Arguments: num_patches of an image; kept: those that the encoder sees; patch_val
 patch (patch * patch * channels); predicted: masked patches that the decoder predicts (None: all).
 """
 
+import re
+
 from mae_jax.models.variants import VitVariant
 
 
@@ -68,24 +70,32 @@ def _blocks(width: int, depth: int, tokens: int, mlp_ratio: float) -> float:
     return 2 * depth * (linears + attention)
 
 
-# Dense bf16 peak FLOP/s by the vendor, by a substring of `jax.Device.device_kind`; first match.
+# Dense bf16 peak FLOP/s by the vendor, by words of `jax.Device.device_kind`; the longest match.
 PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GB200": 2500e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
+    "A30": 165e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
+    "A10": 125e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "TPU v4": 275e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v6 lite": 918e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v6 lite": 918e12,  # v6e, Trillium
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Return the peak FLOP/s of a device, or None if it is unknown, as for CPUs."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+    matches = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", device_kind)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
