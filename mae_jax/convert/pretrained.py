@@ -23,7 +23,7 @@ from mae_jax.convert.model_info import (
 from mae_jax.data.loader import available_cpus, eval_batches
 from mae_jax.data.sources import FileSource, Source
 from mae_jax.data.transforms import EvalTransform
-from mae_jax.models import attention_autotune
+from mae_jax.models import attention_selection
 from mae_jax.models.attention import AttentionImpl, attention_shape
 from mae_jax.models.classifier import Outputs
 from mae_jax.models.image_ops import normalize, stats_match_dtype
@@ -88,7 +88,7 @@ def _select_attention(info: ModelInfo, wanted: str, dtype: str) -> AttentionImpl
     if info.decoder_heads:
         shapes.add(attention_shape(tokens, info.decoder_width, info.decoder_heads))
     try:
-        return attention_autotune.select_implementation(
+        return attention_selection.select_implementation(
             wanted, shapes, jnp.dtype(dtype), single_process=True
         )
     except UserError as error:

@@ -1,10 +1,9 @@
-"""Scaled dot-product attention (Vaswani et al. 2017): XLA or cuDNN, chosen per shape."""
+"""Scaled dot-product attention (Vaswani et al. 2017): XLA, or a fused kernel for some shapes."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import Array
 
 AttentionShape = tuple[int, int, int]  # tokens, number of heads, width of a head
@@ -15,25 +14,35 @@ def attention_shape(tokens: int, width: int, num_heads: int) -> AttentionShape:
     return tokens, num_heads, width // num_heads
 
 
-def split_heads(qkv: Array, num_heads: int) -> tuple[Array, Array, Array]:
-    """Split a fused projection [b, t, 3d] into queries, keys and values [b, t, h, e]."""
-    query, key, value = (
-        rearrange(x, "b t (h e) -> b t h e", h=num_heads) for x in jnp.split(qkv, 3, axis=-1)
-    )
-    return query, key, value
-
-
 @dataclass(frozen=True)
 class AttentionImpl:
-    """Attention implementation: cuDNN's fused kernel for `cudnn_shapes`, XLA for other shapes."""
+    """Attention implementation: a fused kernel for `fused_shapes`, XLA for other shapes.
 
-    cudnn_shapes: frozenset[AttentionShape] = frozenset()
+    kernel: the fused kernel, an implementation of `jax.nn.dot_product_attention`. cuDNN's computes
+      gradients only of even numbers of tokens: the blocks add `padding` tokens, whose keys are
+      masked.
+    """
 
-    def __call__(self, query: Array, key: Array, value: Array) -> Array:
-        """Compute softmax(query @ key.T / sqrt(e)) @ value, all [b, t, h, e]; float32 softmax."""
-        if query.shape[1:] in self.cudnn_shapes:
-            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-        return _xla_attention(query, key, value)
+    fused_shapes: frozenset[AttentionShape] = frozenset()
+    kernel: str = "cudnn"
+
+    def padding(self, shape: AttentionShape) -> int:
+        """Return the number of tokens to append to those of a shape."""
+        return shape[0] % 2 if shape in self.fused_shapes else 0
+
+    def __call__(self, query: Array, key: Array, value: Array, tokens: int) -> Array:
+        """Compute softmax(query @ key.T / sqrt(e)) @ value, all [b, t, h, e]; float32 softmax.
+
+        Of the keys and values only the first `tokens` count.
+        """
+        if (tokens, *query.shape[2:]) not in self.fused_shapes:
+            return _xla_attention(query, key, value)
+        lengths = None
+        if tokens < query.shape[1]:
+            lengths = jnp.full(len(query), tokens, jnp.int32)
+        return jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=lengths, implementation=self.kernel
+        )
 
 
 def _einsum_f32(equation: str, a: Array, b: Array) -> Array:

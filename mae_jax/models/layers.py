@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mae_jax.models.attention import AttentionImpl, split_heads
+from mae_jax.models.attention import AttentionImpl, attention_shape
 from mae_jax.models.mixed_precision_dense import mixed_precision_dense
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import Tree, flatten, unflatten
@@ -31,7 +31,7 @@ class ExecutionConfig:
       float32.
     remat: rematerialization (activation checkpointing): what the backward pass recomputes, "none",
       "dots" (all but matmuls) or "full".
-    scan_unroll: blocks per iteration of the scan over depth; at least the depth means no loop.
+    scan_unroll: blocks per iteration of the loop over depth; at least the depth means no loop.
     shard_activations: applied to activations with a leading batch axis, to pin their sharding.
     attention: attention implementation.
     """
@@ -64,18 +64,26 @@ class Dense(nn.Module):
     dtype: Any
     bias_init: Any = nn.initializers.zeros
 
-    @nn.compact
     def __call__(self, x: Float[Array, "b t x"]) -> Float[Array, "b t y"]:
+        return self._project(x, parts=1)[0]
+
+    def split(self, x: Float[Array, "b t x"], parts: int) -> list[Float[Array, "b t y"]]:
+        """Return the features in equal parts, each by a product of its own: nothing is copied."""
+        return self._project(x, parts)
+
+    @nn.compact
+    def _project(self, x: Any, parts: int) -> list[Any]:
         shape = x.shape[-1], self.features
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
         bias = self.param("bias", self.bias_init, (self.features,))
         rows = rearrange(x, "b t x -> (b t) x").astype(self.dtype)
         if self.dtype == jnp.float32:
-            y = rows @ kernel + bias
+            columns = zip(jnp.split(kernel, parts, axis=1), jnp.split(bias, parts))
+            outputs = [rows @ kernel + bias for kernel, bias in columns]
         else:
             cast_kernel = self.get_variable(LOW_PRECISION, "kernel", kernel.astype(self.dtype))
-            y = mixed_precision_dense(rows, kernel, bias, cast_kernel)
-        return rearrange(y, "(b t) y -> b t y", b=x.shape[0])
+            outputs = mixed_precision_dense(rows, kernel, bias, cast_kernel, parts)
+        return [rearrange(y, "(b t) y -> b t y", b=x.shape[0]) for y in outputs]
 
 
 LOW_PRECISION = "low_precision"  # flax collection of cast kernels
@@ -90,6 +98,25 @@ def cast_kernels(params: Tree, dtype: Any) -> dict[str, Any]:
     leaves = flatten(jax.lax.stop_gradient(params))
     kernels = {n: x.astype(dtype) for n, x in leaves.items() if n.endswith("/kernel")}
     return {} if dtype == jnp.float32 else {LOW_PRECISION: unflatten(kernels)}
+
+
+def fold_norms(params: Tree) -> Tree:
+    """Fold scale and bias of the norms in every block into the linear layers after them.
+
+    The network computes the same with the result. The gradients of scale and bias then come from
+    those of weights, without sums over the tokens, which take a GPU longer.
+    """
+    leaves = flatten(params)
+    for norm, layer in (("norm1", "attn/qkv"), ("norm2", "mlp/fc1")):
+        for path in [name for name in leaves if name.endswith(f"blocks/{layer}/kernel")]:
+            block = path.removesuffix(f"{layer}/kernel")
+            scale, shift = leaves[f"{block}{norm}/scale"], leaves[f"{block}{norm}/bias"]
+            kernel = leaves[path]
+            leaves[path] = scale[..., None] * kernel
+            leaves[f"{block}{layer}/bias"] += jnp.einsum("lx,lxy->ly", shift, kernel)
+            leaves[f"{block}{norm}/scale"] = jnp.ones_like(scale)
+            leaves[f"{block}{norm}/bias"] = jnp.zeros_like(shift)
+    return unflatten(leaves)
 
 
 def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
@@ -112,11 +139,12 @@ class Intermediates(NamedTuple):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values.
 
-    With `return_intermediates` it also returns the attention weights of the first token, cls, mean
-    over the heads.
+    Tokens from `num_tokens` on are padding. With `return_intermediates` it also returns the
+    attention weights of the first token, cls, mean over the heads.
     """
 
     num_heads: int
+    num_tokens: int
     execution: ExecutionConfig
     return_intermediates: bool
 
@@ -126,12 +154,13 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t"] | None]:
         width, dtype = x.shape[-1], self.execution.dtype
         # As in the reference: qkv is one Xavier-initialized (d, 3d) matrix, in the order q, k, v.
-        qkv = Dense(3 * width, dtype, name="qkv")(x)
-        q, k, v = split_heads(qkv, self.num_heads)
-        x = self.execution.attention(q, k, v)
+        qkv = Dense(3 * width, dtype, name="qkv").split(x, 3)
+        q, k, v = (rearrange(y, "b t (h e) -> b t h e", h=self.num_heads) for y in qkv)
+        x = self.execution.attention(q, k, v, self.num_tokens)
         x = Dense(width, dtype, name="proj")(rearrange(x, "b t h e -> b t (h e)"))
         if not self.return_intermediates:
             return x, None
+        k = k[:, : self.num_tokens]
         scores = jnp.einsum("bhe,bthe->bht", q[:, 0], k).astype(jnp.float32)
         return x, jax.nn.softmax(scores * q.shape[-1] ** -0.5).mean(axis=1)
 
@@ -185,6 +214,7 @@ class Block(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), both with drop path."""
 
     num_heads: int
+    num_tokens: int
     mlp_ratio: float
     layer_norm_eps: float
     execution: ExecutionConfig
@@ -199,7 +229,11 @@ class Block(nn.Module):
         x = shard(x)
         y = layer_norm("norm1", self.layer_norm_eps, dtype)(x)
         y, attention = Attention(
-            self.num_heads, self.execution, self.return_intermediates, name="attn"
+            self.num_heads,
+            self.num_tokens,
+            self.execution,
+            self.return_intermediates,
+            name="attn",
         )(y)
         x = x + (drop_path(y, 0) if drop_path else y)
         y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
@@ -208,18 +242,20 @@ class Block(nn.Module):
         return x, None if attention is None else Intermediates(x, attention)
 
 
-def make_blocks(
+def apply_blocks(
+    x: Float[Array, "b t d"],
     depth: int,
     num_heads: int,
     mlp_ratio: float,
     layer_norm_eps: float,
     execution: ExecutionConfig,
+    *,
+    drop_path: DropPath | None = None,
     return_intermediates: bool = False,
-) -> Callable[..., tuple[Float[Array, "b t d"], Intermediates | None]]:
-    """Return `depth` blocks as one scanned module "blocks" with parameters [depth, ...].
+) -> tuple[Float[Array, "b t d"], Intermediates | None]:
+    """Apply `depth` blocks, one scanned module "blocks" with parameters [depth, ...].
 
-    It takes tokens [b, t, d] and optionally a `DropPath` stacked over the blocks; it returns tokens
-    and, if asked for, the stacked intermediates.
+    Returns tokens and, if asked for, the stacked intermediates.
     """
     block = Block
     if execution.remat != "none":
@@ -235,5 +271,18 @@ def make_blocks(
         split_rngs={"params": True},
         length=depth,
         unroll=min(execution.scan_unroll, depth),
-    )(num_heads, mlp_ratio, layer_norm_eps, execution, return_intermediates, name="blocks")
-    return lambda x, drop_path=None: blocks(x, drop_path)
+    )
+    tokens = x.shape[1]
+    padding = execution.attention.padding(attention_shape(*x.shape[1:], num_heads))
+    x, intermediates = blocks(
+        num_heads,
+        tokens,
+        mlp_ratio,
+        layer_norm_eps,
+        execution,
+        return_intermediates,
+        name="blocks",
+    )(jnp.pad(x, ((0, 0), (0, padding), (0, 0))), drop_path)
+    if intermediates is not None:
+        intermediates = intermediates._replace(tokens=intermediates.tokens[:, :, :tokens])
+    return x[:, :tokens], intermediates

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from mae_jax.models.layers import Dense, ExecutionConfig, layer_norm, make_blocks
+from mae_jax.models.layers import Dense, ExecutionConfig, apply_blocks, layer_norm
 from mae_jax.models.patches import gather_patches
 from mae_jax.models.variants import VitVariant
 from mae_jax.models.vit import Encoder, PosEmbed, check_width, make_encoder
@@ -39,18 +39,18 @@ class Decoder(nn.Module):
         dtype, shard = self.execution.dtype, self.execution.shard_activations
         x = shard(Dense(self.width, dtype, name="embed")(latent))
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        mask_tokens = jnp.broadcast_to(mask_token.astype(dtype), (*ids_masked.shape, self.width))
-        x = jnp.concatenate([x, mask_tokens], axis=1)
+        # Cast per patch, as the cls token: so its gradient is summed in float32.
+        mask_tokens = jnp.broadcast_to(mask_token, (*ids_masked.shape, self.width))
+        x = jnp.concatenate([x, mask_tokens.astype(dtype)], axis=1)
 
         table = PosEmbed(self.pos_embed, self.grid, self.width, name="pos_embed")()
         ids = jnp.concatenate([ids_keep, ids_masked], axis=1) + 1
         ids = jnp.pad(ids, ((0, 0), (1, 0)))  # row 0 of the table is the cls token's
         x = shard(x + jnp.take(table[0], ids, axis=0).astype(dtype))
 
-        blocks = make_blocks(
-            self.depth, self.num_heads, self.mlp_ratio, self.layer_norm_eps, self.execution
+        x, _ = apply_blocks(
+            x, self.depth, self.num_heads, self.mlp_ratio, self.layer_norm_eps, self.execution
         )
-        x, _ = blocks(x)
         x = shard(x[:, 1 + first :])
         x = layer_norm("norm", self.layer_norm_eps, dtype)(x)
         return shard(Dense(self.patch_values, dtype, name="head")(x)).astype(jnp.float32)

@@ -1,34 +1,45 @@
 """A linear layer in low precision (bfloat16) with float32 gradients of its parameters."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def mixed_precision_dense(
     x: Float[Array, "r x"],
     kernel: Float[Array, "x y"],
     bias: Float[Array, " y"],
     cast_kernel: Float[Array, "x y"],
-) -> Float[Array, "r y"]:
-    """Compute `x @ kernel + bias` in x.dtype; `cast_kernel` is the kernel in that dtype.
+    parts: int = 1,
+) -> list[Float[Array, "r z"]]:
+    """Compute `x @ kernel + bias` in x.dtype, in equal parts of the columns.
 
-    The product uses `cast_kernel`; gradients go to `kernel` and `bias`, in float32. Autodiff would
-    round both to x.dtype before they are summed over devices.
+    The product uses `cast_kernel`, the kernel in x.dtype; gradients go to `kernel` and `bias`, in
+    float32. Autodiff would round both to x.dtype before they are summed over devices.
     """
-    return _forward(x, kernel, bias, cast_kernel)[0]
+    return _forward(x, kernel, bias, cast_kernel, parts)[0]
 
 
-def _forward(x, kernel, bias, cast_kernel):
-    y = _matmul(x, cast_kernel, 0) + bias.astype(_matmul_dtype(x))
-    return y.astype(x.dtype), (x, cast_kernel)
+def _forward(x, kernel, bias, cast_kernel, parts):
+    kernels, biases = jnp.split(cast_kernel, parts, axis=1), jnp.split(bias, parts)
+    biases = [bias.astype(_matmul_dtype(x)) for bias in biases]
+    if not _on_cpu():
+        # A GPU adds a bias, and a residual after it, in the same kernel as the product, unless that
+        # would also have to cast or slice the bias.
+        biases = lax.optimization_barrier(biases)
+    y = [(_matmul(x, each, 0) + bias).astype(x.dtype) for each, bias in zip(kernels, biases)]
+    return y, (x, cast_kernel)
 
 
-def _backward(saved, gradient):
+def _backward(parts, saved, gradients):
     x, cast_kernel = saved
-    dx = _matmul(gradient, cast_kernel, 1).astype(x.dtype)
+    kernels = jnp.split(cast_kernel, parts, axis=1)
+    dx = sum(_matmul(dy, kernel, 1) for dy, kernel in zip(gradients, kernels)).astype(x.dtype)
+    gradient = jnp.concatenate(gradients, axis=1)
     dbias = jnp.sum(gradient, axis=0, dtype=jnp.float32)
     return dx, _outer(x, gradient), dbias, jnp.zeros_like(cast_kernel)
 

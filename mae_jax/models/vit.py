@@ -11,8 +11,8 @@ from mae_jax.models.layers import (
     DropPath,
     ExecutionConfig,
     Intermediates,
+    apply_blocks,
     layer_norm,
-    make_blocks,
 )
 from mae_jax.models.patches import gather_patches, sincos_pos_embed_2d
 from mae_jax.models.variants import VitVariant
@@ -100,24 +100,26 @@ class Encoder(nn.Module):
             patches = shard(gather_patches(patches, ids_keep))
             positions = jnp.take(positions[0], ids_keep, axis=0)
         embed = Dense(self.width, dtype, _uniform_bias(patches.shape[-1]), name="patch_embed")
-        x = shard(embed(patches) + positions.astype(dtype))
+        x = embed(patches)
+        # Positions and cls are cast per image: so their gradients are summed in float32.
+        x = shard(x + jnp.broadcast_to(positions, x.shape).astype(dtype))
         # As in the reference: cls and mask tokens are N(0, 0.02), not truncated.
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls = (cls + cls_position).astype(dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
-        blocks = make_blocks(
+        cls = jnp.broadcast_to(cls + cls_position, (len(x), 1, self.width)).astype(dtype)
+        drop_path = None
+        if drop_path_noise is not None:
+            rates = jnp.linspace(0.0, self.drop_path, self.depth)
+            drop_path = DropPath(1.0 - rates, drop_path_noise)
+        x, intermediates = apply_blocks(
+            jnp.concatenate([cls, x], axis=1),
             self.depth,
             self.num_heads,
             self.mlp_ratio,
             self.layer_norm_eps,
             self.execution,
-            return_intermediates,
+            drop_path=drop_path,
+            return_intermediates=return_intermediates,
         )
-        drop_path = None
-        if drop_path_noise is not None:
-            rates = jnp.linspace(0.0, self.drop_path, self.depth)
-            drop_path = DropPath(1.0 - rates, drop_path_noise)
-        x, intermediates = blocks(x, drop_path)
         if self.final_norm:
             norm = layer_norm("norm", self.layer_norm_eps, dtype)
             x = norm(x)

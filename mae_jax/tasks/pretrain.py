@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from mae_jax.models.attention import AttentionShape, attention_shape
 from mae_jax.models.image_ops import denormalize, normalize
-from mae_jax.models.layers import cast_kernels
+from mae_jax.models.layers import cast_kernels, fold_norms
 from mae_jax.models.mae import MAE
 from mae_jax.models.patches import gather_patches, patchify, unpatchify
 from mae_jax.tasks import masking
@@ -125,6 +125,7 @@ class Pretrain:
 
     def apply(self, method: str, params: Params, *args: Array) -> Array:
         """Apply a method of the model."""
+        params = fold_norms(params)
         cast_params = cast_kernels(params, self.model.encoder.execution.dtype)
         variables = {"params": params, **cast_params}
         return cast(Array, self.model.apply(variables, *args, method=method))
@@ -168,11 +169,12 @@ class Pretrain:
         if ids_predicted is None:
             ids_predicted = mask.ids_masked
         pred = self.apply("__call__", params, patches, mask.ids_keep, ids_predicted)
-        target = gather_patches(patches, ids_predicted)
-        if self.norm_pix:
-            mean, std = patch_statistics(target, self.norm_pix_eps)
-            target = (target - mean) / std
-        return jnp.mean(jnp.square(pred - target))
+        with jax.named_scope("loss"):
+            target = gather_patches(patches, ids_predicted)
+            if self.norm_pix:
+                mean, std = patch_statistics(target, self.norm_pix_eps)
+                target = (target - mean) / std
+            return jnp.mean(jnp.square(pred - target))
 
     def to_patches(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b n p"]:
         """Normalize images and cut them into patches."""

@@ -91,9 +91,13 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = task.sample(jax.random.fold_in(key, state.step), preprocess(batch))
+        with jax.named_scope("preprocess"):
+            batch = preprocess(batch)
+        with jax.named_scope("sample"):
+            batch = task.sample(jax.random.fold_in(key, state.step), batch)
         loss, stats, grads = _loss_and_grads(task.loss, state, batch, grad_accum_steps)
-        grad_norm = optax.tree.norm(grads)
+        with jax.named_scope("guard"):
+            grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update() -> tuple[PyTree, ...]:
@@ -107,7 +111,8 @@ def make_train_step(
             return params, opt_state, ema, stats
 
         before = (state.params, state.opt_state, state.ema, state.batch_stats)
-        after = _if_finite(finite, update, before)
+        with jax.named_scope("optimizer"):
+            after = _if_finite(finite, update, before)
         skipped = 1 - finite.astype(jnp.int32)
         metrics = {
             "loss": loss,

@@ -49,7 +49,7 @@ def make_task(
 
     Args:
       classes: names of the classes in the training data.
-      attention: see `attention_autotune.select_implementation`.
+      attention: see `attention_selection.select_implementation`.
 
     Raises:
       UserError: a config value does not fit the model or the data.
@@ -58,7 +58,7 @@ def make_task(
     execution = ExecutionConfig(
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
-        scan_unroll=model.scan_unroll,
+        scan_unroll=model.scan_unroll or max(model.depth, model.decoder_depth),
         shard_activations=sharding.batch_constraint(mesh),
         attention=attention,
     )

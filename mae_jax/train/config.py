@@ -76,8 +76,8 @@ class ModelConfig(Group):
     )
     attention: str = key(
         "auto",
-        "attention implementation: 'xla', 'cudnn', or 'auto', which times both at the start on a"
-        " GPU in bfloat16 and takes the faster; elsewhere there is only xla",
+        "attention implementation: 'xla', 'cudnn' (fused), or 'auto': cudnn in bfloat16 on NVIDIA"
+        " GPUs of compute capability 8.0 or higher, where a trial at the start succeeds; else xla",
         resumable=True,
     )
     remat: str = key(
@@ -87,7 +87,13 @@ class ModelConfig(Group):
         choices=tuple(REMAT_POLICIES),
         resumable=True,
     )
-    scan_unroll: int = key(1, "blocks per iteration of the scan over depth", low=1, resumable=True)
+    scan_unroll: int | None = key(
+        None,
+        "blocks per iteration of the loop over depth; all by default, without a loop, which runs"
+        " faster; 1 compiles faster",
+        low=1,
+        resumable=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()

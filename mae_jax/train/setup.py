@@ -14,7 +14,7 @@ import optax
 from mae_jax.data.loader import Loader
 from mae_jax.data.sources import Source
 from mae_jax.distributed import processes, sharding
-from mae_jax.models import attention_autotune
+from mae_jax.models import attention_selection
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.train_step import jit_step, make_train_step
@@ -105,7 +105,7 @@ def select_attention(setup: RunSetup) -> RunSetup:
       UserError: model.attention does not work here.
     """
     config = setup.config
-    attention = attention_autotune.select_implementation(
+    attention = attention_selection.select_implementation(
         config.model.attention, setup.task.attention_shapes, jnp.dtype(config.model.dtype)
     )
     task = build_model.make_task(config, setup.mesh, setup.train_source.classes, attention)
