@@ -203,7 +203,7 @@ def _kernel(
     ) + product_flops(each, scope)
     names = re.findall(r'op_name="([^"]*)"', each.line)
     names += [name for inner in inside for name in re.findall(r'op_name="([^"]*)"', inner.line)]
-    if each.kind == "fusion":
+    if each.kind in ("fusion", "fusion-start"):  # alone, or in an asynchronous wrapper
         moved = _fusion_bytes(each, called[0], scope)
     else:
         moved = _plain_bytes(each, scope)

@@ -15,7 +15,7 @@ from compiled_step import (
     train_flops,
 )
 
-from benchmarks.hlo import collectives, count_kinds, products
+from benchmarks.hlo import products
 from mae_jax.distributed import sharding
 from mae_jax.models.variants import VitVariant
 
@@ -85,57 +85,3 @@ def test_step_deletes_the_previous_state(steps):
     images = np.zeros((96, 40, 40, 3), np.uint8)
     step.compiled(state, sharding.shard_batch({"image": images}, step.mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-
-
-PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=4
-
-%fused (p: bf16[4,8]) -> f32[8,4] {
-  %p = bf16[4,8]{1,0} parameter(0)
-  %c = f32[4,8]{1,0} convert(%p)
-  ROOT %t = f32[8,4]{1,0} transpose(%c), dimensions={1,0}
-}
-
-%body (s: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %f = f32[8,4]{1,0} fusion(%a), kind=kLoop, calls=%fused
-  %d = f32[8,8]{1,0} dot(%f, %b), metadata={op_name="layer/product"}
-  %w = f32[16,8]{1,0} all-gather(%f), replica_groups=[1,4]<=[4], dimensions={0}
-}
-
-%less (s.1: (s32[], f32[8,4])) -> pred[] {
-  ROOT %l = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (x: bf16[8,4]) -> f32[8,8] {
-  %b = f32[4,8]{1,0} parameter(1)
-  %x = bf16[8,4]{1,0} parameter(0)
-  %r = (f32[2,3]{1,0}, /*index=1*/f32[]) all-reduce(%b, %b), replica_groups={}, to_apply=%add
-  %w.1 = (s32[], f32[8,4]) while(%t.1), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %g = (bf16[8,8]{1,0}, s8[9]) custom-call(%x, %x), custom_call_target="__cublas$gemm"
-  ROOT %k = f32[4,8]{1,0} copy(%b), metadata={op_name="an all-gather("}
-}
-
-%add (y: f32[], z: f32[]) -> f32[] {
-  ROOT %sum = f32[] add(%y, %z)
-}
-"""  # noqa: E501
-
-
-def test_instructions_count_as_often_as_they_run():
-    counts = dict(transpose=3, copy=1, gather=0, scatter=0, sort=0, convert=3)
-    assert count_kinds(PROGRAM) == counts | {"while": 1}
-    assert products(PROGRAM) == [(("f32", "f32"), 3), (("bf16", "bf16"), 1)]
-    reduced, gathered = collectives(PROGRAM)
-    assert (reduced.kind, reduced.sizes, reduced.bytes, reduced.runs) == (
-        *("all-reduce", (6, 1), 28, 1),
-    )
-    # The CPU compiler converted from bfloat16 before sending: 2 bytes per value.
-    assert (gathered.kind, gathered.sizes, gathered.bytes, gathered.runs) == (
-        *("all-gather", (128,), 256, 3),
-    )
-
-
-def test_loops_of_unknown_length_are_refused():
-    with pytest.raises(ValueError, match="unknown length"):
-        count_kinds(PROGRAM.replace("known_trip_count", "trips"))
-    with pytest.raises(ValueError, match="no ENTRY"):
-        count_kinds("")

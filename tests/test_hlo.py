@@ -1,0 +1,224 @@
+"""Counts of compiled programs, against programs counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.hlo import collectives, count_kinds, kernels, products
+from mae_jax.models import flops
+from mae_jax.models.layers import ExecutionConfig
+from mae_jax.models.variants import VitVariant
+from mae_jax.models.vit import make_encoder
+
+PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=4
+
+%fused (p: bf16[4,8]) -> f32[8,4] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %c = f32[4,8]{1,0} convert(%p)
+  ROOT %t = f32[8,4]{1,0} transpose(%c), dimensions={1,0}
+}
+
+%body (s: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %f = f32[8,4]{1,0} fusion(%a), kind=kLoop, calls=%fused
+  %d = f32[8,8]{1,0} dot(%f, %b), metadata={op_name="layer/product"}
+  %w = f32[16,8]{1,0} all-gather(%f), replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%less (s.1: (s32[], f32[8,4])) -> pred[] {
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[8,4]) -> f32[8,8] {
+  %b = f32[4,8]{1,0} parameter(1)
+  %x = bf16[8,4]{1,0} parameter(0)
+  %r = (f32[2,3]{1,0}, /*index=1*/f32[]) all-reduce(%b, %b), replica_groups={}, to_apply=%add
+  %w.1 = (s32[], f32[8,4]) while(%t.1), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %g = (bf16[8,8]{1,0}, s8[9]) custom-call(%x, %x), custom_call_target="__cublas$gemm"
+  ROOT %k = f32[4,8]{1,0} copy(%b), metadata={op_name="an all-gather("}
+}
+
+%add (y: f32[], z: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%y, %z)
+}
+"""  # noqa: E501
+
+
+def test_instructions_count_as_often_as_they_run():
+    counts = dict(transpose=3, copy=1, gather=0, scatter=0, sort=0, convert=3)
+    assert count_kinds(PROGRAM) == counts | {"while": 1}
+    assert products(PROGRAM) == [(("f32", "f32"), 3), (("bf16", "bf16"), 1)]
+    reduced, gathered = collectives(PROGRAM)
+    assert (reduced.kind, reduced.sizes, reduced.bytes, reduced.runs) == (
+        *("all-reduce", (6, 1), 28, 1),
+    )
+    # The CPU compiler converted from bfloat16 before sending: 2 bytes per value.
+    assert (gathered.kind, gathered.sizes, gathered.bytes, gathered.runs) == (
+        *("all-gather", (128,), 256, 3),
+    )
+
+
+def test_loops_of_unknown_length_are_refused():
+    with pytest.raises(ValueError, match="unknown length"):
+        count_kinds(PROGRAM.replace("known_trip_count", "trips"))
+    with pytest.raises(ValueError, match="no ENTRY"):
+        count_kinds("")
+
+
+# Kernels: bytes, FLOPs and runs
+
+
+def program(computations, entry):
+    return f"HloModule jit_f\n\n{computations}\nENTRY %main (a: f32[]) -> f32[] {{\n{entry}}}\n"
+
+
+def counted(text):
+    """Return name, bytes, FLOPs and runs of every kernel."""
+    return [
+        (each.instruction.name, each.bytes, each.flops, each.instruction.runs)
+        for each in kernels(text)
+    ]
+
+
+def test_product_with_relu():
+    body = """%fused (x: bf16[128,64], w: bf16[64,32]) -> bf16[128,32] {
+  %x = bf16[128,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} parameter(1)
+  %dot = f32[128,32]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %zero = f32[] constant(0)
+  %zeros = f32[128,32]{1,0} broadcast(%zero), dimensions={}
+  %max = f32[128,32]{1,0} maximum(%dot, %zeros)
+  ROOT %out = bf16[128,32]{1,0} convert(%max)
+}
+"""
+    entry = """  %p = bf16[128,64]{1,0} parameter(0)
+  %q = bf16[64,32]{1,0} parameter(1)
+  ROOT %relu = bf16[128,32]{1,0} fusion(%p, %q), kind=kCustom, calls=%fused
+"""
+    # Operands and result once each, 2 bytes a value; the float32 product stays in registers.
+    moved = 2 * (128 * 64 + 64 * 32 + 128 * 32)
+    assert counted(program(body, entry)) == [("relu", moved, 2 * 128 * 64 * 32, 1)]
+
+
+def test_norm_reads_its_input_once():
+    body = """%fused (x: bf16[8,16], scale: f32[16]) -> (bf16[8,16], f32[8]) {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %scale = f32[16]{0} parameter(1)
+  %wide = f32[8,16]{1,0} convert(%x)
+  %sum = f32[8]{0} reduce(%wide, %zero), dimensions={1}, to_apply=%add
+  %sums = f32[8,16]{1,0} broadcast(%sum), dimensions={0}
+  %again = f32[8,16]{1,0} convert(%x)
+  %centered = f32[8,16]{1,0} subtract(%again, %sums)
+  %scales = f32[8,16]{1,0} broadcast(%scale), dimensions={1}
+  %product = f32[8,16]{1,0} multiply(%centered, %scales)
+  %narrow = bf16[8,16]{1,0} convert(%product)
+  ROOT %both = (bf16[8,16]{1,0}, f32[8]{0}) tuple(%narrow, %sum)
+}
+"""
+    entry = """  %p = bf16[8,16]{1,0} parameter(0)
+  %q = f32[16]{0} parameter(1)
+  %norm = (bf16[8,16]{1,0}, f32[8]{0}) fusion(%p, %q), kind=kInput, calls=%fused
+  ROOT %y = bf16[8,16]{1,0} get-tuple-element(%norm), index=0
+"""
+    assert counted(program(body, entry)) == [
+        ("norm", 2 * 8 * 16 + 4 * 16 + (2 * 8 * 16 + 4 * 8), 0, 1)
+    ]
+
+
+LOOP = """%save (stack: f32[5,4,8], x: f32[4,8], i: s32[]) -> f32[5,4,8] {
+  %stack = f32[5,4,8]{2,1,0} parameter(0)
+  %x = f32[4,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,4,8]{2,1,0} bitcast(%x)
+  ROOT %saved = f32[5,4,8]{2,1,0} dynamic-update-slice(%stack, %row, %i, %zero, %zero)
+}
+
+%load (weights: f32[5,4,8], j: s32[]) -> f32[4,8] {
+  %weights = f32[5,4,8]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %none = s32[] constant(0)
+  %part = f32[1,4,8]{2,1,0} dynamic-slice(%weights, %j, %none, %none), dynamic_slice_sizes={1,4,8}
+  %view = f32[4,8]{1,0} bitcast(%part)
+  ROOT %doubled = f32[4,8]{1,0} add(%view, %view)
+}
+
+%body (s: (s32[], f32[5,4,8], f32[5,4,8])) -> (s32[], f32[5,4,8], f32[5,4,8]) {
+  %s = (s32[], f32[5,4,8]{2,1,0}, f32[5,4,8]{2,1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%s), index=0
+  %a = f32[5,4,8]{2,1,0} get-tuple-element(%s), index=1
+  %b = f32[5,4,8]{2,1,0} get-tuple-element(%s), index=2
+  %x.1 = f32[4,8]{1,0} fusion(%a, %n), kind=kLoop, calls=%load
+  %y = f32[5,4,8]{2,1,0} fusion(%b, %x.1, %n), kind=kLoop, calls=%save
+  ROOT %t = (s32[], f32[5,4,8]{2,1,0}, f32[5,4,8]{2,1,0}) tuple(%n, %a, %y)
+}
+
+%less (s.1: (s32[], f32[5,4,8], f32[5,4,8])) -> pred[] {
+  %s.1 = (s32[], f32[5,4,8]{2,1,0}, f32[5,4,8]{2,1,0}) parameter(0)
+  %m = s32[] get-tuple-element(%s.1), index=0
+  %end = s32[] constant(5)
+  ROOT %l = pred[] compare(%m, %end), direction=LT
+}
+"""
+LOOPS = """  %w = (s32[], f32[5,4,8], f32[5,4,8]) while(%init), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+"""  # noqa: E501
+SLICE = 4 * 4 * 8  # bytes
+
+
+def test_loop_with_slices_and_updates_in_place():
+    # Each also reads the loop counter, 4 bytes.
+    assert counted(program(LOOP, LOOPS)) == [
+        ("x.1", 2 * SLICE + 4, 0, 5),
+        ("y", 2 * SLICE + 4, 0, 5),
+    ]
+
+
+def test_slice_and_update_without_a_fusion():
+    entry = """  %stack = f32[5,4,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %part = f32[1,4,8]{2,1,0} dynamic-slice(%stack, %i, %i, %i), dynamic_slice_sizes={1,4,8}
+  ROOT %new = f32[5,4,8]{2,1,0} dynamic-update-slice(%stack, %part, %i, %i, %i)
+"""
+    assert counted(program("", entry)) == [("part", 2 * SLICE, 0, 1), ("new", 2 * SLICE, 0, 1)]
+
+
+WRAPPED = """  %stack.1 = f32[5,4,8]{2,1,0} parameter(0)
+  %x.2 = f32[4,8]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %start = ((f32[5,4,8]{2,1,0}, f32[4,8]{1,0}, s32[]), f32[5,4,8]{2,1,0}, u32[]) START
+  ROOT %done = f32[5,4,8]{2,1,0} DONE(%start)
+"""
+WRAPPER = """
+%async_computation (q: f32[5,4,8], r: f32[4,8], u: s32[]) -> f32[5,4,8] {
+  %q = f32[5,4,8]{2,1,0} parameter(0)
+  %r = f32[4,8]{1,0} parameter(1)
+  %u = s32[] parameter(2)
+  ROOT %inner = f32[5,4,8]{2,1,0} fusion(%q, %r, %u), kind=kLoop, calls=%save
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "done"),
+    [
+        ("async-start(%stack.1, %x.2, %k), calls=%async_computation", "async-done"),
+        ("fusion-start(%stack.1, %x.2, %k), kind=kLoop, calls=%save", "fusion-done"),
+    ],
+    ids=["dumped text", "as_text"],
+)
+def test_asynchronous_update_in_place(start, done):
+    entry = WRAPPED.replace("START", start).replace("DONE", done)
+    ((_, moved, _, runs),) = counted(program(LOOP + WRAPPER, entry))
+    assert (moved, runs) == (2 * SLICE + 4, 1)
+
+
+def test_products_of_an_encoder_are_the_analytic_count():
+    """One block, and three in a loop; compiled for the CPU."""
+    batch, patches, values = 2, 9, 12
+    for depth in (1, 3):
+        variant = VitVariant(width=32, depth=depth, heads=2, patch=2)
+        encoder = make_encoder(variant, (3, 3), execution=ExecutionConfig())
+        images = jnp.zeros((batch, patches, values))
+        params = jax.eval_shape(encoder.init, jax.random.key(0), images)
+        text = jax.jit(encoder.apply).lower(params, images).compile().as_text()
+        total = sum(each.flops * each.instruction.runs for each in kernels(text or ""))
+        assert total == batch * flops.encoder_flops(variant, patches, patches, values)
