@@ -63,7 +63,8 @@ class Setup:
     shard_activations: bool = True
 
 
-TINY = Setup(  # with more tokens on all devices than a layer is wide: see docs/distributed.md
+# With more tokens on all devices than a layer is wide: see docs/reports/compiled_programs.md
+TINY = Setup(
     size=VitVariant(64, 3, 2, 8, decoder_width=32, decoder_depth=2, decoder_heads=2),
     per_device_batch=24,
     image_size=40,
