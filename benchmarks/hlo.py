@@ -143,7 +143,7 @@ def schedule(text: str) -> Iterator[Kernel]:
         for name, lines in computations.items()
     }
 
-    def walk(name: str, times: int | None) -> Iterator[Kernel]:
+    def walk(name: str, times: int) -> Iterator[Kernel]:
         started = set()
         for line in computations[name]:
             each = _parse(line, times)
@@ -167,12 +167,13 @@ def schedule(text: str) -> Iterator[Kernel]:
     return walk(entry, 1)
 
 
-def _times_inside(each: Instruction) -> int | None:
-    """Return how often the computations run that an instruction enters; None if unknown."""
-    if each.kind != "while":
-        return each.times
-    trips = _TRIP_COUNT.search(each.line)
-    return each.times * int(trips.group(1)) if trips and each.times is not None else None
+def _times_inside(each: Instruction) -> int:
+    """Return how often the computations run that an instruction enters.
+
+    Loops of unknown length count as one iteration: they draw random numbers until one is accepted.
+    """
+    trips = _TRIP_COUNT.search(each.line) if each.kind == "while" else None
+    return each.runs * int(trips.group(1)) if trips else each.runs
 
 
 def _collective_start(

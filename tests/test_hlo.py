@@ -172,6 +172,11 @@ def test_loop_with_slices_and_updates_in_place():
     ]
 
 
+def test_kernels_in_a_loop_of_unknown_length_count_once():
+    runs = [runs for *_, runs in counted(program(LOOP, LOOPS.replace("known", "unknown")))]
+    assert runs == [1, 1]
+
+
 def test_slice_and_update_without_a_fusion():
     entry = """  %stack = f32[5,4,8]{2,1,0} parameter(0)
   %i = s32[] parameter(1)
