@@ -35,6 +35,7 @@ from mae_jax.tasks.optimizer import adamw
 from mae_jax.tasks.pretrain import Params, Pretrain
 from mae_jax.tasks.train_step import TrainState, init_state, jit_step, make_train_step
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.host_memory import keep_freed_memory_on_cpu
 from mae_jax.utils.pytree import flatten
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "jax-cuda12-plugin")
@@ -219,6 +220,7 @@ class JaxWorker:
 
     def __init__(self, plan: Plan):
         self._plan, self._folder = plan, Path(plan["folder"])
+        keep_freed_memory_on_cpu()  # as train.py
         self._device = jax.devices()[0]
         if plan["dtype"] == "f32" and self._device.platform != "cpu":
             jax.config.update("jax_default_matmul_precision", "highest")  # no TF32

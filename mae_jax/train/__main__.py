@@ -39,11 +39,13 @@ def main(argv: list[str]) -> None:
     from mae_jax.train.trainer import train_and_evaluate
     from mae_jax.utils import console
     from mae_jax.utils.compilation import enable_compilation_cache
+    from mae_jax.utils.host_memory import keep_freed_memory_on_cpu
 
     console.setup_logging()
     enable_compilation_cache()
     try:
         processes.initialize(DISTRIBUTED.value)
+        keep_freed_memory_on_cpu()
         if not processes.is_main():
             console.quiet_secondary_process(jax.process_index())
         train_and_evaluate(from_config_dict(CONFIG.value), Path(WORKDIR.value or ""))
