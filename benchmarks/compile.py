@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 from benchmarks import roofline
 from benchmarks.targets import NAMES, Target, compile_for, get_target
 from mae_jax.distributed import sharding
+from mae_jax.models import flops
 from mae_jax.models.attention import AttentionImpl
 from mae_jax.models.layers import REMAT_POLICIES
 from mae_jax.models.variants import VARIANTS
@@ -123,12 +124,25 @@ def compile_program(flags: argparse.Namespace) -> dict[str, Any]:
         with jax.default_matmul_precision("default"):
             lowered = lower(config, flags.task, mesh, target)
         compiled = lowered.compile()
-    model_flops = build_model.flops_per_image(config, build_model.make_task(config, mesh, CLASSES))
+    if flags.text:
+        flags.text.write_text(compiled.as_text())
     report = describe(compiled, target)
-    report["mfu_bound"] = model_flops * flags.batch / (target.peak * report["seconds"])
+    model_flops = flags.batch * flops_per_image(config, flags.task, mesh)
+    report["mfu_bound"] = model_flops / (target.peak * report["seconds"])
     report["compile_s"] = time.monotonic() - begin
     report["jax"] = jax.__version__
-    return vars(flags) | {"devices": len(devices)} | report
+    settings = {name: value for name, value in vars(flags).items() if name not in ("text", "json")}
+    return settings | {"devices": len(devices)} | report
+
+
+def flops_per_image(config: Config, task_name: str, mesh: jax.sharding.Mesh) -> float:
+    """Return the model FLOPs per image: of a training step, or of the encoder for features."""
+    task = build_model.make_task(config, mesh, CLASSES)
+    if task_name != "features":
+        return build_model.flops_per_image(config, task)
+    variant, num_patches = build_model.make_variant(config), task.num_patches
+    patch_values = variant.patch**2 * config.model.channels
+    return flops.encoder_flops(variant, num_patches, num_patches, patch_values)
 
 
 def describe(compiled: Any, target: Target) -> dict[str, Any]:
@@ -209,7 +223,7 @@ def main(argv: list[str]) -> None:
     report = compile_program(flags)
     print_report(report, get_target(flags.target))
     if flags.json:
-        write_json(flags.json, {**report, "json": str(flags.json)})
+        write_json(flags.json, report)
 
 
 if __name__ == "__main__":
