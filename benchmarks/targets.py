@@ -128,6 +128,7 @@ def compile_for(name: str, num_devices: int = 1) -> Iterator[list[Any]]:
     backend = "gpu" if family in GPUS else "tpu"
     _check_installed(backend)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # only clients can read its entries
     jax.devices()  # so that the CPU is what runs here
     devices = _gpus(target, num_devices) if backend == "gpu" else _tpus(name)
     with (
