@@ -135,7 +135,8 @@ def schedule(text: str) -> Iterator[Kernel]:
 
     A kernel reads each operand and writes each output once, except that slices read only what they
     return, and updates in place write only the update. An asynchronous collective is its kind with
-    "-start", then "done" with the name of the start as operand.
+    "-start", then "done" with the name of the start as operand. The bytes of a collective are those
+    of complete arrays.
     """
     computations, entry = _computations(text)
     parsed = {
@@ -153,7 +154,9 @@ def schedule(text: str) -> Iterator[Kernel]:
             start = _collective_start(each, [parsed[inner] for inner in called])
             if start:
                 started.add(start.name)
-                yield Kernel(start, 0, 0.0, "")
+                yield Kernel(start, _collective_bytes(start, each, parsed[name]), 0.0, "")
+            elif each.kind in COLLECTIVES:
+                yield Kernel(each, _collective_bytes(each, each, parsed[name]), 0.0, "")
             elif each.kind.endswith("-done"):
                 if each.operands[0] in started:
                     yield Kernel(dataclasses.replace(each, kind=DONE), 0, 0.0, "")
@@ -191,6 +194,14 @@ def _collective_start(
         return None
     repeats = len(each.operands) if each.kind == "all-gather-start" else 0  # of the operands
     return dataclasses.replace(each, shapes=each.shapes[repeats:])
+
+
+def _collective_bytes(
+    result: Instruction, operation: Instruction, scope: dict[str, Instruction]
+) -> int:
+    """Return the bytes of complete arrays: a gather's results, but a reduce-scatter's operands."""
+    operands = (scope[name].bytes for name in operation.operands if name in scope)
+    return max(result.bytes, sum(operands))
 
 
 def _kernel(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.hlo import COLLECTIVES, DONE, START, Instruction, Kernel, schedule
+from benchmarks.hlo import COLLECTIVES, DONE, START, Kernel, schedule
 from benchmarks.targets import Target
 
 # The first pattern that is found in the path of an operation decides.
@@ -50,7 +50,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective: bytes of its result per device and run, seconds of all runs.
+    """A collective: bytes of complete arrays per run, seconds of all runs.
 
     exposed: seconds of all runs that no kernel hides.
     """
@@ -84,7 +84,7 @@ def analyze(text: str, target: Target) -> tuple[list[Timed], list[Collective]]:
     """Return all kernels and all collectives of a program, in the order of its schedule."""
     timed: list[Timed] = []
     collectives: list[Collective] = []
-    started: dict[str, tuple[Instruction, float]] = {}  # collectives under way, since when
+    started: dict[str, tuple[Kernel, float]] = {}  # collectives under way, since when
     clock = 0.0
     for kernel in schedule(text):
         each = kernel.instruction
@@ -92,9 +92,9 @@ def analyze(text: str, target: Target) -> tuple[list[Timed], list[Collective]]:
             start, since = started.pop(each.operands[0])
             collectives.append(_collective(start, target, hidden=clock - since))
         elif each.kind.endswith(START):
-            started[each.name] = each, clock
+            started[each.name] = kernel, clock
         elif each.kind in COLLECTIVES:
-            collectives.append(_collective(each, target, hidden=0.0))
+            collectives.append(_collective(kernel, target, hidden=0.0))
         else:
             seconds = kernel_seconds(kernel, target)
             clock += seconds
@@ -102,14 +102,15 @@ def analyze(text: str, target: Target) -> tuple[list[Timed], list[Collective]]:
     return timed, collectives
 
 
-def _collective(each: Instruction, target: Target, hidden: float) -> Collective:
+def _collective(kernel: Kernel, target: Target, hidden: float) -> Collective:
     """Return a collective, of which kernels hide some seconds; an all-reduce sends twice."""
+    each = kernel.instruction
     kind = each.kind.removesuffix(START)
-    seconds = each.bytes * (2 if kind == "all-reduce" else 1) / target.link_bandwidth
+    seconds = kernel.bytes * (2 if kind == "all-reduce" else 1) / target.link_bandwidth
     return Collective(
         kind=kind,
         dtypes="+".join(sorted({dtype for dtype, _ in each.shapes})),
-        bytes=each.bytes,
+        bytes=kernel.bytes,
         runs=each.runs,
         seconds=seconds * each.runs,
         exposed=max(0.0, seconds - hidden) * each.runs,

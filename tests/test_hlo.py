@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.hlo import collectives, count_kinds, kernels, products
+from benchmarks.hlo import collectives, count_kinds, kernels, products, schedule
 from mae_jax.models import flops
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.variants import VitVariant
@@ -214,6 +214,30 @@ def test_asynchronous_update_in_place(start, done):
     entry = WRAPPED.replace("START", start).replace("DONE", done)
     ((_, moved, _, runs),) = counted(program(LOOP + WRAPPER, entry))
     assert (moved, runs) == (2 * SLICE + 4, 1)
+
+
+COLLECTIVES = """  %p = f32[8,16]{1,0} parameter(0)
+  %q = f32[1,16]{1,0} parameter(1)
+  %gathered = f32[8,16]{1,0} all-gather(%q), replica_groups=[1,8]<=[8], dimensions={0}
+  %part = f32[1,16]{1,0} reduce-scatter(%p), replica_groups=[1,8]<=[8], to_apply=%add
+  %begun = (f32[1,16]{1,0}, f32[8,16]{1,0}) all-gather-start(%q), replica_groups=[1,8]<=[8]
+  %relu = f32[8,16]{1,0} maximum(%p, %gathered)
+  %ended = f32[8,16]{1,0} all-gather-done(%begun)
+  ROOT %all = f32[8,16]{1,0} all-reduce(%relu), replica_groups=[1,8]<=[8], to_apply=%add
+"""
+
+
+def test_collectives_have_the_bytes_of_complete_arrays():
+    full = 4 * 8 * 16
+    scheduled = [(each.instruction.kind, each.bytes) for each in schedule(program("", COLLECTIVES))]
+    assert scheduled == [
+        ("all-gather", full),
+        ("reduce-scatter", full),
+        ("all-gather-start", full),
+        ("maximum", 3 * full),
+        ("done", 0),
+        ("all-reduce", full),
+    ]
 
 
 def test_products_of_an_encoder_are_the_analytic_count():
