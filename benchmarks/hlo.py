@@ -5,6 +5,7 @@ each counts as often as it runs; all branches of a conditional count.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -275,17 +276,56 @@ def product_flops(each: Instruction, scope: dict[str, Instruction]) -> float:
         return _attention_flops(each, scope)
     operands = [scope[name] for name in each.operands if name in scope]
     output = math.prod(each.shapes[0][1]) if each.shapes else 0
-    if each.kind == "convolution":  # the TPU compiler's form of a matrix product
-        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.line)
-        kernel = operands[1].shapes[0][1]
-        features = labels.group(2).index("o") if labels else -1
-        return 2.0 * output * math.prod(kernel) / kernel[features]
+    if each.kind == "convolution":
+        return _convolution_flops(each, operands)
     if each.kind == "dot" or (each.kind == "custom-call" and _LIBRARY_PRODUCT.search(each.line)):
         axes = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', each.line)
         dims = operands[0].shapes[0][1]
         contracted = [dims[int(axis)] for axis in re.findall(r"\d+", axes.group(1))] if axes else []
         return 2.0 * output * math.prod(contracted)
     return 0.0
+
+
+def _convolution_flops(each: Instruction, operands: list[Instruction]) -> float:
+    """Return the FLOPs of a convolution, the TPU compiler's form of a matrix product.
+
+    Batches of matrices are spatial axes, of which the window leaves one position per output.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.line)
+    assert labels, each.line
+    arrays = (operands[0], operands[1], each)
+    lhs, kernel, output = (
+        dict(zip(label, array.shapes[0][1])) for label, array in zip(labels.groups(), arrays)
+    )
+    fields = re.search(r"window=\{([^}]*)\}", each.line)
+    window = dict(field.split("=") for field in fields.group(1).split()) if fields else {}
+    positions = 1
+    for axis in filter(str.isdigit, labels.group(1)):
+        values = {name: value.split("x")[int(axis)] for name, value in window.items()}
+        positions *= _window_positions(
+            lhs[axis],
+            output[axis],
+            size=int(values.get("size", 1)),
+            stride=int(values.get("stride", 1)),
+            pad=int(values.get("pad", "0_0").split("_")[0]),
+            lhs_dilate=int(values.get("lhs_dilate", 1)),
+            rhs_dilate=int(values.get("rhs_dilate", 1)),
+        )
+    return 2.0 * output["b"] * output["f"] * kernel["i"] * positions
+
+
+@functools.cache
+def _window_positions(
+    inputs: int, outputs: int, *, size: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """Return how many positions of a window fall on an input, along an axis, over all outputs."""
+    positions = (
+        output * stride - pad + offset * rhs_dilate
+        for output in range(outputs)
+        for offset in range(size)
+    )
+    inside = range(0, inputs * lhs_dilate, lhs_dilate)
+    return sum(position in inside for position in positions)
 
 
 def _attention_flops(each: Instruction, scope: dict[str, Instruction]) -> float:

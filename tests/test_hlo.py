@@ -99,6 +99,28 @@ def test_product_with_relu():
     assert counted(program(body, entry)) == [("relu", moved, 2 * 128 * 64 * 32, 1)]
 
 
+def convolution(shapes, window, labels):
+    lhs, kernel, output = shapes
+    entry = f"""  %p = bf16[{lhs}] parameter(0)
+  %q = bf16[{kernel}] parameter(1)
+  ROOT %y = f32[{output}] convolution(%p, %q){window}, dim_labels={labels}
+"""
+    ((*_, product_flops, _),) = counted(program("", entry))
+    return product_flops
+
+
+def test_products_that_a_tpu_computes_as_convolutions():
+    matrices = ("10,20", "20,30", "10,30")
+    assert convolution(matrices, "", "bf_io->bf") == 2 * 10 * 20 * 30
+    scores = ("64,197,12,32", "64,50,12,32", "64,12,197,50")  # 64 images, 12 heads, width 32
+    window = ", window={size=64x12 stride=63x11 lhs_dilate=64x12}"
+    assert convolution(scores, window, "0b1f_0o1i->01bf") == 2 * 64 * 12 * 197 * 50 * 32
+    patches = ("2,9,3", "4,3,5", "2,2,5")  # every output has all 4 positions of the window
+    assert convolution(patches, ", window={size=4 stride=4}", "b0f_0io->b0f") == 2 * 2 * 2 * 4 * 15
+    padded = ("2,9,3", "3,3,5", "2,9,5")  # two of the 27 positions are padding
+    assert convolution(padded, ", window={size=3 pad=1_1}", "b0f_0io->b0f") == 2 * 2 * 25 * 15
+
+
 def test_norm_reads_its_input_once():
     body = """%fused (x: bf16[8,16], scale: f32[16]) -> (bf16[8,16], f32[8]) {
   %x = bf16[8,16]{1,0} parameter(0)
