@@ -37,6 +37,7 @@ from mae_jax.train.config import Config, from_config_dict
 from mae_jax.train.init_state import make_state_layout, split_rng
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.cli import make_parser, positive_int, run_command
+from mae_jax.utils.errors import UserError
 
 RECIPES = {"pretrain": "pretrain", "finetune": "finetune", "probe": "linprobe"}
 TASKS = (*RECIPES, "features")
@@ -62,6 +63,8 @@ def fused_attention(config: Config, mesh: jax.sharding.Mesh, target: Target) -> 
         and target.capability >= (8, 0)
         and config.model.dtype == "bfloat16"
     )
+    if config.model.attention == "cudnn" and not target.capability >= (8, 0):
+        raise UserError("needs an NVIDIA GPU", key="--attention", value="cudnn")
     shapes = build_model.make_task(config, mesh, CLASSES).attention_shapes
     return AttentionImpl(frozenset(shapes)) if fused else AttentionImpl()
 

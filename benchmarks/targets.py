@@ -178,7 +178,14 @@ def _tpus(name: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{_TPU_ACCELERATORS[family]}-{cores}")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except jax.errors.JaxRuntimeError as error:
+        if "lockfile" not in str(error):
+            raise
+        raise UserError(
+            "another process uses libtpu, which only one can at a time: wait for it"
+        ) from error
     return list(topology.devices)
 
 
