@@ -211,7 +211,7 @@ ROWS = {
         *[("model.layer_norm_eps", 0.1, part + "layer_norm_eps") for part in BOTH],
         *[("model.dtype", "bfloat16", part + "execution.dtype", jnp.bfloat16) for part in BOTH],
         *[("model.remat", "dots", part + "execution.remat") for part in BOTH],
-        *[("model.scan_unroll", 2, part + "execution.scan_unroll") for part in BOTH],
+        *[("model.scan_unroll", 1, part + "execution.scan_unroll") for part in BOTH],
         ("mask.kind", "block", "task.mask"),
         ("mask.ratio", 0.5, "task.mask_ratio"),
         ("decoder.predict_ratio", 0.5, "task.predict_ratio"),

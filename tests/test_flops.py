@@ -49,6 +49,23 @@ def test_predicting_all_masked_patches_is_the_default():
     assert train_flops(*args, predicted=146) < train_flops(*args)
 
 
-def test_peak_flops_of_devices():
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("cpu") is None
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA B200", 2250e12),
+        ("TPU v5", 459e12),  # libtpu's name of v5p
+        ("TPU v5 lite", 197e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops_by_the_names_that_drivers_report(kind, peak):
+    assert peak_flops(kind) == peak

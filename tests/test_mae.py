@@ -5,19 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.models.layers import ExecutionConfig
+from mae_jax.models.layers import ExecutionConfig, fold_norms
 from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VARIANTS, VitVariant, get_variant
+from mae_jax.tasks.masking import Mask
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.utils.errors import UserError
-from mae_jax.utils.pytree import diff
+from mae_jax.utils.pytree import diff, flatten
 
 TINY = VitVariant(16, 4, 2, 8, decoder_width=16, decoder_depth=2, decoder_heads=2)
 
 
-def make_task(variant=TINY, execution=ExecutionConfig(), grid=(3, 4), channels=5, **kwargs):
+def make_task(variant=TINY, grid=(3, 4), channels=5, execution=ExecutionConfig(), **kwargs):
+    pos_embed = kwargs.pop("pos_embed", "sincos")
+    model = make_mae(
+        variant, grid=grid, channels=channels, pos_embed=pos_embed, execution=execution
+    )
     return Pretrain(
-        model=make_mae(variant, grid=grid, channels=channels, execution=execution),
+        model=model,
         grid=grid,
         patch=variant.patch,
         mean=(0.5,) * channels,
@@ -79,6 +84,40 @@ def test_mixed_precision_is_close_and_keeps_float32_where_needed(params, batch, 
     for line in text.splitlines():
         if " exp " in line or "rsqrt" in line:  # softmax and norms
             assert "bf16" not in line, line
+
+
+def test_folded_norms_do_not_change_results(params, batch, expected):
+    """As on accelerators; with norms that are not at their initial scale of 1 and bias of 0."""
+    noisy = lambda path, x: x + 0.1 * jax.random.normal(jax.random.key(len(str(path))), x.shape)
+    params = jax.tree_util.tree_map_with_path(noisy, params)
+
+    def folded(params):
+        patches = TASK.to_patches(batch["image"])
+        mask = Mask(batch["ids_keep"], batch["ids_masked"])
+        return TASK.loss_of_patches(fold_norms(params), patches, mask)
+
+    norms = flatten(fold_norms(params))
+    assert (norms["encoder/blocks/norm1/scale"] == 1).all()
+    assert (norms["decoder/blocks/norm2/bias"] == 0).all()
+    loss, grads = jax.jit(jax.value_and_grad(folded))(params)
+    expected_loss, expected_grads = loss_and_grads(TASK, params, batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads
+    )
+
+
+def test_gradients_of_tokens_and_positions_are_summed_in_float32(params, batch):
+    """In bfloat16, sums over many tokens would lose small terms: 1 + 2**-9 is 1."""
+    task = make_task(execution=ExecutionConfig(dtype=jnp.bfloat16), pos_embed="learned")
+    params = jax.eval_shape(task.init, jax.random.key(1))
+    loss = lambda params: task.loss(params, {}, batch)[0]
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
+    text = str(jaxpr)
+    assert "bf16" in text
+    for line in text.splitlines():
+        if "reduce_sum" in line or "scatter-add" in line:
+            assert ":bf16" not in line.split("=")[0], line
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,6 +1,7 @@
 """The linear layer in bfloat16: float32 gradients, and matmuls in bfloat16 on CPUs."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +23,22 @@ def arrays():
     return [array.astype(jnp.float32) for array in normal]
 
 
-def gradients(arrays):
+def gradients(arrays, parts=1):
     x, kernel, bias, gradient = arrays
     x, cast_kernel, gradient = (a.astype(jnp.bfloat16) for a in (x, kernel, gradient))
-    result, vjp = jax.vjp(mixed_precision_dense, x, kernel, bias, cast_kernel)
+    dense = lambda *inputs: jnp.concatenate(mixed_precision_dense(*inputs, parts), axis=1)
+    result, vjp = jax.vjp(dense, x, kernel, bias, cast_kernel)
     return result, vjp(gradient)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("width", [IN, IN - 1], ids=["even", "odd"])
-def test_parameter_gradients_are_float32(arrays, width):
+def test_parameter_gradients_are_float32(arrays, width, parts):
     x, kernel, bias, gradient = arrays
     x, kernel = x[:, :width], kernel[:width]
-    result, (dx, dkernel, dbias, dcast) = jax.jit(gradients)((x, kernel, bias, gradient))
+    result, (dx, dkernel, dbias, dcast) = jax.jit(partial(gradients, parts=parts))(
+        (x, kernel, bias, gradient)
+    )
     assert result.dtype == dx.dtype == jnp.bfloat16
     assert dkernel.dtype == dbias.dtype == jnp.float32
     # The operands are exact; only the order of float32 sums differs.

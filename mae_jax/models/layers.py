@@ -57,7 +57,7 @@ class Dense(nn.Module):
     """A linear layer over tokens, with the reference's Xavier-uniform kernel.
 
     Tokens are flattened to a matrix, which spares XLA a transposed copy in the backward pass. In
-    low precision the cast kernel comes from the collection of `cast_kernels`, if that is given.
+    low precision the cast kernel comes from the collection of `make_variables`, if that is given.
     """
 
     features: int
@@ -68,7 +68,12 @@ class Dense(nn.Module):
         return self._project(x, parts=1)[0]
 
     def split(self, x: Float[Array, "b t x"], parts: int) -> list[Float[Array, "b t y"]]:
-        """Return the features in equal parts, each by a product of its own: nothing is copied."""
+        """Return the features in equal parts.
+
+        Accelerators compute a product for each, which spares copies; a CPU is faster with one.
+        """
+        if jax.default_backend() == "cpu":
+            return jnp.split(self(x), parts, axis=-1)
         return self._project(x, parts)
 
     @nn.compact
@@ -89,33 +94,39 @@ class Dense(nn.Module):
 LOW_PRECISION = "low_precision"  # flax collection of cast kernels
 
 
-def cast_kernels(params: Tree, dtype: Any) -> dict[str, Any]:
-    """Cast every kernel to the dtype of activations; {} for float32.
+def make_variables(params: Tree, dtype: Any) -> dict[str, Any]:
+    """Return the variables to apply a network to: its parameters in the form that computes fastest.
 
-    Pass the result, {"low_precision": tree}, to a network's `apply` as a collection: so each kernel
-    is cast once per step, not at every use and again where blocks are rematerialized.
+    Once per step, for all blocks and both passes, norms are folded and kernels are cast.
     """
+    if jax.default_backend() != "cpu":  # with its small batches, passes over weights take longer
+        params = fold_norms(params)
+    return {"params": params, **cast_kernels(params, dtype)}
+
+
+def cast_kernels(params: Tree, dtype: Any) -> dict[str, Any]:
+    """Return the collection of kernels in the dtype of activations; {} for float32."""
     leaves = flatten(jax.lax.stop_gradient(params))
     kernels = {n: x.astype(dtype) for n, x in leaves.items() if n.endswith("/kernel")}
     return {} if dtype == jnp.float32 else {LOW_PRECISION: unflatten(kernels)}
 
 
 def fold_norms(params: Tree) -> Tree:
-    """Fold scale and bias of the norms in every block into the linear layers after them.
+    """Fold scale and bias of the norms of all blocks into the linear layers after them.
 
     The network computes the same with the result. The gradients of scale and bias then come from
     those of weights, without sums over the tokens, which take a GPU longer.
     """
     leaves = flatten(params)
     for norm, layer in (("norm1", "attn/qkv"), ("norm2", "mlp/fc1")):
-        for path in [name for name in leaves if name.endswith(f"blocks/{layer}/kernel")]:
-            block = path.removesuffix(f"{layer}/kernel")
-            scale, shift = leaves[f"{block}{norm}/scale"], leaves[f"{block}{norm}/bias"]
-            kernel = leaves[path]
-            leaves[path] = scale[..., None] * kernel
-            leaves[f"{block}{layer}/bias"] += jnp.einsum("lx,lxy->ly", shift, kernel)
+        suffix = f"{layer}/kernel"
+        for block in [n.removesuffix(suffix) for n in leaves if n.endswith(f"blocks/{suffix}")]:
+            kernel, scale = leaves[block + suffix], leaves[f"{block}{norm}/scale"]
+            bias = leaves[f"{block}{norm}/bias"]
+            leaves[block + suffix] = scale[..., None] * kernel
+            leaves[f"{block}{layer}/bias"] += jnp.einsum("lx,lxy->ly", bias, kernel)
             leaves[f"{block}{norm}/scale"] = jnp.ones_like(scale)
-            leaves[f"{block}{norm}/bias"] = jnp.zeros_like(shift)
+            leaves[f"{block}{norm}/bias"] = jnp.zeros_like(bias)
     return unflatten(leaves)
 
 
@@ -151,7 +162,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t d"]
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t"] | None]:
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b n"] | None]:
         width, dtype = x.shape[-1], self.execution.dtype
         # As in the reference: qkv is one Xavier-initialized (d, 3d) matrix, in the order q, k, v.
         qkv = Dense(3 * width, dtype, name="qkv").split(x, 3)

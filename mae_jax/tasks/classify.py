@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from mae_jax.models.attention import AttentionShape, attention_shape
 from mae_jax.models.classifier import Classifier, Outputs, Probe
 from mae_jax.models.image_ops import normalize
-from mae_jax.models.layers import cast_kernels
+from mae_jax.models.layers import make_variables
 from mae_jax.models.patches import patchify
 from mae_jax.tasks import mixup
 from mae_jax.tasks.mixup import Mixup
@@ -162,8 +162,8 @@ class Classify:
         if noise is not None:
             noise = jnp.moveaxis(noise, 0, -1)
         patches = patchify(pixels, self.patch)
-        cast_params = cast_kernels(params, self.model.encoder.execution.dtype)
-        variables = {"params": params, "batch_stats": stats, **cast_params}
+        variables = make_variables(params, self.model.encoder.execution.dtype)
+        variables["batch_stats"] = stats
         outputs, stats = apply_with_stats(
             self.model, variables, patches, train=True, drop_path_noise=noise
         )

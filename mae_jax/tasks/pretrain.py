@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from mae_jax.models.attention import AttentionShape, attention_shape
 from mae_jax.models.image_ops import denormalize, normalize
-from mae_jax.models.layers import cast_kernels, fold_norms
+from mae_jax.models.layers import make_variables
 from mae_jax.models.mae import MAE
 from mae_jax.models.patches import gather_patches, patchify, unpatchify
 from mae_jax.tasks import masking
@@ -125,9 +125,7 @@ class Pretrain:
 
     def apply(self, method: str, params: Params, *args: Array) -> Array:
         """Apply a method of the model."""
-        params = fold_norms(params)
-        cast_params = cast_kernels(params, self.model.encoder.execution.dtype)
-        variables = {"params": params, **cast_params}
+        variables = make_variables(params, self.model.encoder.execution.dtype)
         return cast(Array, self.model.apply(variables, *args, method=method))
 
     def sample_mask(self, key: Key[Array, ""], batch: int) -> Mask:
