@@ -166,9 +166,33 @@ def schedule(text: str) -> Iterator[Kernel]:
                     if not re.search(rf"\bcondition=%?{re.escape(inner)}\b", line):
                         yield from walk(inner, _times_inside(each))
             else:
-                yield _kernel(each, parsed[name], [parsed[inner] for inner in called])
+                yield _kernel(each, parsed[name], [_inlined(inner, parsed) for inner in called])
 
     return walk(entry, 1)
+
+
+def _inlined(name: str, parsed: dict[str, dict[str, Instruction]]) -> dict[str, Instruction]:
+    """Return the instructions of a computation, in place of fusions inside it those of these.
+
+    Parameters and results of a fusion inside become bitcasts.
+    """
+    body: dict[str, Instruction] = {}
+    for each in parsed[name].values():
+        if each.kind != "fusion":
+            body[each.name] = each
+            continue
+        for inner in _inlined(_called(each.line)[0], parsed).values():
+            kind, operands = inner.kind, tuple(f"{each.name}/{name}" for name in inner.operands)
+            line = inner.line.lstrip()
+            if number := re.search(r" parameter\((\d+)\)", line):
+                kind, operands = "bitcast", (each.operands[int(number.group(1))],)
+            result = f"{each.name}/{inner.name}"
+            if line.startswith("ROOT "):
+                body[each.name] = dataclasses.replace(each, kind="bitcast", operands=(result,))
+            body[result] = dataclasses.replace(
+                inner, name=result, kind=kind, operands=operands, line=line.removeprefix("ROOT ")
+            )
+    return body
 
 
 def _times_inside(each: Instruction) -> int:

@@ -91,10 +91,10 @@ def analyze(text: str, target: Target) -> tuple[list[Timed], list[Collective]]:
         if each.kind == DONE:
             start, since = started.pop(each.operands[0])
             collectives.append(_collective(start, target, hidden=clock - since))
-        elif each.kind.endswith(START):
-            started[each.name] = kernel, clock
         elif each.kind in COLLECTIVES:
             collectives.append(_collective(kernel, target, hidden=0.0))
+        elif each.kind.removesuffix(START) in COLLECTIVES:
+            started[each.name] = kernel, clock
         else:
             seconds = kernel_seconds(kernel, target)
             clock += seconds

@@ -99,6 +99,38 @@ def test_product_with_relu():
     assert counted(program(body, entry)) == [("relu", moved, 2 * 128 * 64 * 32, 1)]
 
 
+def test_fusions_inside_a_fusion():
+    """Two products in one kernel; the second weight is a slice of a stack, read by a fusion."""
+    body = """%hidden (x: bf16[16,8], w: bf16[8,32]) -> bf16[16,32] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %w = bf16[8,32]{1,0} parameter(1)
+  ROOT %fc1 = bf16[16,32]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%pick (all: bf16[12,32,8]) -> bf16[32,8] {
+  %all = bf16[12,32,8]{2,1,0} parameter(0)
+  %one = bf16[1,32,8]{2,1,0} slice(%all), slice={[3:4], [0:32], [0:8]}
+  ROOT %flat = bf16[32,8]{1,0} bitcast(%one)
+}
+
+%fused (stack: bf16[12,32,8], y: bf16[16,8], v: bf16[8,32]) -> bf16[16,8] {
+  %stack = bf16[12,32,8]{2,1,0} parameter(0)
+  %y = bf16[16,8]{1,0} parameter(1)
+  %v = bf16[8,32]{1,0} parameter(2)
+  %h = bf16[16,32]{1,0} fusion(%y, %v), kind=kOutput, calls=%hidden
+  %u = bf16[32,8]{1,0} fusion(%stack), kind=kLoop, calls=%pick
+  ROOT %fc2 = bf16[16,8]{1,0} dot(%h, %u), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    entry = """  %p = bf16[12,32,8]{2,1,0} parameter(0)
+  %q = bf16[16,8]{1,0} parameter(1)
+  %r = bf16[8,32]{1,0} parameter(2)
+  ROOT %mlp = bf16[16,8]{1,0} fusion(%p, %q, %r), kind=kOutput, calls=%fused
+"""
+    moved = 2 * (32 * 8 + 16 * 8 + 8 * 32 + 16 * 8)
+    assert counted(program(body, entry)) == [("mlp", moved, 2 * 2 * 16 * 8 * 32, 1)]
+
+
 def convolution(shapes, window, labels):
     lhs, kernel, output = shapes
     entry = f"""  %p = bf16[{lhs}] parameter(0)
