@@ -4,7 +4,7 @@ VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-faults test-slow test-torch lint clean
+.PHONY: help demo test test-faults test-slow test-torch test-compile test-compile-gpu lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -24,13 +24,19 @@ test-slow: $(VENV)/.dev  ## more fault tolerance tests, and programs for hundred
 test-torch: .venv-torch/.peers  ## run the interoperability tests against torch, transformers and timm
 	XLA_FLAGS= HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/interop $(ARGS)
 
+test-compile: .venv-compile/.tpu  ## compile the train step for a TPU, without one, and check the program
+	.venv-compile/bin/python -m pytest tests/compile $(ARGS)
+
+test-compile-gpu: .venv-compile/.gpu  ## the same for NVIDIA GPUs; the compilers take 6 GB
+	.venv-compile/bin/python -m pytest tests/compile $(ARGS)
+
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
 clean:  ## remove the virtual environments and the demo's workdir
-	rm -rf .venv .venv-py* .venv-torch runs/demo
+	rm -rf .venv .venv-py* .venv-torch .venv-compile runs/demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,4 +56,13 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 transformers --editable '.[demo,dev]'
 	.venv-torch/bin/python -m pip install --quiet --no-deps --upgrade --target .venv-torch/timm \
 		timm==1.0.31 torchvision==0.28.0
+	touch $@
+
+.venv-compile/.tpu: pyproject.toml
+	$(PYTHON) -m venv .venv-compile
+	.venv-compile/bin/python -m pip install --quiet --editable '.[dev]' 'jax[tpu]'
+	touch $@
+
+.venv-compile/.gpu: .venv-compile/.tpu
+	.venv-compile/bin/python -m pip install --quiet --editable '.[dev,compile]'
 	touch $@

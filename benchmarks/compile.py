@@ -119,6 +119,8 @@ def compile_program(flags: argparse.Namespace) -> dict[str, Any]:
         overrides = {
             "model.remat": flags.remat,
             "model.scan_unroll": flags.scan_unroll,
+            "model.depth": flags.blocks,
+            "model.decoder_depth": flags.blocks,
             "model.attention": flags.attention,
             "mesh.fsdp": flags.fsdp,
             "data.resize_on": "device" if flags.resize_on_device else None,
@@ -217,6 +219,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--devices", type=positive_int, default=1, help="GPUs (1), in hosts of 8")
     parser.add_argument("--fsdp", type=positive_int, default=1, help="mesh.fsdp (1)")
     parser.add_argument("--remat", choices=REMAT_POLICIES, help="model.remat")
+    parser.add_argument("--blocks", type=positive_int, help="of encoder and decoder each (all)")
     parser.add_argument("--scan-unroll", type=positive_int, help="model.scan_unroll")
     parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), help="model.attention")
     parser.add_argument("--resize-on-device", action="store_true", help="data.resize_on=device")

@@ -67,17 +67,21 @@ def state_shardings(state: Any, mesh: Mesh, min_bytes: int = MIN_SPLIT_BYTES) ->
 
     Arrays of `min_bytes` and more are sharded along their largest axis that is divisible by the
     fsdp axis, but never along the depth of stacked blocks, which is scanned. All other arrays are
-    replicated.
+    replicated. The columns of qkv count as a third: the model splits them into three parts, whose
+    shards would have to move between devices.
     """
 
     def rule(path: tuple, leaf: Any) -> NamedSharding:
         spec: list[str | None] = [None] * leaf.ndim
         if mesh.shape["fsdp"] > 1 and leaf.size * leaf.dtype.itemsize >= min_bytes:
-            stacked = any(getattr(key, "key", None) == "blocks" for key in path)
-            axes = range(1 if stacked else 0, leaf.ndim)
-            axes = [axis for axis in axes if leaf.shape[axis] % mesh.shape["fsdp"] == 0]
+            names = {getattr(key, "key", None) for key in path}
+            sizes = list(leaf.shape)
+            if "qkv" in names:
+                sizes[-1] //= 3
+            axes = range(1 if "blocks" in names else 0, leaf.ndim)
+            axes = [axis for axis in axes if sizes[axis] % mesh.shape["fsdp"] == 0]
             if axes:
-                spec[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
+                spec[max(axes, key=lambda axis: sizes[axis])] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(rule, state)
