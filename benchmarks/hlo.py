@@ -217,7 +217,8 @@ def _collective_start(
         return dataclasses.replace(each, kind=kind + START, shapes=shapes, operands=operands)
     if each.kind.removesuffix(START) not in COLLECTIVES or not each.kind.endswith(START):
         return None
-    repeats = len(each.operands) if each.kind == "all-gather-start" else 0  # of the operands
+    nested = re.search(r" = \(\(", each.line)  # ((operands), results)
+    repeats = len(each.operands) if nested or each.kind == "all-gather-start" else 0
     return dataclasses.replace(each, shapes=each.shapes[repeats:])
 
 

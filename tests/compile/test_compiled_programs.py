@@ -75,10 +75,11 @@ def test_no_product_of_float32(name):
 
 @on_every_target
 def test_gradients_are_summed_in_float32(name):
-    """On a device and over devices."""
+    """On a device, where the operation is a transposed one, and over devices."""
     sums = [each for each in hlo.instructions(compiled(name).text) if each.kind in SUMS]
-    assert len(sums) > 10
-    for each in sums:
+    gradients = [x for x in sums if "transpose(" in x.line or x.kind not in ("reduce", "scatter")]
+    assert len(gradients) > 10
+    for each in gradients:
         assert all(dtype != "bf16" for dtype, _ in each.shapes), each.line[:200]
 
 
@@ -86,7 +87,7 @@ def test_gradients_are_summed_in_float32(name):
 def test_the_state_is_donated(name):
     memory = compiled(name).report["memory"]
     images = IMAGES * 224 * 224 * 3
-    assert memory["donated"] >= memory["arguments"] - images - 4096
+    assert memory["donated"] >= 0.999 * (memory["arguments"] - images)
 
 
 @on_every_target
