@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mae_jax.models.attention import AttentionImpl, AttentionShape
+from mae_jax.models.attention import AttentionImpl, AttentionShape, FusedKernel
 from mae_jax.utils.errors import UserError
 
 log = logging.getLogger("mae_jax.run")
@@ -27,11 +27,12 @@ def select_implementation(
     *,
     single_process: bool = False,
 ) -> AttentionImpl:
-    """Select XLA or cuDNN's fused kernel for each attention shape.
+    """Select XLA or a fused kernel for each attention shape.
 
-    "auto" selects cuDNN on a CUDA GPU of compute capability 8.0 or higher in bfloat16, for every
-    shape that passes a trial: it runs, and results and gradients agree with XLA's. All processes of
-    a run must call this together and get the same result, unless `single_process`.
+    "auto" selects, in bfloat16, cuDNN on a CUDA GPU of compute capability 8.0 or higher and
+    `tpu_attention` on a TPU, for every shape that passes a trial: it runs, and results and
+    gradients agree with XLA's. All processes of a run must call this together and get the same
+    result, unless `single_process`.
 
     Raises:
       UserError: `wanted` is unknown, or it is "cudnn" and that does not work here.
@@ -39,17 +40,17 @@ def select_implementation(
     error = lambda problem: UserError(problem, key="model.attention", value=wanted)
     if wanted not in CHOICES:
         raise error(f"must be one of {', '.join(CHOICES)}")
-    possible = dtype == jnp.bfloat16 and _compute_capability() >= MIN_CAPABILITY
-    if wanted == "xla" or (wanted == "auto" and not possible):
+    kernel = _fused_kernel(dtype)
+    if wanted == "xla" or (wanted == "auto" and not kernel):
         return AttentionImpl()
-    if not possible:
+    if kernel is None or (wanted == "cudnn" and kernel != "cudnn"):
         raise error(
             "needs an NVIDIA GPU of compute capability 8.0 or higher and model.dtype='bfloat16'; "
             f"this is {jnp.dtype(dtype).name} on {jax.devices()[0].device_kind}. "
             "'auto' takes what works"
         )
     ordered = sorted(shapes)
-    failures = [try_fused(shape, dtype) for shape in ordered]
+    failures = [try_fused(shape, dtype, kernel) for shape in ordered]
     passed = np.array([not failure for failure in failures])
     if not single_process:
         passed = _passed_everywhere(passed)
@@ -64,8 +65,18 @@ def select_implementation(
         log.warning("fused attention %s; XLA's slower attention is used", problem)
     fused = frozenset(shape for shape, works in zip(ordered, passed) if works)
     if fused:
-        log.info("fused attention (cuDNN) of %s", "; ".join(map(_describe, sorted(fused))))
-    return AttentionImpl(fused)
+        shown = "; ".join(map(_describe, sorted(fused)))
+        log.info("fused attention (%s) of %s", "cuDNN" if kernel == "cudnn" else "Pallas", shown)
+    return AttentionImpl(fused, kernel)
+
+
+def _fused_kernel(dtype: Any) -> FusedKernel | None:
+    """Return the fused kernel for this device, None if there is none."""
+    if dtype != jnp.bfloat16:
+        return None
+    if jax.default_backend() == "tpu":
+        return "tpu"
+    return "cudnn" if _compute_capability() >= MIN_CAPABILITY else None
 
 
 def _compute_capability() -> tuple[int, ...]:
@@ -78,10 +89,10 @@ def _compute_capability() -> tuple[int, ...]:
 def _passed_everywhere(passed: np.ndarray) -> np.ndarray:
     """Return which shapes passed the trial in all processes."""
     gathered = multihost_utils.process_allgather(passed)
-    return np.asarray(gathered).reshape(-1, *passed.shape).all(axis=0)
+    return np.asarray(np.asarray(gathered).reshape(-1, *passed.shape).all(axis=0))
 
 
-def try_fused(shape: AttentionShape, dtype: Any, kernel: str = "cudnn") -> str:
+def try_fused(shape: AttentionShape, dtype: Any, kernel: FusedKernel = "cudnn") -> str:
     """Run the fused kernel forward and backward; return what failed, "" if nothing did.
 
     Results or gradients that differ from XLA's are a failure.
@@ -114,7 +125,8 @@ def _outputs_and_gradients(
     def run(inputs, gradient):
         def forward(*qkv):
             padded = tokens + attention.padding(shape)
-            return pad(attention(*(x[:, :padded] for x in qkv), tokens)[:, :tokens])
+            query, key, value = (x[:, :padded] for x in qkv)
+            return pad(attention(query, key, value, tokens)[:, :tokens])
 
         output, vjp = jax.vjp(forward, *map(pad, inputs))
         return output, *vjp(pad(gradient))

@@ -84,7 +84,7 @@ class Dense(nn.Module):
         rows = rearrange(x, "b t x -> (b t) x").astype(self.dtype)
         if self.dtype == jnp.float32:
             columns = zip(jnp.split(kernel, parts, axis=1), jnp.split(bias, parts))
-            outputs = [rows @ kernel + bias for kernel, bias in columns]
+            outputs: list[Array] = [rows @ kernel + bias for kernel, bias in columns]
         else:
             cast_kernel = self.get_variable(LOW_PRECISION, "kernel", kernel.astype(self.dtype))
             outputs = mixed_precision_dense(rows, kernel, bias, cast_kernel, parts)
@@ -284,7 +284,7 @@ def apply_blocks(
         unroll=min(execution.scan_unroll, depth),
     )
     tokens = x.shape[1]
-    padding = execution.attention.padding(attention_shape(*x.shape[1:], num_heads))
+    padding = execution.attention.padding(attention_shape(tokens, x.shape[2], num_heads))
     x, intermediates = blocks(
         num_heads,
         tokens,
