@@ -58,15 +58,13 @@ def load_config(task: str, size: str, batch_size: int, overrides: dict[str, Any]
 
 def fused_attention(config: Config, mesh: jax.sharding.Mesh, target: Target) -> AttentionImpl:
     """Return the attention implementation that train.py selects on the target."""
-    fused = config.model.attention == "cudnn" or (
-        config.model.attention == "auto"
-        and target.capability >= (8, 0)
-        and config.model.dtype == "bfloat16"
-    )
-    if config.model.attention == "cudnn" and not target.capability >= (8, 0):
+    is_gpu = target.capability >= (8, 0)
+    if config.model.attention == "cudnn" and not is_gpu:
         raise UserError("needs an NVIDIA GPU", key="--attention", value="cudnn")
+    if config.model.attention == "xla" or config.model.dtype != "bfloat16":
+        return AttentionImpl()
     shapes = build_model.make_task(config, mesh, CLASSES).attention_shapes
-    return AttentionImpl(frozenset(shapes)) if fused else AttentionImpl()
+    return AttentionImpl(frozenset(shapes), "cudnn" if is_gpu else "tpu")
 
 
 def lower(config: Config, task_name: str, mesh: jax.sharding.Mesh, target: Target) -> Any:

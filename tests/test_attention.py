@@ -96,7 +96,7 @@ def test_a_kernel_that_fails_is_not_selected(monkeypatch, caplog):
 def test_kernels_that_work_are_selected(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "mae_jax.run")
     monkeypatch.setattr(attention_selection, "_compute_capability", lambda: (8, 0))
-    monkeypatch.setattr(attention_selection, "try_fused", lambda shape, dtype: "")
+    monkeypatch.setattr(attention_selection, "try_fused", lambda *_: "")
     selected = select_implementation("auto", {SHAPE, ODD}, jnp.bfloat16)
     assert selected == AttentionImpl(frozenset([SHAPE, ODD]))
     assert "9 tokens, 2 heads of 8; 10 tokens, 2 heads of 8" in caplog.text
@@ -123,3 +123,16 @@ def test_fused_kernels_are_used_for_their_shapes_only():
     with pytest.raises(Exception, match="(?i)cudnn"):
         jax.block_until_ready(jax.jit(attention, static_argnums=3)(x, x, x, 10))
     assert attention(x[:, :9], x[:, :9], x[:, :9], 9).shape == (4, 9, 2, 8)
+
+
+def test_tpus_have_a_kernel_of_their_own(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "mae_jax.run")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(attention_selection, "try_fused", lambda shape, dtype, kernel: "")
+    selected = select_implementation("auto", {ODD}, jnp.bfloat16)
+    assert selected == AttentionImpl(frozenset([ODD]), "tpu")
+    assert selected.padding(ODD) == 0
+    assert "fused attention (Pallas) of 9 tokens, 2 heads of 8" in caplog.text
+    assert select_implementation("auto", {ODD}, jnp.float32) == AttentionImpl()
+    with pytest.raises(UserError, match="model.attention='cudnn' needs an NVIDIA GPU"):
+        select_implementation("cudnn", {ODD}, jnp.bfloat16)

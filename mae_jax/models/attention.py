@@ -1,12 +1,20 @@
 """Scaled dot-product attention (Vaswani et al. 2017): XLA, or a fused kernel for some shapes."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
+from jax.sharding import Mesh
+
+from mae_jax.distributed.sharding import BATCH_SPEC
+from mae_jax.models.tpu_attention import tpu_attention
 
 AttentionShape = tuple[int, int, int]  # tokens, number of heads, width of a head
+FusedKernel = Literal["cudnn", "tpu", "xla"]
 
 
 def attention_shape(tokens: int, width: int, num_heads: int) -> AttentionShape:
@@ -18,17 +26,19 @@ def attention_shape(tokens: int, width: int, num_heads: int) -> AttentionShape:
 class AttentionImpl:
     """Attention implementation: a fused kernel for `fused_shapes`, XLA for other shapes.
 
-    kernel: the fused kernel, an implementation of `jax.nn.dot_product_attention`. cuDNN's computes
-      gradients only of even numbers of tokens: the blocks add `padding` tokens, whose keys are
-      masked.
+    kernel: the fused kernel, `tpu_attention` or an implementation of
+      `jax.nn.dot_product_attention`. cuDNN's computes gradients only of even numbers of tokens: the
+      blocks add `padding` tokens, whose keys are masked.
+    mesh: the devices of a sharded batch, for `tpu_attention`.
     """
 
     fused_shapes: frozenset[AttentionShape] = frozenset()
-    kernel: str = "cudnn"
+    kernel: FusedKernel = "cudnn"
+    mesh: Mesh | None = None
 
     def padding(self, shape: AttentionShape) -> int:
         """Return the number of tokens to append to those of a shape."""
-        return shape[0] % 2 if shape in self.fused_shapes else 0
+        return shape[0] % 2 if shape in self.fused_shapes and self.kernel != "tpu" else 0
 
     def __call__(self, query: Array, key: Array, value: Array, tokens: int) -> Array:
         """Compute softmax(query @ key.T / sqrt(e)) @ value, all [b, t, h, e]; float32 softmax.
@@ -37,12 +47,26 @@ class AttentionImpl:
         """
         if (tokens, *query.shape[2:]) not in self.fused_shapes:
             return _xla_attention(query, key, value)
+        if self.kernel == "tpu":
+            return self._tpu_attention(query, key, value)
         lengths = None
         if tokens < query.shape[1]:
             lengths = jnp.full(len(query), tokens, jnp.int32)
         return jax.nn.dot_product_attention(
             query, key, value, key_value_seq_lengths=lengths, implementation=self.kernel
         )
+
+    def _tpu_attention(self, query: Array, key: Array, value: Array) -> Array:
+        """Run the kernel on every device's part of the batch: XLA cannot divide it."""
+        if self.mesh and len(query) % self.mesh.size:  # one image, to initialize
+            return _xla_attention(query, key, value)
+        attend = partial(tpu_attention, num_heads=query.shape[2])
+        if self.mesh:
+            attend = jax.shard_map(
+                attend, mesh=self.mesh, in_specs=BATCH_SPEC, out_specs=BATCH_SPEC, check_vma=False
+            )
+        merged = (rearrange(x, "b t h e -> b t (h e)") for x in (query, key, value))
+        return attend(*merged).reshape(query.shape)
 
 
 def _einsum_f32(equation: str, a: Array, b: Array) -> Array:

@@ -1,5 +1,6 @@
 """Build the objective, the optimizer and the learning rate schedule of a run."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -60,7 +61,7 @@ def make_task(
         remat=model.remat,
         scan_unroll=model.scan_unroll or max(model.depth, model.decoder_depth),
         shard_activations=sharding.batch_constraint(mesh),
-        attention=attention,
+        attention=dataclasses.replace(attention, mesh=mesh),
     )
     if config.task == "classify":
         return _make_classify(config, execution, len(classes))
