@@ -27,7 +27,7 @@ PROGRAMS = {
     "H200, H": (GPU, "--size=vit_h14"),
     "8 H200, B": (GPU, "--size=vit_b16", "--devices=8"),
     "8 H200, B, fsdp": (GPU, "--size=vit_b16", "--devices=8", "--fsdp=8"),
-    "TPU v5e, B": (TPU, "--size=vit_b16"),
+    "TPU v5e, B": (TPU, "--size=vit_b16", "--scan-unroll=2"),
 }
 # Bytes that a step of the first two moves (jax 0.12.0); they may grow by 5 % with its version.
 MAX_BYTES = {"H200, B": 2.454e9, "H200, H": 4.798e9}
