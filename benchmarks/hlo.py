@@ -28,6 +28,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "async-update"}
 _VIEWS = ("slice", "dynamic-slice", "gather")  # they read no more than they return
 _ENTERED = ("while", "conditional", "call", "async-start")  # run the kernels of a computation
+_PALLAS = 'custom_call_target="tpu_custom_call"'
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(?:matmul|gemm|conv)', re.IGNORECASE)
 
 
@@ -297,6 +298,8 @@ def _fusion_bytes(
 
 def product_flops(each: Instruction, scope: dict[str, Instruction]) -> float:
     """Return the FLOPs of a matrix product, a convolution or an attention kernel, else 0."""
+    if _PALLAS in each.line:
+        return float(cost_estimate(each).get("flops", 0))
     if "dot_product_attention" in each.line and each.kind == "custom-call":
         return _attention_flops(each, scope)
     operands = [scope[name] for name in each.operands if name in scope]
@@ -358,6 +361,14 @@ def _attention_flops(each: Instruction, scope: dict[str, Instruction]) -> float:
     batch, tokens, heads, width = scope[each.operands[0]].shapes[0][1]
     number = 5 if "bwd" in each.line or "Backward" in each.line else 2
     return 2.0 * number * batch * heads * tokens * tokens * width
+
+
+def cost_estimate(each: Instruction) -> dict[str, int]:
+    """Return what a Pallas kernel of a TPU declares of itself; {} for other instructions."""
+    declared = re.search(r'"cost_estimate":\{([^}]*)\}', each.line)
+    if _PALLAS not in each.line or not declared:
+        return {}
+    return {name: int(value) for name, value in re.findall(r'"(\w+)":"(\d+)"', declared.group(1))}
 
 
 def count_kinds(text: str) -> dict[str, int]:

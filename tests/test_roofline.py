@@ -77,3 +77,23 @@ def test_categories(path, category):
     text = f"HloModule jit_f\n\nENTRY %main (a: f32[8]) -> f32[8] {{\n{entry}\n}}\n"
     ((each,), _) = roofline.analyze(text, GPU)
     assert each.category == category
+
+
+@pytest.mark.parametrize(
+    ("name", "cycles", "flops"), [("forward", 10, 4000), ("backward", 20, 10000)]
+)
+def test_seconds_of_fused_attention_on_a_tpu(name, cycles, flops):
+    """By the registers of scores that the kernel declares, or by its bytes if these take longer."""
+    estimate = f'{{"cost_estimate":{{"flops":"{flops}","transcendentals":"{700 * 1024}"}}}}'
+    line = (
+        '  %x = f32[8]{0} custom-call(%a, %b), custom_call_target="tpu_custom_call", '
+        f'metadata={{op_name="attn/tpu_attention_{name}_kernel"}}, backend_config={estimate}'
+    )
+    text = f"HloModule jit_f\n\nENTRY %main (a: f32[8]) -> f32[8] {{\n{line}\n}}\n"
+    tpu = dataclasses.replace(TPUS["v6e"], attention_cycles=(10, 20))
+    ((each,), _) = roofline.analyze(text, tpu)
+    assert each.category == "attention"
+    assert each.kernel.flops == flops
+    assert each.seconds == pytest.approx(700 * cycles / 1.75e9)
+    ((each,), _) = roofline.analyze(text, dataclasses.replace(tpu, bandwidth=1.0))
+    assert each.seconds == each.kernel.bytes == 32
