@@ -94,6 +94,22 @@ def _called(line: str) -> list[str]:
     return [name for names in _CALLED.findall(line) for name in re.findall(r"[\w.-]+", names)]
 
 
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
+    """Return how often a loop runs, None if that is unknown.
+
+    The TPU compiler leaves no count: there it is the bound of the counter, which starts at 0.
+    """
+    if known := _TRIP_COUNT.search(line):
+        return int(known.group(1))
+    condition = re.search(r"\bcondition=%?([\w.-]+)", line)
+    body = "\n".join(computations.get(condition.group(1), [])) if condition else ""
+    bound = re.search(r"ROOT [^\n]* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT", body)
+    if not bound:
+        return None
+    constant = re.search(rf"%{re.escape(bound.group(1))} = s32\[\]\S* constant\((\d+)\)", body)
+    return int(constant.group(1)) if constant else None
+
+
 def instructions(text: str) -> Iterator[Instruction]:
     """Yield the instructions of a program, those of loops, fusions and all branches included."""
     computations, entry = _computations(text)
@@ -104,8 +120,7 @@ def instructions(text: str) -> Iterator[Instruction]:
                 yield parsed
             trips: int | None = 1
             if " while(" in line:
-                known = _TRIP_COUNT.search(line)
-                trips = int(known.group(1)) if known else None
+                trips = _trip_count(line, computations)
             for called in _called(line):
                 yield from walk(called, None if times is None or trips is None else times * trips)
 
@@ -165,7 +180,7 @@ def schedule(text: str) -> Iterator[Kernel]:
             elif each.kind in _ENTERED:
                 for inner in called:
                     if not re.search(rf"\bcondition=%?{re.escape(inner)}\b", line):
-                        yield from walk(inner, _times_inside(each))
+                        yield from walk(inner, _times_inside(each, computations))
             else:
                 yield _kernel(each, parsed[name], [_inlined(inner, parsed) for inner in called])
 
@@ -196,13 +211,13 @@ def _inlined(name: str, parsed: dict[str, dict[str, Instruction]]) -> dict[str, 
     return body
 
 
-def _times_inside(each: Instruction) -> int:
+def _times_inside(each: Instruction, computations: dict[str, list[str]]) -> int:
     """Return how often the computations run that an instruction enters.
 
     Loops of unknown length count as one iteration: they draw random numbers until one is accepted.
     """
-    trips = _TRIP_COUNT.search(each.line) if each.kind == "while" else None
-    return each.runs * int(trips.group(1)) if trips else each.runs
+    trips = _trip_count(each.line, computations) if each.kind == "while" else None
+    return each.runs * (trips or 1)
 
 
 def _collective_start(

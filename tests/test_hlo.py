@@ -226,9 +226,11 @@ def test_loop_with_slices_and_updates_in_place():
     ]
 
 
-def test_kernels_in_a_loop_of_unknown_length_count_once():
-    runs = [runs for *_, runs in counted(program(LOOP, LOOPS.replace("known", "unknown")))]
-    assert runs == [1, 1]
+@pytest.mark.parametrize(("direction", "trips"), [("LT", 5), ("NE", 1)])
+def test_loops_without_a_count_run_up_to_a_bound_or_once(direction, trips):
+    """The TPU compiler leaves no counts; a loop until something happens has no bound."""
+    text = program(LOOP.replace("LT", direction), LOOPS.replace("known", "unknown"))
+    assert [runs for *_, runs in counted(text)] == [trips, trips]
 
 
 def test_slice_and_update_without_a_fusion():
