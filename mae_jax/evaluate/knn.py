@@ -1,5 +1,6 @@
 """k-nearest-neighbor (k-NN) accuracy of frozen features, without training."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -38,10 +39,10 @@ def knn_scores(
     max_k = min(max(ks), len(bank))
     tiles = [
         (_unit(vectors), jnp.asarray(tile_labels))
-        for vectors, tile_labels in _tiles(min(bank_tile, len(bank)), bank, bank_labels)
+        for vectors, tile_labels in _tiles(bank_tile, bank, bank_labels)
     ]
     rankings: dict[int, list[np.ndarray]] = {k: [] for k in ks}
-    for rows, _ in _tiles(min(query_tile, len(queries)), queries, labels):
+    for rows, _ in _tiles(query_tile, queries, labels):
         vectors = _unit(rows)
         nearest = jnp.full((len(rows), max_k), -jnp.inf), jnp.zeros((len(rows), max_k), jnp.int32)
         for tile in tiles:
@@ -53,9 +54,10 @@ def knn_scores(
 
 
 def _tiles(
-    size: int, vectors: np.ndarray, labels: np.ndarray
+    max_size: int, vectors: np.ndarray, labels: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield rows in tiles of one size; the last is padded with zeros of label -1."""
+    """Yield rows in as few tiles of one size as possible; the last has zeros of label -1 to pad."""
+    size = math.ceil(len(vectors) / math.ceil(len(vectors) / max_size))  # the least padding
     for start in range(0, len(vectors), size):
         tile, tile_labels = vectors[start : start + size], labels[start : start + size]
         padding = (0, size - len(tile))
