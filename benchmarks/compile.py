@@ -1,4 +1,4 @@
-"""Compile what train.py runs for an accelerator that is not here, and say what the program costs.
+"""Compile what train.py runs for an accelerator that is not here, and report what the program costs.
 
     python -m benchmarks.compile --target h200 --size vit_b16 --batch 256
     python -m benchmarks.compile --target h200 --size vit_l16 --batch 64 --devices 8 --fsdp 8
@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # kernels cannot be ti
 
 import argparse
 import importlib
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def print_report(report: dict[str, Any], target: Target) -> None:
         f"(arguments {memory['arguments']}, temporaries {memory['temporaries']}, "
         f"donated {memory['donated']})\n{report['kernels']} kernels, "
         f"{report['bytes'] / 1e9:.1f} GB moved, {report['flops'] / 1e12:.2f} TFLOP in products\n"
-        f"at best {1e3 * report['seconds']:.1f} ms, MFU {report['mfu_bound']:.3f} of "
+        f"estimated {1e3 * report['seconds']:.1f} ms, MFU at most {report['mfu_bound']:.3f} of "
         f"{target.peak / 1e12:.0f} TFLOP/s\n"
     )
     print(f"{'category':14}{'ms':>8}{'GB':>9}{'TFLOP':>8}{'kernels':>9}")
@@ -197,7 +198,7 @@ def print_report(report: dict[str, Any], target: Target) -> None:
     for row in report["longest"]:
         print(
             f"{row['kernel'][:27]:28}{1e3 * row['seconds']:8.2f}{row['runs']:6d}"
-            f"{row['bytes'] / 1e6:9.1f}  {row['op_name'][-70:]}"
+            f"{row['bytes'] / 1e6:9.1f}  {short_path(row['op_name'])}"
         )
     if report["collectives"]:
         print(f"\n{'collectives':20}{'dtype':>10}{'runs':>6}{'GB':>8}{'ms':>8}{'exposed':>9}")
@@ -206,6 +207,14 @@ def print_report(report: dict[str, Any], target: Target) -> None:
             f"{row['kind']:20}{row['dtypes']:>10}{row['runs']:6d}{row['bytes'] / 1e9:8.2f}"
             f"{1e3 * row['seconds']:8.2f}{1e3 * row['exposed']:9.2f}"
         )
+
+
+def short_path(op_name: str) -> str:
+    """Return the direction and the end of the path of an operation."""
+    direction = "backward" if "transpose(" in op_name else "forward"
+    scopes = [part for part in op_name.split("/") if not re.search(r"[(]|jaxpr|closed_call", part)]
+    names = dict.fromkeys(scope.split(".")[0] for scope in scopes)  # methods of modules: qkv.split
+    return f"{direction} {'/'.join(names)[-60:]}"
 
 
 def main(argv: list[str]) -> None:

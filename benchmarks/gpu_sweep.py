@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import step
 from benchmarks.environment import ROOT, environment
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.cli import make_parser, run_command
@@ -54,7 +53,7 @@ def rows() -> dict[str, list[str]]:
         result[f"{letter}-encode"] = [*base, "--task=encode", encode]
         base.append("--impl=mae_jax")
         result[f"{letter}-base"] = base
-        result[f"{letter}-unroll"] = [*base, f"--scan-unroll={min(step.VARIANTS[size].depth, 24)}"]
+        result[f"{letter}-loop"] = [*base, "--scan-unroll=1"]
         for attention in ("cudnn", "xla"):
             result[f"{letter}-{attention}"] = [*base, f"--attention={attention}"]
         result[f"{letter}-batch"] = [*base, f"--batch={2 * batch}"]

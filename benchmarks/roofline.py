@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.hlo import COLLECTIVES, DONE, START, Kernel, cost_estimate, schedule
+from benchmarks.hlo import COLLECTIVES
+from benchmarks.kernels import DONE, START, Kernel, cost_estimate, schedule
 from benchmarks.targets import Target
 
 REGISTER = 1024  # values of a float32 vector register of a TPU
@@ -22,14 +23,16 @@ CATEGORIES = (
     ("masks", r"/sample/|threefry|argsort"),
     ("augmentation", r"/preprocess/|mix_images|random_erasing"),
     ("loss", r"/loss/"),
-    ("attention", r"dot_product_attention|tpu_attention"),
+    # On several devices the fused attention of a GPU is named by its partitioning alone.
+    ("attention", r"dot_product_attention|tpu_attention|attn/custom_partitioning"),
+    ("copies", r"dynamic_(update_)?(index|slice)|cast_kernels"),  # stacks of a loop over blocks
     ("qkv", r"attn/qkv"),
     ("proj", r"attn/proj"),
     ("softmax", r"attn/.*(exp|reduce_max|max|div|sub)"),
     ("scores", r"/attn/"),
     ("mlp", r"mlp/fc[12]"),
     ("gelu", r"/mlp/"),
-    ("norms", r"norm\d?/|lx,lxy->ly|fold_norms"),
+    ("norms", r"norm\d?/|fold_norms"),
     ("embedding", r"patch_embed|embed|cls_token|mask_token|take"),
     ("head", r"/head/"),
     ("residuals", r"blocks/"),
@@ -66,7 +69,7 @@ class Collective:
 
 
 def categorize(kernel: Kernel) -> str:
-    """Return the category of a kernel; "copies" and "other" if its path tells nothing."""
+    """Return the category of a kernel; "copies" or "other" if its path has none."""
     path = re.sub(r"[()]", "/", f"/{kernel.op_name}/")  # also scopes inside jvp(...)
     for category, pattern in CATEGORIES:
         if re.search(pattern, path):

@@ -226,7 +226,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--rounds", type=positive_int, default=10)
     add("--burst-seconds", type=positive_float, default=2.0)
     add("--remat", choices=("none", "dots", "full"), default="none", help="of mae_jax (none)")
-    add("--scan-unroll", type=positive_int, default=1, help="blocks per iteration, of mae_jax (1)")
+    add("--scan-unroll", type=positive_int, help="blocks per iteration, of mae_jax (as train.py)")
     add("--attention", choices=("auto", "xla", "cudnn"), default="auto", help="of mae_jax (auto)")
     add("--xla-flags", default=os.environ.get("XLA_FLAGS", ""), help="XLA_FLAGS of mae_jax")
     add("--compile-mode", default="default", help="of torch.compile (default)")

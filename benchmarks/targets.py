@@ -4,7 +4,9 @@ NVIDIA GPUs take the CUDA plugin of jax, TPUs libtpu; `pip install 'mae_jax[comp
 """
 
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +131,7 @@ def compile_for(name: str, num_devices: int = 1) -> Iterator[list[Any]]:
     Call it before jax is used for anything else in this process.
 
     Args:
-      num_devices: GPUs, in hosts of 8. TPUs come as their topology says.
+      num_devices: GPUs, in hosts of 8; the topology of TPUs determines it.
 
     Raises:
       UserError: the target is unknown, or its compiler is not installed.
@@ -140,7 +142,7 @@ def compile_for(name: str, num_devices: int = 1) -> Iterator[list[Any]]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # only clients can read its entries
     jax.devices()  # so that the CPU is what runs here
-    devices = _gpus(target, num_devices) if backend == "gpu" else _tpus(name)
+    devices = _gpus(target, num_devices) if backend == "gpu" else _tpus(name, num_devices)
     with (
         mock.patch.object(jax, "default_backend", return_value=backend),
         mock.patch.object(jax, "device_count", return_value=len(devices)),
@@ -177,13 +179,16 @@ def _gpus(target: Target, num_devices: int) -> list[Any]:
     return list(topology.devices)
 
 
-def _tpus(name: str) -> list[Any]:
+def _tpus(name: str, num_devices: int) -> list[Any]:
     family, shape = name.split(":")
-    chips = 1
-    for size in shape.split("x"):
-        chips *= int(size) if size.isdecimal() else 0
-    if not chips:
-        raise UserError("has no valid topology, as 2x2", key="--target", value=name)
+    axes = 3 if family == "v5p" else 2
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != axes - 1:
+        example = f"{family}:{'x'.join('2' * axes)}"
+        raise UserError(f"must have {axes} axes, as {example}", key="--target", value=name)
+    chips = math.prod(map(int, shape.split("x")))
+    if num_devices not in (1, chips):
+        problem = f"does not fit {name}, which has {chips} devices: leave it out"
+        raise UserError(problem, key="--devices", value=num_devices)
     cores = 2 * chips if family == "v5p" else chips
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{_TPU_ACCELERATORS[family]}-{cores}")

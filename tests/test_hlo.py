@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.hlo import collectives, count_kinds, kernels, products, schedule
+from benchmarks.hlo import collectives, count_kinds, products
+from benchmarks.kernels import kernels, schedule
 from mae_jax.models import flops
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.variants import VitVariant

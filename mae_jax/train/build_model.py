@@ -59,23 +59,13 @@ def make_task(
     execution = ExecutionConfig(
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
-        scan_unroll=model.scan_unroll or _default_unroll(config),
+        scan_unroll=model.scan_unroll,
         shard_activations=sharding.batch_constraint(mesh),
         attention=dataclasses.replace(attention, mesh=mesh),
     )
     if config.task == "classify":
         return _make_classify(config, execution, len(classes))
     return _make_pretrain(config, execution)
-
-
-def _default_unroll(config: Config) -> int:
-    """Return the blocks per iteration of the loop over depth: all, except on TPUs.
-
-    Their compiler takes ten minutes for a ViT-B without a loop, which is not faster there.
-    """
-    if jax.default_backend() == "tpu":
-        return 1
-    return max(config.model.depth, config.model.decoder_depth)
 
 
 def _make_pretrain(config: Config, execution: ExecutionConfig) -> Pretrain:

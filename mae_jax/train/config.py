@@ -76,8 +76,9 @@ class ModelConfig(Group):
     )
     attention: str = key(
         "auto",
-        "attention implementation: 'xla', 'cudnn' (fused), or 'auto': cudnn in bfloat16 on NVIDIA"
-        " GPUs of compute capability 8.0 or higher, where a trial at the start succeeds; else xla",
+        "attention implementation: 'xla', 'cudnn' (fused), or 'auto': a fused kernel in bfloat16 on"
+        " TPUs and on NVIDIA GPUs of compute capability 8.0 or higher, where a trial at the start"
+        " succeeds; else xla",
         resumable=True,
     )
     remat: str = key(
