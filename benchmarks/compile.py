@@ -1,4 +1,4 @@
-"""Compile what train.py runs for an accelerator that is not here, and report what the program costs.
+"""Compile what train.py runs for an accelerator that is not here, and report its cost.
 
     python -m benchmarks.compile --target h200 --size vit_b16 --batch 256
     python -m benchmarks.compile --target h200 --size vit_l16 --batch 64 --devices 8 --fsdp 8
