@@ -173,7 +173,7 @@ def test_missed_ratio_and_nan_loss_exit_with_1(capsys):
 
 def test_committed_reports_can_be_drawn(tmp_path):
     reports = sorted((ROOT / "docs" / "reports" / "data").glob("step_*.json"))
-    assert len(reports) == 4
+    assert reports
     step_report.draw([json.loads(path.read_text()) for path in reports], tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 10_000
 
