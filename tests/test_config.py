@@ -91,12 +91,12 @@ def test_every_key_has_a_meaning():
 
 def test_a_value_of_the_wrong_type_is_an_error_with_an_example():
     for group, values, message in (
-        ("data", {"mean": ("a",) * 3}, r"data.mean=.* must be of type float, as in 1.0"),
-        ("eval", {"knn_k": (1.5,)}, r"eval.knn_k=\(1.5,\) must be of type int, as in 1"),
+        ("data", {"mean": ("a",) * 3}, r"data.mean=.* must be of type float, as in \(0.485, "),
+        ("eval", {"knn_k": (1.5,)}, r"eval.knn_k=\(1.5,\) must be of type int, as in \(10,\)"),
         ("data", {"shots": True}, "data.shots=True must be of type int, as in 1"),
-        ("data", {"crop_scale": (0.2,)}, r"crop_scale=.* must be 2 numbers, as in \(1.0, 1.0\)"),
-        ("model", {"image_size": 224}, r"image_size=224 must be 2 numbers, as in \(1, 1\)"),
-        ("mask", {"ratio": (0.5, 0.5)}, r"mask.ratio=.* must be of type float, as in 1.0"),
+        ("data", {"crop_scale": (0.2,)}, r"crop_scale=.* must be 2 numbers, as in \(0.2, 1.0\)"),
+        ("model", {"image_size": 224}, r"image_size=224 must be 2 numbers, as in \(224, 224\)"),
+        ("mask", {"ratio": (0.5, 0.5)}, r"mask.ratio=.* must be of type float, as in 0.75"),
         ("optim", {"base_lr": float("inf")}, "base_lr=inf must be at least 0, and finite"),
         ("data", {"shots_seed": -1}, "data.shots_seed=-1 must be from 0 to 4294967295"),
     ):

@@ -25,7 +25,12 @@ FENCES = {  # package -> the only places that may import it
     "tensorboardX": ["train/metrics_writer.py"],
     "rich": ["train/progress.py", "utils/console.py"],
     "safetensors": ["convert/io.py", "convert/weight_files.py"],
-    "ml_collections": ["train/__main__.py", "train/config.py", "train/config_schema.py"],
+    "ml_collections": [
+        "train/__main__.py",
+        "train/config.py",
+        "train/config_schema.py",
+        "train/overrides.py",
+    ],
     "tensorflow": [],
     "torch": ["convert/torch_io.py"],
 }

@@ -11,14 +11,16 @@ of a multi-process run (docs/distributed.md).
 
 import sys
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from mae_jax.train import overrides
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.paths import local_path
 
+overrides.register_parsers()
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as in configs/pretrain.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and figures.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a run.")
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> None:
         keep_freed_memory_on_cpu()
         if not processes.is_main():
             console.quiet_secondary_process(jax.process_index())
-        train_and_evaluate(from_config_dict(CONFIG.value), Path(WORKDIR.value or ""))
+        train_and_evaluate(from_config_dict(CONFIG.value), local_path(WORKDIR.value or ""))
     except UserError as error:
         _fail("" if processes.already_reported(error) else str(error))
     except (WorkerError, OSError) as error:  # OSError: a full disk, for example
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the flags; bad ones print one sentence and exit with code 2."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(overrides.keep_last_config(argv))
         _ = CONFIG.value.items()  # raises for a missing config file
     except (AttributeError, KeyError) as error:
         _fail(f"no such config key: {_reason(error)}")

@@ -38,6 +38,7 @@ class InitConfig(Group):
         None,
         "checkpoint to start from: official, Hugging Face, timm or a workdir; 'random' starts from"
         " random weights, which task='classify' does only when asked",
+        path=True,
     )
     ema: bool = key(False, "load the EMA parameters of a workdir")
     encoder_only: bool = key(False, "ignore the decoder of the checkpoint")
@@ -114,7 +115,9 @@ class MaskConfig(Group):
     )
     ratio: float = key(0.75, "fraction of patches to hide, between 0 and 1; some must stay visible")
     path: str | None = key(
-        None, "for kind 'user': .npy of bool [patches] or [batch, patches], True where hidden"
+        None,
+        "for kind 'user': .npy of bool [patches] or [batch, patches], True where hidden",
+        path=True,
     )
 
 
@@ -221,7 +224,10 @@ class DataConfig(Group):
     )
     name: str = key("imagenet2012", "for source 'tfds': the dataset")
     path: str | None = key(
-        None, "folder of images, or TFDS data_dir; None is TFDS's default", resumable=True
+        None,
+        "folder of images, or TFDS data_dir; None is TFDS's default",
+        resumable=True,
+        path=True,
     )
     image_feature: str = key("image", "for source 'tfds': the image feature")
     train_split: str = key("train", "split, subfolder or .npz to train on")
@@ -441,13 +447,8 @@ class Config(Group):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("mean", "std"):
-            if len(getattr(self.data, name)) < self.model.channels:
-                raise self.data.error(
-                    name,
-                    f"needs a value for each of {self.model.channels} channels: "
-                    "python -m mae_jax.data stats computes them",
-                )
+        self._check_stats("mean", IMAGENET_MEAN)
+        self._check_stats("std", IMAGENET_STD)
         if self.task == "classify":
             self._check_classify()
             return
@@ -456,6 +457,17 @@ class Config(Group):
             raise self.optim.error("train_last_blocks", problem)
         if self.data.cache_features:
             raise self.data.error("cache_features", problem)
+
+    def _check_stats(self, name: str, default: tuple[float, ...]) -> None:
+        """Check for one value per channel; fewer channels may use the first default values."""
+        values, channels = getattr(self.data, name), self.model.channels
+        is_default = values == default and len(values) > channels
+        if len(values) != channels and not is_default:
+            raise self.data.error(
+                name,
+                f"needs a value for each of {channels} channels (model.channels), and no more: "
+                "python -m mae_jax.data stats computes them",
+            )
 
     def _check_classify(self) -> None:
         classify = self.classify

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from ml_collections import ConfigDict, config_dict
 
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.paths import expand_path
 
 INF = math.inf
 
@@ -25,6 +26,7 @@ def key(
     resumable: bool = False,
     reshapes: bool = False,
     implied: Any = None,
+    path: bool = False,
 ) -> Any:
     """Declare a config key. Bounds hold for numbers, and for each element of a tuple.
 
@@ -37,10 +39,12 @@ def key(
       resumable: a resumed run may change it, because the result does not depend on it.
       reshapes: its change alters the shapes of arrays, which no checkpoint can fill.
       implied: value that checkpoints of earlier versions imply, which lack the key.
+      path: it is a file or folder, where "~" is expanded and gs:// and the like are refused.
     """
     bounds = {"low": low, "above": above, "high": high, "below": below}
     metadata = {"meaning": meaning, "bounds": bounds, "choices": choices}
     metadata |= {"resumable": resumable, "reshapes": reshapes, "implied": implied}
+    metadata |= {"path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -80,12 +84,12 @@ def _check(name: str, value: Any, field: dataclasses.Field, hints: dict[str, Any
         elements = value if isinstance(value, tuple) else ()
         length = None if ... in get_args(hint) else len(get_args(hint))
         if not elements or length not in (None, len(elements)):
-            example = (kind(1),) * (length or 1)
             count = f"{length} numbers" if length else "a tuple of numbers"
-            raise UserError(f"must be {count}, as in {example}", key=name, value=value)
+            raise UserError(f"must be {count}, as in {field.default}", key=name, value=value)
+    example = kind(1) if field.default is None else field.default
     for element in elements:
         if type(element) is not kind:
-            problem = f"must be of type {kind.__name__}, as in {kind(1)!r}"
+            problem = f"must be of type {kind.__name__}, as in {example!r}"
             raise UserError(problem, key=name, value=value)
         if isinstance(element, int | float) and not _within(element, **metadata["bounds"]):
             raise UserError(f"must be {_bounds_text(metadata['bounds'])}", key=name, value=value)
@@ -149,6 +153,7 @@ def group_from_dict(group: type[G], values: dict[str, Any]) -> G:
       UserError: a key is unknown, or a value has the wrong type or is out of bounds.
     """
     arguments, hints = {}, get_type_hints(group)
+    fields = {field.name: field for field in dataclasses.fields(group)}
     for name, value in values.items():
         if name not in hints:
             raise UserError("is not a config key", key=f"{group.prefix}{name}", value=value)
@@ -156,8 +161,17 @@ def group_from_dict(group: type[G], values: dict[str, Any]) -> G:
             value = group_from_dict(hints[name], value)
         elif _scalar_type(hints[name]) is float:  # as in crop_scale=(0, 1)
             value = _as_float(value)
+        elif isinstance(value, str) and fields[name].metadata["path"]:
+            value = _expand(f"{group.prefix}{name}", value)
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return group(**arguments)
+
+
+def _expand(name: str, path: str) -> str:
+    try:
+        return expand_path(path)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _as_float(value: Any) -> Any:
