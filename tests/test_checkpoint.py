@@ -1,15 +1,22 @@
 """Checkpoints: round trips, verification, quarantine of corrupt steps, and transient errors."""
 
 import shutil
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.distributed.checkpoint_reader import load_run_checkpoint
-from mae_jax.distributed.checkpointer import Checkpointer, CheckpointError
+from mae_jax.distributed import checkpointer as checkpointer_module
+from mae_jax.distributed.checkpoint_reader import (
+    CorruptCheckpointError,
+    load_run_checkpoint,
+    verify_step,
+)
+from mae_jax.distributed.checkpointer import Checkpointer, CheckpointError, CheckpointSaveError
+from mae_jax.distributed.glob_safe import glob_safe, name_folders
+from mae_jax.utils.errors import UserError
 
 STATE = {
     "params": {"encoder": {"w": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3)},
@@ -203,3 +210,60 @@ def test_transient_errors_are_not_corruption(two_steps, tmp_path, monkeypatch, e
             with pytest.raises(CheckpointError, match="cannot be read now"):
                 restore(checkpointer)
         assert restore(checkpointer)[0] == 1
+
+
+@pytest.mark.parametrize("name", ["lr[1e-4]", "a[b", "q?*", "[x]/[y]/run"])
+def test_folders_may_have_characters_that_glob_expands(tmp_path, name):
+    folder, renamed = tmp_path / name / "checkpoints", tmp_path / "renamed"
+    for step in (1, 2):
+        with closing(Checkpointer(folder, max_to_keep=2)) as writer:
+            save(writer, STATE, step)
+    with closing(Checkpointer(folder, max_to_keep=2)) as reader:
+        step, restored = restore(reader)
+    assert step == 2
+    assert_equal(restored)
+    folder.rename(renamed)
+    _, (params,), _ = load_run_checkpoint(renamed)
+    np.testing.assert_array_equal(params["bias"], STATE["params"]["bias"])
+
+
+def test_such_a_folder_is_refused_where_it_has_no_other_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("mae_jax.distributed.glob_safe._DESCRIPTORS", tmp_path / "none")
+    with pytest.raises(UserError, match=r"x\[1\]: choose a path without the characters"):
+        Checkpointer(tmp_path / "x[1]", max_to_keep=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_messages_have_the_name_of_such_a_folder(tmp_path):
+    folder = tmp_path / "x[1]"
+    with glob_safe(folder) as path:
+        assert name_folders(f"cannot read {path}/7") == f"cannot read {folder}/7"
+
+
+def test_the_first_save_is_read_back_before_older_steps_are_removed(
+    two_steps, tmp_path, monkeypatch
+):
+    """Without the other name of such a folder, orbax writes what nobody can read."""
+    folder = tmp_path / "x[1]"
+    shutil.copytree(two_steps, folder)
+    monkeypatch.setattr(checkpointer_module, "glob_safe", lambda path: nullcontext(path.absolute()))
+    writer = Checkpointer(folder, max_to_keep=1)
+    with pytest.raises(CheckpointSaveError, match=r"step 3 was written .* cannot be read back"):
+        writer.save(3, STATE, META)
+    assert {"1", "2"} <= {path.name for path in folder.iterdir()}
+    writer.close()
+
+
+def test_older_steps_are_removed_once_the_first_save_is_read_back(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "copy")
+    with closing(Checkpointer(tmp_path / "copy", max_to_keep=1)) as writer:
+        writer.save(3, STATE, META)
+        assert [path.name for path in (tmp_path / "copy").iterdir()] == ["3"]
+
+
+def test_reading_back_finds_a_flipped_bit(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "copy")
+    verify_step(tmp_path / "copy", 1, STATE)
+    flip_a_bit(tmp_path / "copy" / "1")
+    with pytest.raises(CorruptCheckpointError):
+        verify_step(tmp_path / "copy", 1, STATE)

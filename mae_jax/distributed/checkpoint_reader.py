@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mae_jax.distributed.checksums import checksums
+from mae_jax.distributed.glob_safe import glob_safe, name_folders
 from mae_jax.utils.errors import UserError
 
 log = logging.getLogger("mae_jax.run")
@@ -85,9 +86,10 @@ def open_reader(directory: Path, arrays: Callable[..., Any]) -> Iterator[ocp.Che
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity("error")  # orbax warns about read_only
     try:
-        with ocp.CheckpointManager(
-            directory.absolute(), options=options, item_handlers=handlers
-        ) as manager:
+        with (
+            glob_safe(directory) as path,
+            ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager,
+        ):
             yield manager
     finally:
         absl.logging.set_verbosity(verbosity)
@@ -118,7 +120,7 @@ def _is_transient(error: Exception) -> bool:
 
 def summarize_error(error: BaseException) -> str:
     """Return an error on one line; tensorstore puts the cause at the end of a long message."""
-    text = str(error).strip()
+    text = name_folders(str(error).strip())
     for cause in ("No space left on device", "File too large", "Read-only file system"):
         if cause in text:
             return cause
@@ -143,10 +145,14 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         raise ValueError("the CRC32 of its metadata does not match")
     if meta.get("format", 1) != FORMAT:
         raise CheckpointError(
-            f"checkpoint {manager.directory / str(step)} was written by another version of "
+            f"checkpoint {_folder(manager)}/{step} was written by another version of "
             f"mae_jax, in format {meta.get('format', 1)}; this version reads format {FORMAT}"
         )
     return meta
+
+
+def _folder(manager: ocp.CheckpointManager) -> str:
+    return name_folders(str(manager.directory))
 
 
 def _read_item(
@@ -160,14 +166,48 @@ def _read_item(
     if group == "train" and not stored[item]:
         if item == "batch_stats":
             return {}
-        raise CheckpointError(f"step {step} in {manager.directory} has no {item}; read it without")
+        raise CheckpointError(f"step {step} in {_folder(manager)} has no {item}; read it without")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(stored))
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    arguments = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
-    restored = manager.restore(step, args=ocp.args.Composite(**{group: arguments}))[group]
+    arguments = ocp.args.Composite(**{group: _as_numpy(shapes)})
+    restored = manager.restore(step, args=arguments)[group]
     state = {"params": restored} if item == "params" else restored
     verify_checksums(state, expected)
     return state[item]
+
+
+def verify_step(directory: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Read a step of a run back; each process reads its share of the arrays.
+
+    Args:
+      state: the arrays that were saved, or their shapes.
+
+    Raises:
+      CorruptCheckpointError: an array is missing or has another checksum.
+      CheckpointError: the step cannot be read now.
+    """
+    count, process = jax.process_count(), jax.process_index()
+    leaves, structure = jax.tree.flatten(dict(state))
+    shares = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if n % count == process else ocp.PLACEHOLDER
+        for n, leaf in enumerate(leaves)
+    ]
+    train = structure.unflatten(shares)
+    params = train.pop("params")
+    arguments = ocp.args.Composite(params=_as_numpy(params), train=_as_numpy(train))
+    with open_reader(directory, ocp.PyTreeCheckpointHandler) as manager, wrap_read_errors():
+        expected = read_meta(manager, step)["digests"]
+        restored = manager.restore(step, args=arguments)
+    share = jax.tree.map(
+        lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf,
+        {"params": restored["params"], **restored["train"]},
+    )
+    verify_checksums(share, expected)
+
+
+def _as_numpy(shapes: Any) -> ocp.args.PyTreeRestore:
+    """Return the arguments that restore arrays of these shapes as numpy arrays."""
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    return ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
 
 
 def verify_checksums(state: Mapping[str, Any], expected: Mapping[str, str]) -> None:

@@ -5,12 +5,13 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN
 
 from mae_jax.distributed import processes
 from mae_jax.distributed.checkpoint_reader import (
@@ -23,9 +24,11 @@ from mae_jax.distributed.checkpoint_reader import (
     read_meta,
     summarize_error,
     verify_checksums,
+    verify_step,
     wrap_read_errors,
 )
 from mae_jax.distributed.checksums import checksums
+from mae_jax.distributed.glob_safe import glob_safe
 from mae_jax.utils.pytree import diff
 
 log = logging.getLogger("mae_jax.run")
@@ -41,7 +44,8 @@ class Checkpointer:
     The parameters are an item of their own, "params", so that other programs can read them alone;
     "train" has the rest of the state, "meta" the metadata of the run and the checksums of all
     arrays: orbax alone would restore flipped bits. Saving is asynchronous and atomic: the folder of
-    a step appears when it is complete, and only then older ones are removed.
+    a step appears when it is complete, and only then older ones are removed. The first save is read
+    back at once, before any older one is removed, to find what makes all of them unreadable.
 
     All processes of a run must save and restore together. Reading opens a second, single-process
     manager (`open_reader`): the first has barriers, at which the other processes would wait forever
@@ -52,17 +56,21 @@ class Checkpointer:
         self.directory = directory
         self._max_to_keep = max_to_keep
         self._last: int | None = None  # step of the last save, which may not have finished
+        self._retention = LatestN(None)  # keeps all until the first save is verified
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        self._resources = ExitStack()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._max_to_keep, cleanup_tmp_directories=True
+            preservation_policy=self._retention, cleanup_tmp_directories=True
         )
-        return ocp.CheckpointManager(
-            self.directory.absolute(),
+        manager = ocp.CheckpointManager(
+            self._resources.enter_context(glob_safe(self.directory)),
             options=options,
             item_handlers=make_handlers(ocp.StandardCheckpointHandler),
         )
+        self._resources.callback(manager.close)
+        return manager
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Start saving {"params": ..., other items of the state}, unless the step exists.
@@ -83,6 +91,23 @@ class Checkpointer:
         self._last = step
         with self._saving():
             self._manager.save(step, args=arguments)
+        if self._retention.n is None:
+            self.wait()
+            self._verify(step, state)
+
+    def _verify(self, step: int, state: Mapping[str, Any]) -> None:
+        """Read the first save back, then remove the oldest steps; raise CheckpointSaveError."""
+        try:
+            with processes.raise_together():
+                verify_step(self.directory, step, state)
+        except (CheckpointError, CorruptCheckpointError) as error:
+            raise CheckpointSaveError(
+                f"the checkpoint of step {step} was written to {self.directory / str(step)}, but "
+                f"cannot be read back ({error}). Repair the disk, or choose another --workdir"
+            ) from error
+        self._retention.n = self._max_to_keep
+        for old in sorted(self._manager.all_steps())[: -self._max_to_keep]:
+            self._manager.delete(old)
 
     def raise_if_failed(self) -> None:
         """Raise CheckpointSaveError if the save in the background has failed by now."""
@@ -189,7 +214,7 @@ class Checkpointer:
         candidates = (folder.with_name(f"{step}.damaged{n or ''}") for n in itertools.count())
         renamed = next(path for path in candidates if not path.exists())
         log.warning("checkpoint %s is damaged and renamed to %s: %s", folder, renamed.name, reason)
-        self._manager.close()
+        self._resources.close()
         with processes.raise_together():
             if processes.is_main():
                 folder.rename(renamed)
@@ -200,7 +225,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._resources.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
