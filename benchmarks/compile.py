@@ -18,7 +18,6 @@ import argparse
 import importlib
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ from mae_jax.train import build_data, build_model
 from mae_jax.train.config import Config, from_config_dict
 from mae_jax.train.init_state import make_state_layout, split_rng
 from mae_jax.utils.atomic import write_json
-from mae_jax.utils.cli import make_parser, positive_int, run_command
+from mae_jax.utils.cli import make_parser, path_argument, positive_int, run_command
 from mae_jax.utils.errors import UserError
 
 RECIPES = {"pretrain": "pretrain", "finetune": "finetune", "probe": "linprobe"}
@@ -230,8 +229,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scan-unroll", type=positive_int, help="model.scan_unroll")
     parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), help="model.attention")
     parser.add_argument("--resize-on-device", action="store_true", help="data.resize_on=device")
-    parser.add_argument("--text", type=Path, help="write the compiled program to a file")
-    parser.add_argument("--json", type=Path, help="write everything to a file")
+    parser.add_argument("--text", type=path_argument, help="write the compiled program to a file")
+    parser.add_argument("--json", type=path_argument, help="write everything to a file")
     flags = parser.parse_args(argv)
     report = compile_program(flags)
     print_report(report, get_target(flags.target))

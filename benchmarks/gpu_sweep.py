@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.environment import ROOT, environment
 from mae_jax.utils.atomic import write_json
-from mae_jax.utils.cli import make_parser, run_command
+from mae_jax.utils.cli import make_parser, path_argument, run_command
 from mae_jax.utils.console import print_table
 from mae_jax.utils.errors import UserError
 
@@ -97,7 +97,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> None:
     parser = make_parser("benchmarks.gpu_sweep", __doc__)
-    parser.add_argument("--json", type=Path, help="results, and where to resume from")
+    parser.add_argument("--json", type=path_argument, help="results, and where to resume from")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="rows to run (all)")
     parser.add_argument("--list", action="store_true", help="print the rows and exit")
     parser.add_argument("step_flags", nargs="*", help="flags of benchmarks.step, after --")

@@ -39,7 +39,7 @@ from mae_jax.train.init_state import split_rng
 from mae_jax.train.loop import make_prefetcher
 from mae_jax.train.setup import build, make_step, select_attention
 from mae_jax.utils.atomic import write_json
-from mae_jax.utils.cli import check_output, make_parser, positive_int, run_command
+from mae_jax.utils.cli import check_output, make_parser, path_argument, positive_int, run_command
 from mae_jax.utils.console import print_table, progress
 from mae_jax.utils.errors import UserError
 
@@ -172,7 +172,7 @@ def make_report(args: argparse.Namespace, config: Any, root: Path) -> dict[str, 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("benchmarks.input_pipeline", __doc__)
     add: Callable[..., Any] = parser.add_argument
-    add("--folder", type=Path, required=True, help="JPEGs")
+    add("--folder", type=path_argument, required=True, help="JPEGs")
     add("--threads", type=positive_int, default=os.cpu_count(), help="or processes (all cores)")
     add("--workers", type=int, default=0, help="data.workers in training (0)")
     add("--rounds", type=positive_int, default=3)
@@ -181,7 +181,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=positive_int, default=64, help="images (64)")
     add("--dtype", choices=DTYPES, default="f32", help="of activations (f32)")
     add("--steps", type=positive_int, default=20, help="per round of training (20)")
-    add("--json", type=Path, help="output file")
+    add("--json", type=path_argument, help="output file")
     return parser.parse_args(argv)
 
 

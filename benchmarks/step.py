@@ -38,7 +38,7 @@ from benchmarks.rpc import UnusableError, Worker, WorkerError
 from benchmarks.step_report import IMAGE_SIZE, OURS
 from mae_jax.models.variants import VARIANTS
 from mae_jax.utils.atomic import write_json
-from mae_jax.utils.cli import make_parser, positive_float, positive_int, run_command
+from mae_jax.utils.cli import make_parser, path_argument, positive_float, positive_int, run_command
 
 log = logging.getLogger("mae_jax")
 
@@ -206,9 +206,9 @@ def named_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not equals or name not in (OURS, *PEERS):
         raise argparse.ArgumentTypeError(f"{text!r} is not IMPL=PATH")
-    if not Path(path).exists():
+    if not path_argument(path).exists():
         raise argparse.ArgumentTypeError(f"{path} does not exist")
-    return name, Path(path).absolute()
+    return name, path_argument(path).absolute()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -219,7 +219,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=positive_int, default=8, help="images (8)")
     add("--dtype", choices=("f32", "bf16"), default="bf16", help="of activations (bf16)")
     add("--impl", type=implementations, default=[OURS, "hf"], help=f"of {OURS}, {', '.join(PEERS)}")
-    add("--official-repo", type=Path, metavar="DIR", help="checkout of facebookresearch/mae")
+    add(
+        "--official-repo",
+        type=path_argument,
+        metavar="DIR",
+        help="checkout of facebookresearch/mae",
+    )
     for flag, what in (("--python", "Python executable"), ("--path", "first folder of sys.path")):
         text = f"{what} of an implementation; may be repeated"
         add(flag, type=named_path, action="append", default=[], metavar="IMPL=PATH", help=text)
@@ -231,7 +236,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--xla-flags", default=os.environ.get("XLA_FLAGS", ""), help="XLA_FLAGS of mae_jax")
     add("--compile-mode", default="default", help="of torch.compile (default)")
     add("--min-ratio", type=positive_float, help="fail below this median ratio to any peer")
-    add("--json", type=Path, help="output file")
+    add("--json", type=path_argument, help="output file")
     args = parser.parse_args(argv)
     args.python, args.path = dict(args.python), dict(args.path)
     if reason := invalid_combination(args):

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.interleaved import per_step, ratios, spread
 from mae_jax.models import flops
 from mae_jax.models.variants import VARIANTS
-from mae_jax.utils.cli import make_parser, run_command
+from mae_jax.utils.cli import make_parser, path_argument, run_command
 from mae_jax.utils.console import print_table
 
 KEEP_RATIO = 0.25  # of the patches
@@ -144,8 +144,10 @@ def draw(reports: Sequence[Report], out: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = make_parser("benchmarks.step_report", __doc__)
-    parser.add_argument("results", nargs="+", type=Path, help="outputs of benchmarks.step --json")
-    parser.add_argument("--out", type=Path, required=True, help="figure, .png or .svg")
+    parser.add_argument(
+        "results", nargs="+", type=path_argument, help="outputs of benchmarks.step --json"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="figure, .png or .svg")
     args = parser.parse_args(argv)
     draw([json.loads(path.read_text()) for path in args.results], args.out)
 

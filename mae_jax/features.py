@@ -4,7 +4,6 @@ python -m mae_jax.features IMAGE_OR_DIR... --checkpoint ANY --out features.npz
 """
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> None:
     convert_cli.add_batch_size(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=cli.path_argument,
         required=True,
         help=".npz with `files`, `cls` and `mean` [n, d], and the features of the flags below",
     )
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--attention",
-        type=Path,
+        type=cli.path_argument,
         metavar="PNG",
         help="draw the cls token's attention in the last block, mean over heads; also `attention`",
     )

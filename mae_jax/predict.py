@@ -19,7 +19,9 @@ from mae_jax.utils.atomic import atomic_path
 def main(argv: list[str]) -> None:
     parser = convert_cli.image_parser("mae_jax.predict", __doc__)
     convert_cli.add_batch_size(parser)
-    parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="predictions.csv")
+    parser.add_argument(
+        "--out", type=cli.path_argument, default=Path("predictions.csv"), help="predictions.csv"
+    )
     parser.add_argument(
         "--top",
         type=cli.positive_int,
@@ -27,7 +29,9 @@ def main(argv: list[str]) -> None:
         help="classes per image at most (5)",
     )
     parser.add_argument(
-        "--class-names", type=Path, help="a file with one name per line, if the checkpoint has none"
+        "--class-names",
+        type=cli.path_argument,
+        help="a file with one name per line, if the checkpoint has none",
     )
     arguments = parser.parse_args(argv)
     cli.check_output("--out", arguments.out, ".csv")

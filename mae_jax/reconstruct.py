@@ -3,8 +3,6 @@
 python -m mae_jax.reconstruct IMAGE_OR_DIR... --checkpoint ANY --out grid.png
 """
 
-from pathlib import Path
-
 import jax
 import numpy as np
 
@@ -20,7 +18,7 @@ MAX_IMAGES = 64  # in one figure
 
 def main(argv: list[str]) -> None:
     parser = convert_cli.image_parser("mae_jax.reconstruct", __doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the figure, .png")
+    parser.add_argument("--out", type=cli.path_argument, required=True, help="the figure, .png")
     parser.add_argument("--mask", choices=SAMPLERS, default="random")
     parser.add_argument(
         "--mask-ratio", type=float, help="fraction of patches to hide (the checkpoint's)"

@@ -22,6 +22,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
+from mae_jax.utils.cli import path_argument, path_text
+
 ROOT = Path(__file__).parent.parent
 # Row of configs/ablations.py -> label in the table
 ROWS = {
@@ -46,9 +48,11 @@ COST = "processor_seconds.json"  # CPU time of a run, in its workdir
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--workdir", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--data-dir", default="datasets", help="TFDS folder of photo_crops")
-    parser.add_argument("--out", type=Path, help="folder of the results (WORKDIR)")
+    parser.add_argument("--workdir", type=path_argument, default=Path("runs/ablations"))
+    parser.add_argument(
+        "--data-dir", type=path_text, default="datasets", help="TFDS folder of photo_crops"
+    )
+    parser.add_argument("--out", type=path_argument, help="folder of the results (WORKDIR)")
     arguments = parser.parse_args(argv)
     runs = [(f"{row}-s{seed}", row, seed, None) for seed in SEEDS for row in ROWS]
     runs += [

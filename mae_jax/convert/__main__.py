@@ -5,7 +5,6 @@ python -m mae_jax.convert inspect SRC
 """
 
 from collections import Counter
-from pathlib import Path
 
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert import weights
@@ -24,9 +23,11 @@ def main(argv: list[str]) -> None:
 def convert(argv: list[str]) -> None:
     parser = cli.make_parser("mae_jax.convert", __doc__)
     parser.epilog = "`python -m mae_jax.convert inspect SRC` describes a checkpoint."
-    parser.add_argument("src", help="a weights file or directory, or a workdir")
+    parser.add_argument("src", type=cli.path_text, help="a weights file or directory, or a workdir")
     parser.add_argument(
-        "dst", type=Path, help="one file if it ends in .safetensors or .pth, else a directory"
+        "dst",
+        type=cli.path_argument,
+        help="one file if it ends in .safetensors or .pth, else a directory",
     )
     parser.add_argument("--to", choices=DIALECTS, required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
@@ -57,7 +58,7 @@ def convert(argv: list[str]) -> None:
 
 def inspect(argv: list[str]) -> None:
     parser = cli.make_parser("mae_jax.convert inspect", "Describe a checkpoint.")
-    parser.add_argument("src", help="a weights file or directory, or a workdir")
+    parser.add_argument("src", type=cli.path_text, help="a weights file or directory, or a workdir")
     convert_cli.add_format_flags(parser)
     arguments = parser.parse_args(argv)
     checkpoint = weights.read(

@@ -12,7 +12,14 @@ from mae_jax.convert.model_info import TARGETS
 from mae_jax.convert.pretrained import Params, PretrainedModel, load
 from mae_jax.data.sources import FileSource
 from mae_jax.distributed.inference import EvalBatches, extract_features
-from mae_jax.utils.cli import index_list, int_pair, make_parser, positive_float, positive_int
+from mae_jax.utils.cli import (
+    index_list,
+    int_pair,
+    make_parser,
+    path_text,
+    positive_float,
+    positive_int,
+)
 
 log = logging.getLogger("mae_jax")
 
@@ -59,7 +66,7 @@ def format_kwargs(arguments: argparse.Namespace) -> dict[str, Any]:
 def image_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """Return a parser with positional images and the checkpoint flags."""
     parser = make_parser(module, doc)
-    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("images", nargs="+", type=path_text, help="image files, or folders of them")
     add_checkpoint(parser)
     return parser
 
@@ -67,7 +74,10 @@ def image_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add --checkpoint and the flags of its model."""
     parser.add_argument(
-        "--checkpoint", required=True, help="official, Hugging Face or timm file, or a workdir"
+        "--checkpoint",
+        type=path_text,
+        required=True,
+        help="official, Hugging Face or timm file, or a workdir",
     )
     parser.add_argument(
         "--image-size", type=int_pair, metavar="H,W", help="pixels (the checkpoint's)"

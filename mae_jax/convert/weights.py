@@ -17,6 +17,7 @@ from mae_jax.convert.state_dict import Arrays
 from mae_jax.convert.weight_files import TORCH_SUFFIXES
 from mae_jax.models.patches import interpolate_pos_embed, patch_grid
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.paths import local_path
 
 log = logging.getLogger("mae_jax")
 
@@ -48,7 +49,7 @@ def read(path: str | Path, *, ema: bool = False, **overrides: Any) -> Weights:
     Raises:
       ConvertError: a tensor is missing, unexpected or of a wrong shape, or metadata is unknown.
     """
-    path = Path(path)
+    path = local_path(path)
     raw = io.load(path, ema=ema)
     layout, info, shapes = detect(raw, path, **overrides)
     arrays = state_dict.import_state_dict(layout, shapes, raw.tensors)
@@ -165,7 +166,7 @@ def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool =
     Raises:
       ConvertError: the path exists, or the format cannot represent a part of the weights.
     """
-    path = Path(path)
+    path = local_path(path)
     check_destination(path, dialect, overwrite=overwrite)
     if dialect == "timm" and weights.info.decoder_depth:
         log.warning(

@@ -8,6 +8,7 @@ python -m mae_jax.data cache DIR_OR_TFDS_NAME DST     write a downscaled copy, f
 
 import argparse
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def main(argv: list[str]) -> None:
 def check_command(parser: argparse.ArgumentParser) -> None:
     """Decode every image once and list the bad ones; exit with 1 if there are any."""
     _add_data(parser)
-    parser.add_argument("--out", type=Path, help=".txt file for all bad images, with the reason")
+    parser.add_argument(
+        "--out", type=cli.path_argument, help=".txt file for all bad images, with the reason"
+    )
 
     def run(arguments: argparse.Namespace) -> None:
         if arguments.out:
@@ -93,7 +96,9 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
 def prepare_command(parser: argparse.ArgumentParser) -> None:
     """Download a TFDS dataset and prepare it as array_record; some datasets need TensorFlow."""
     parser.add_argument("name", help="name of a TFDS dataset, such as cifar10 or eurosat/all")
-    parser.add_argument("--data-dir", help="output directory (the default of TFDS)")
+    parser.add_argument(
+        "--data-dir", type=cli.path_text, help="output directory (the default of TFDS)"
+    )
 
     def run(arguments: argparse.Namespace) -> None:
         from mae_jax.data.tfds import prepare
@@ -109,7 +114,9 @@ def prepare_command(parser: argparse.ArgumentParser) -> None:
 def cache_command(parser: argparse.ArgumentParser) -> None:
     """Write a downscaled JPEG copy: faster to read, but no longer the same data."""
     _add_data(parser)
-    parser.add_argument("dst", type=Path, help="directory for the copy, which is a TFDS dataset")
+    parser.add_argument(
+        "dst", type=cli.path_argument, help="directory for the copy, which is a TFDS dataset"
+    )
     parser.add_argument(
         "--short-side", type=cli.positive_int, default=320, help="maximum, in pixels (320)"
     )
@@ -153,8 +160,12 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser, default_split: str = "all") -> None:
-    parser.add_argument("data", help="folder of images, or name of a TFDS dataset")
-    parser.add_argument("--data-dir", help="directory of TFDS datasets (the default of TFDS)")
+    parser.add_argument(
+        "data", type=cli.path_text, help="folder of images, or name of a TFDS dataset"
+    )
+    parser.add_argument(
+        "--data-dir", type=cli.path_text, help="directory of TFDS datasets (the default of TFDS)"
+    )
     parser.add_argument("--split", help=f"split to read ({default_split})")
     parser.add_argument(
         "--channels", type=cli.positive_int, default=3, help="channels per image (3)"
@@ -208,7 +219,7 @@ def _summarize(source: Source, report: ValidationReport) -> dict[str, object]:
 
 
 def _print_training_flags(name: str, folder: str | Path | None) -> None:
-    path = f" --config.data.path={folder}" if folder else ""
+    path = f" --config.data.path={shlex.quote(str(folder))}" if folder else ""
     print(f"To train on it: --config.data.source=tfds --config.data.name={name}{path}")
 
 

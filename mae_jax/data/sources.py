@@ -12,6 +12,7 @@ from typing import Protocol, TypedDict
 import numpy as np
 
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.paths import local_path
 
 log = logging.getLogger("mae_jax")
 
@@ -202,7 +203,7 @@ class FileSource:
 
     def __init__(self, paths: Sequence[str | Path]):
         self.files: list[Path] = []
-        for path in map(Path, paths):
+        for path in map(local_path, paths):
             if path.is_dir():
                 scan = _scan(path)
                 scan.log_broken_links(path)

@@ -74,10 +74,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     convert_cli.add_checkpoint(parser)
     parser.add_argument(
         "--data",
+        type=cli.path_text,
         required=True,
         help="a folder with labeled splits (folders or .npz), or the name of a TFDS dataset",
     )
-    parser.add_argument("--data-dir", help="folder of TFDS datasets (TFDS's default)")
+    parser.add_argument(
+        "--data-dir", type=cli.path_text, help="folder of TFDS datasets (TFDS's default)"
+    )
     parser.add_argument(
         "--image-feature", default="image", help="image feature of a TFDS dataset (image)"
     )
@@ -86,7 +89,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--eval-split", default="validation", help="split to evaluate on (validation)"
     )
     parser.add_argument("--suite", default="knn,linear", help="any of these (knn,linear)")
-    parser.add_argument("--out", type=Path, help="write the results as .json")
+    parser.add_argument("--out", type=cli.path_argument, help="write the results as .json")
     parser.add_argument(
         "--train-images",
         type=cli.positive_int,

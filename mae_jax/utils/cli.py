@@ -10,6 +10,20 @@ from pathlib import Path
 from mae_jax.utils import console
 from mae_jax.utils.compilation import enable_compilation_cache
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.paths import expand_path
+
+
+def path_argument(text: str) -> Path:
+    """Parse a path on this machine; "~" is expanded, gs:// and the like are refused."""
+    return Path(path_text(text))
+
+
+def path_text(text: str) -> str:
+    """Parse a path as `path_argument` does, but as text, which may name a dataset instead."""
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive_int(text: str) -> int:
