@@ -131,7 +131,7 @@ def test_tpus_have_a_kernel_of_their_own(monkeypatch, caplog):
     monkeypatch.setattr(attention_selection, "try_fused", lambda shape, dtype, kernel: "")
     selected = select_implementation("auto", {ODD}, jnp.bfloat16)
     assert selected == AttentionImpl(frozenset([ODD]), "tpu")
-    assert selected.padding(ODD) == 0
+    assert selected.padding(ODD) == 7
     assert "fused attention (Pallas) of 9 tokens, 2 heads of 8" in caplog.text
     assert select_implementation("auto", {ODD}, jnp.float32) == AttentionImpl()
     with pytest.raises(UserError, match="model.attention='cudnn' needs an NVIDIA GPU"):

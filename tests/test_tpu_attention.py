@@ -16,16 +16,20 @@ from mae_jax.models.attention import AttentionImpl
     [(6, 13, 8, 32), (3, 10, 3, 16), (2, 5, 8, 80)],
     ids=["two groups of heads", "no whole registers", "heads across registers"],
 )
-def test_results_and_gradients_are_those_of_xla(batch, tokens, heads, width):
+@pytest.mark.parametrize("padding", [0, 3])
+def test_results_and_gradients_are_those_of_xla(batch, tokens, heads, width, padding):
     rng = np.random.default_rng(0)
     shape = (batch, tokens, heads, width)
     *inputs, gradient = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(4))
     merge = lambda x: rearrange(x, "b t h e -> b t (h e)")
 
     expected, expected_vjp = jax.vjp(lambda *x: AttentionImpl()(*x, tokens), *inputs)
-    actual, actual_vjp = jax.vjp(
-        lambda *x: tpu_attention.tpu_attention(*x, heads, True), *map(merge, inputs)
-    )
+
+    def padded(*inputs):
+        inputs = (jnp.pad(x, ((0, 0), (0, padding), (0, 0)), constant_values=9.0) for x in inputs)
+        return tpu_attention.tpu_attention(*inputs, heads, tokens, True)[:, :tokens]
+
+    actual, actual_vjp = jax.vjp(padded, *map(merge, inputs))
     pairs = zip(
         (actual, *actual_vjp(merge(gradient))), map(merge, (expected, *expected_vjp(gradient)))
     )
@@ -37,15 +41,17 @@ def test_results_and_gradients_are_those_of_xla(batch, tokens, heads, width):
 def test_blocks_of_images(images, monkeypatch):
     """All images that fit into the vector memory are one block; 4 divides 8 images, 5 does not."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3, 128)), jnp.float32)
-    expected = tpu_attention.tpu_attention(x, x, x, 4, True)
+    expected = tpu_attention.tpu_attention(x, x, x, 4, 3, True)
     block = 8 * 3 * 128 * 4  # bytes of an image: three inputs and the result, twice
     monkeypatch.setattr(tpu_attention, "BLOCK_BYTES", (images + images // 4) * block)
-    np.testing.assert_array_equal(tpu_attention.tpu_attention(x, x, x, 4, True), expected)
+    np.testing.assert_array_equal(tpu_attention.tpu_attention(x, x, x, 4, 3, True), expected)
 
 
 def test_every_device_attends_to_its_own_images(monkeypatch):
     """On the devices of a mesh; a batch that does not divide, as in initialization, takes XLA."""
-    interpreted = lambda q, k, v, num_heads: tpu_attention.tpu_attention(q, k, v, num_heads, True)
+    interpreted = lambda q, k, v, num_heads, num_keys: tpu_attention.tpu_attention(
+        q, k, v, num_heads, num_keys, True
+    )
     monkeypatch.setattr(attention, "tpu_attention", interpreted)
     mesh = make_mesh(fsdp=2)
     fused = AttentionImpl(frozenset([(5, 2, 8)]), "tpu", mesh)

@@ -1,7 +1,6 @@
 """Scaled dot-product attention (Vaswani et al. 2017): XLA, or a fused kernel for some shapes."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -11,7 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from mae_jax.distributed.sharding import BATCH_SPEC
-from mae_jax.models.tpu_attention import tpu_attention
+from mae_jax.models.tpu_attention import SUBLANES, tpu_attention
 
 AttentionShape = tuple[int, int, int]  # tokens, number of heads, width of a head
 FusedKernel = Literal["cudnn", "tpu", "xla"]
@@ -27,8 +26,9 @@ class AttentionImpl:
     """Attention implementation: a fused kernel for `fused_shapes`, XLA for other shapes.
 
     kernel: the fused kernel, `tpu_attention` or an implementation of
-      `jax.nn.dot_product_attention`. cuDNN's computes gradients only of even numbers of tokens: the
-      blocks add `padding` tokens, whose keys are masked.
+      `jax.nn.dot_product_attention`. The blocks add `padding` tokens, whose keys are masked:
+      cuDNN's computes gradients only of even numbers of tokens, and TPUs copy matrices of tokens
+      to those of images unless the tokens of an image fill registers.
     mesh: the devices of a sharded batch, for `tpu_attention`.
     """
 
@@ -38,7 +38,9 @@ class AttentionImpl:
 
     def padding(self, shape: AttentionShape) -> int:
         """Return the number of tokens to append to those of a shape."""
-        return shape[0] % 2 if shape in self.fused_shapes and self.kernel != "tpu" else 0
+        if shape not in self.fused_shapes:
+            return 0
+        return -shape[0] % (SUBLANES if self.kernel == "tpu" else 2)
 
     def __call__(self, query: Array, key: Array, value: Array, tokens: int) -> Array:
         """Compute softmax(query @ key.T / sqrt(e)) @ value, all [b, t, h, e]; float32 softmax.
@@ -48,7 +50,7 @@ class AttentionImpl:
         if (tokens, *query.shape[2:]) not in self.fused_shapes:
             return _xla_attention(query, key, value)
         if self.kernel == "tpu":
-            return self._tpu_attention(query, key, value)
+            return self._tpu_attention(query, key, value, tokens)
         lengths = None
         if tokens < query.shape[1]:
             lengths = jnp.full(len(query), tokens, jnp.int32)
@@ -56,11 +58,11 @@ class AttentionImpl:
             query, key, value, key_value_seq_lengths=lengths, implementation=self.kernel
         )
 
-    def _tpu_attention(self, query: Array, key: Array, value: Array) -> Array:
+    def _tpu_attention(self, query: Array, key: Array, value: Array, tokens: int) -> Array:
         """Run the kernel on every device's part of the batch: XLA cannot divide it."""
         if self.mesh and len(query) % self.mesh.size:  # one image, to initialize
-            return _xla_attention(query, key, value)
-        attend = partial(tpu_attention, num_heads=query.shape[2])
+            return _xla_attention(query, key[:, :tokens], value[:, :tokens])
+        attend = lambda *qkv: tpu_attention(*qkv, query.shape[2], tokens)
         if self.mesh:
             attend = jax.shard_map(
                 attend, mesh=self.mesh, in_specs=BATCH_SPEC, out_specs=BATCH_SPEC, check_vma=False

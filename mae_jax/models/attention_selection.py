@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mae_jax.models.attention import AttentionImpl, AttentionShape, FusedKernel
+from mae_jax.models.tpu_attention import SUBLANES
 from mae_jax.utils.errors import UserError
 
 log = logging.getLogger("mae_jax.run")
@@ -114,12 +115,12 @@ def _outputs_and_gradients(
 ) -> tuple[np.ndarray, ...]:
     """Return the output [b, t, h, e] for random inputs, and the gradients of query, key, value.
 
-    All have an even number of tokens: gradients of padding must be 0.
+    All are padded to whole registers of a TPU: gradients of padding must be 0.
     """
     tokens = shape[0]
     keys = jax.random.split(jax.random.key(0), 4)
     *inputs, gradient = (jax.random.normal(key, (IMAGES, *shape), dtype) for key in keys)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0)))
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -tokens % SUBLANES), (0, 0), (0, 0)))
 
     @jax.jit
     def run(inputs, gradient):

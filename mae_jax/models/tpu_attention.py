@@ -20,28 +20,30 @@ SUBLANES, LANES = 8, 128  # of a float32 vector register
 BLOCK_BYTES = 7 * 2**20  # of vector memory for the arrays of a kernel, of at least 16 MB
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def tpu_attention(
-    query: Array, key: Array, value: Array, num_heads: int, interpret: bool = False
+    query: Array, key: Array, value: Array, num_heads: int, num_keys: int, interpret: bool = False
 ) -> Array:
     """Compute softmax(query @ key.T / sqrt(e)) @ value of every head, all [b, t, h * e].
 
     Products take the dtype of the inputs and add up in float32; the softmax is float32.
 
     Args:
+      num_keys: only the first of the keys and values count.
       interpret: run as XLA operations, on any device.
     """
-    return _forward(query, key, value, num_heads, interpret)[0]
+    return _forward(query, key, value, num_heads, num_keys, interpret)[0]
 
 
-def _forward(query: Array, key: Array, value: Array, num_heads: int, interpret: bool):
+def _forward(query, key, value, num_heads, num_keys, interpret):
     inputs = (query, key, value)
-    [result] = _call(_forward_kernel, inputs, 1, num_heads, interpret)
+    [result] = _call(_forward_kernel, inputs, 1, num_heads, num_keys, interpret)
     return result, inputs
 
 
-def _backward(num_heads: int, interpret: bool, saved: tuple[Array, ...], gradient: Array):
-    return tuple(_call(_backward_kernel, (*saved, gradient), 3, num_heads, interpret))
+def _backward(num_heads, num_keys, interpret, saved, gradient):
+    inputs = (*saved, gradient)
+    return tuple(_call(_backward_kernel, inputs, 3, num_heads, num_keys, interpret))
 
 
 tpu_attention.defvjp(_forward, _backward)
@@ -52,6 +54,7 @@ def _call(
     inputs: tuple[Array, ...],
     num_outputs: int,
     num_heads: int,
+    num_keys: int,
     interpret: bool,
 ) -> Sequence[Array]:
     """Run a kernel on blocks of some images and some heads, which are whole registers wide."""
@@ -70,7 +73,7 @@ def _call(
     matrices = batch * num_heads
     registers = math.ceil(tokens / SUBLANES) * math.ceil(tokens / LANES)
     return pl.pallas_call(
-        partial(kernel, head=head),
+        partial(kernel, head=head, num_keys=num_keys),
         grid=(batch // images, width // columns),
         in_specs=[block] * len(inputs),
         out_specs=[block] * num_outputs,
@@ -86,21 +89,21 @@ def _call(
     )(*inputs)
 
 
-def _forward_kernel(query: Any, key: Any, value: Any, result: Any, *, head: int) -> None:
+def _forward_kernel(
+    query: Any, key: Any, value: Any, result: Any, *, head: int, num_keys: int
+) -> None:
     def attend(at: tuple[Any, ...]) -> None:
-        weights, total = _weights(query[at], key[at])
+        weights, total = _weights(query[at], key[at], num_keys)
         transposed = _product(value[at], weights.astype(value.dtype), 0, 0) / total
         result[at] = transposed.T.astype(result.dtype)
 
     _for_each_head(attend, query, head)
 
 
-def _backward_kernel(
-    query: Any, key: Any, value: Any, gradient: Any, dquery: Any, dkey: Any, dvalue: Any, *, head
-) -> None:
+def _backward_kernel(query, key, value, gradient, dquery, dkey, dvalue, *, head, num_keys) -> None:
     def differentiate(at: tuple[Any, ...]) -> None:
         dtype = query.dtype
-        weights, total = _weights(query[at], key[at])
+        weights, total = _weights(query[at], key[at], num_keys)
         weights = weights / total
         dweights = _product(value[at], gradient[at], 1, 1)
         dscores = weights * (dweights - (weights * dweights).sum(axis=0, keepdims=True))
@@ -122,12 +125,16 @@ def _for_each_head(function: Callable[[tuple[Any, ...]], None], block: Any, head
     jax.lax.fori_loop(0, block.shape[0], image, None)
 
 
-def _weights(query: Array, key: Array) -> tuple[Array, Array]:
+def _weights(query: Array, key: Array, num_keys: int) -> tuple[Array, Array]:
     """Return exp(scores - max) [s, t] of keys and queries, float32, and its sums [1, t].
 
-    Keys are rows: maxima and sums then need no reduction within a register.
+    Keys are rows: maxima and sums then need no reduction within a register. The weights of those
+    from `num_keys` on are 0.
     """
     scores = _product(key, query, 1, 1) * query.shape[1] ** -0.5
+    if num_keys < len(key):
+        row = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        scores = jnp.where(row < num_keys, scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(axis=0, keepdims=True))
     return weights, weights.sum(axis=0, keepdims=True)
 
