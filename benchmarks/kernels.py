@@ -22,6 +22,8 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "async-update"}
 _VIEWS = ("slice", "dynamic-slice", "gather")  # they read no more than they return
 _ENTERED = ("while", "conditional", "call", "async-start")  # run the kernels of a computation
+_BESIDE = ("parameter", "tuple", *COLLECTIVES)  # of a collective that runs beside a fusion
+_ASYNC_COLLECTIVE = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
 _PALLAS = 'custom_call_target="tpu_custom_call"'
 
 
@@ -67,7 +69,9 @@ def schedule(text: str) -> Iterator[Kernel]:
                 continue
             called = [inner for inner in called_by(line) if inner in parsed]
             start = _collective_start(each, [parsed[inner] for inner in called])
-            if start:
+            if part := _fused_collective(each, [parsed[inner] for inner in called]):
+                yield part
+            elif start:
                 started.add(start.name)
                 yield Kernel(start, _collective_bytes(start, each, parsed[name]), 0.0, "")
             elif each.kind in COLLECTIVES:
@@ -136,6 +140,26 @@ def _collective_start(
     return dataclasses.replace(each, shapes=each.shapes[repeats:])
 
 
+def _fused_collective(each: Instruction, called: list[dict[str, Instruction]]) -> Kernel | None:
+    """Return the start or the end of a collective that a TPU computes in parts beside products.
+
+    Both are fusions around the collective, whose channel tells which belong together.
+    """
+    for computation in called if each.kind == "fusion" else ():
+        inside = list(computation.values())
+        targets = [_ASYNC_COLLECTIVE.search(inner.line) for inner in inside]
+        for end in filter(None, targets):
+            (wrapped,) = (inner for inner in inside if inner.kind in COLLECTIVES)
+            name = re.findall(r"channel_id=\d+", wrapped.line)[0]
+            if end.group(1) == "Done":
+                return Kernel(dataclasses.replace(each, kind=DONE, operands=(name,)), 0, 0.0, "")
+            start = dataclasses.replace(
+                each, name=name, kind=wrapped.kind + START, shapes=wrapped.shapes
+            )
+            return Kernel(start, _collective_bytes(wrapped, wrapped, computation), 0.0, "")
+    return None
+
+
 def _collective_bytes(
     result: Instruction, operation: Instruction, scope: dict[str, Instruction]
 ) -> int:
@@ -189,15 +213,16 @@ def _fusion_bytes(
                 total += read(user.name)
             elif user.kind in _VIEWS and position == 0:
                 total += user.bytes
-            elif user.kind == "dynamic-update-slice" and position == 0:
-                continue  # updated in place
+            elif user.kind in _BESIDE or (user.kind == "dynamic-update-slice" and position == 0):
+                continue  # not read here, or updated in place
             else:
                 return body[name].bytes
         return min(total, body[name].bytes)
 
     def written(root: Instruction) -> int:
         if root.kind == "tuple":
-            return sum(written(body[name]) for name in root.operands)
+            results = [body[name] for name in root.operands]
+            return sum(written(each) for each in results if each.kind not in _BESIDE)
         if root.kind == "bitcast":
             return written(body[root.operands[0]])
         if root.kind == "dynamic-update-slice":

@@ -297,6 +297,46 @@ def test_collectives_have_the_bytes_of_complete_arrays():
     ]
 
 
+BESIDE_PRODUCTS = """%begin (p: f32[8,16]) -> (f32[8,16], u32[]) {
+  %p = f32[8,16]{1,0} parameter(0)
+  %sum.1 = f32[8,16]{1,0} all-reduce(%p), channel_id=7, to_apply=%add
+  ROOT %begun = (f32[8,16]{1,0}, u32[]) custom-call(%sum.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (q: f32[8,16], r: f32[8,8]) -> (f32[8,16], f32[8,8]) {
+  %q = f32[8,16]{1,0} parameter(0)
+  %r = f32[8,8]{1,0} parameter(1)
+  %sum.2 = f32[8,16]{1,0} all-reduce(%q), channel_id=7, to_apply=%add
+  %square = f32[8,8]{1,0} dot(%r, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %both = (f32[8,16]{1,0}, f32[8,8]{1,0}) tuple(%sum.2, %square)
+}
+
+%end (s: f32[8,16]) -> f32[8,16] {
+  %s = f32[8,16]{1,0} parameter(0)
+  %sum.3 = f32[8,16]{1,0} all-reduce(%s), channel_id=7, to_apply=%add
+  ROOT %ended = f32[8,16]{1,0} custom-call(%sum.3), custom_call_target="AsyncCollectiveDone"
+}
+
+"""  # noqa: E501
+STEPS = """  %x = f32[8,16]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} parameter(1)
+  %first = (f32[8,16]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%begin
+  %g = f32[8,16]{1,0} get-tuple-element(%first), index=0
+  %second = (f32[8,16]{1,0}, f32[8,8]{1,0}) fusion(%g, %y), kind=kCustom, calls=%beside
+  %h = f32[8,16]{1,0} get-tuple-element(%second), index=0
+  ROOT %last = f32[8,16]{1,0} fusion(%h), kind=kCustom, calls=%end
+"""
+
+
+def test_all_reduce_beside_products_of_a_tpu():
+    """It counts once, from its start to its end, and the product without it."""
+    begin, product, end = schedule(program(BESIDE_PRODUCTS, STEPS))
+    assert (begin.instruction.kind, begin.bytes) == ("all-reduce-start", 4 * 8 * 16)
+    assert (product.bytes, product.flops) == (2 * 4 * 8 * 8, 2 * 8 * 8 * 8)
+    assert (end.instruction.kind, end.bytes) == ("done", 0)
+    assert end.instruction.operands == (begin.instruction.name,)
+
+
 def test_products_of_an_encoder_are_the_analytic_count():
     """One block, and three in a loop; compiled for the CPU."""
     batch, patches, values = 2, 9, 12
