@@ -2,10 +2,11 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from mae_jax.utils.caches import cache_folder
 
 log = logging.getLogger("mae_jax.run")
 
@@ -14,6 +15,12 @@ log = logging.getLogger("mae_jax.run")
 STEP_FLAGS: dict[str, dict[str, Any]] = {
     # Products of queries, keys and values are not merged into one, which would have to be split.
     "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
+    # Gradients are summed over chips in parts of some MB, beside the products of earlier blocks.
+    "tpu": {
+        "xla_enable_async_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+        "xla_jf_crs_combiner_threshold_in_bytes": 4_000_000,
+    },
 }
 
 
@@ -28,17 +35,16 @@ def train_step_compiler_options() -> dict[str, Any]:
 def enable_compilation_cache() -> None:
     """Cache programs that take more than a second to compile, so that the next run starts faster.
 
-    The cache is ~/.cache/mae_jax (or below XDG_CACHE_HOME), or JAX_COMPILATION_CACHE_DIR;
-    JAX_ENABLE_COMPILATION_CACHE=false disables it. Programs are cached by code, shapes, flags, jax
-    version and type of device. The folder can be deleted at any time.
+    The cache is in `cache_folder`, or JAX_COMPILATION_CACHE_DIR, which may be an address that jax
+    supports; JAX_ENABLE_COMPILATION_CACHE=false disables it. Programs are cached by code, shapes,
+    flags, jax version and type of device. The folder can be deleted at any time.
     """
+    if (folder := jax.config.jax_compilation_cache_dir) and folder.startswith("~"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(cache_home) / "mae_jax" / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        log.info("no cache of compiled programs: %s", error)
+    folder = cache_folder("compiled")
+    if folder is None:
+        log.info("no cache of compiled programs: no folder for it can be written")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
