@@ -1,6 +1,7 @@
 """Scaled dot-product attention (Vaswani et al. 2017): XLA, or a fused kernel for some shapes."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -62,7 +63,7 @@ class AttentionImpl:
         """Run the kernel on every device's part of the batch: XLA cannot divide it."""
         if self.mesh and len(query) % self.mesh.size:  # one image, to initialize
             return _xla_attention(query, key[:, :tokens], value[:, :tokens])
-        attend = lambda *qkv: tpu_attention(*qkv, query.shape[2], tokens)
+        attend = partial(tpu_attention, num_heads=query.shape[2], num_keys=tokens)
         if self.mesh:
             attend = jax.shard_map(
                 attend, mesh=self.mesh, in_specs=BATCH_SPEC, out_specs=BATCH_SPEC, check_vma=False

@@ -251,15 +251,6 @@ class Block(nn.Module):
         return x, None if attention is None else Intermediates(x, attention)
 
 
-def _pad_tokens(x: Float[Array, "b t d"], padding: int) -> Float[Array, "b p d"]:
-    """Append zeros to the tokens of every image."""
-    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-    if jax.default_backend() != "tpu":
-        return x
-    # Tokens pass the barrier as the rows of a matrix, so that images stay outermost in memory.
-    return jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-
-
 def apply_blocks(
     x: Float[Array, "b t d"],
     depth: int,
@@ -300,7 +291,7 @@ def apply_blocks(
         execution,
         return_intermediates,
         name="blocks",
-    )(_pad_tokens(x, padding), drop_path)
+    )(jnp.pad(x, ((0, 0), (0, padding), (0, 0))), drop_path)
     if intermediates is not None:
         intermediates = intermediates._replace(tokens=intermediates.tokens[:, :, :tokens])
     return x[:, :tokens], intermediates
