@@ -26,9 +26,10 @@ class Target:
 
     memory: bytes of device memory; bandwidth: bytes that kernels reach, 83 % of the data sheet;
     flops: bfloat16 FLOPs that large matrix products reach, two thirds of it; link_bandwidth: bytes
-    that collectives reach per device within a host; kernel_s: seconds to launch a kernel;
-    attention_cycles: of a TPU's fused attention per vector register of scores, forward and
-    backward: instruction bundles in the kernel that libtpu compiles (it estimates no cycles).
+    that collectives reach per device within a host, on TPUs both ways around a ring; kernel_s:
+    seconds to launch a kernel; attention_cycles: of a TPU's fused attention per vector register
+    of scores, forward and backward: instruction bundles in the kernel that libtpu compiles (it
+    estimates no cycles).
     """
 
     device_kind: str
@@ -69,14 +70,14 @@ GPUS = {
 # The clock turns the cycles that the TPU compiler estimates into seconds.
 TPUS = {
     "v5e": Target(
-        "TPU v5 lite", 16e9, 0.68e12, 131e12, 45e9, clock_ghz=1.5, attention_cycles=(12.4, 22.1)
+        "TPU v5 lite", 16e9, 0.68e12, 131e12, 90e9, clock_ghz=1.5, attention_cycles=(12.4, 22.1)
     ),
     # Its attention is taken to be as fast as that of a v5e, per cycle.
     "v5p": Target(
-        "TPU v5", 95e9, 2.3e12, 306e12, 90e9, clock_ghz=1.75, attention_cycles=(12.4, 22.1)
+        "TPU v5", 95e9, 2.3e12, 306e12, 180e9, clock_ghz=1.75, attention_cycles=(12.4, 22.1)
     ),
     "v6e": Target(
-        "TPU v6 lite", 32e9, 1.36e12, 612e12, 90e9, clock_ghz=1.75, attention_cycles=(9.5, 18.1)
+        "TPU v6 lite", 32e9, 1.36e12, 612e12, 180e9, clock_ghz=1.75, attention_cycles=(9.5, 18.1)
     ),
 }
 _TPU_ACCELERATORS = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
