@@ -92,7 +92,7 @@ class ModelConfig(Group):
     scan_unroll: int | None = key(
         None,
         "blocks per iteration of the loop over depth; by default all, without a loop, which runs"
-        " faster, and on TPUs 1, which compiles faster",
+        " faster; 1 compiles faster",
         low=1,
         resumable=True,
     )
