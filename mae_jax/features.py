@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     if arguments.attention:
         show = check_display_channels(arguments.show, model.info.channels)
         images = model.read_images(source.files[:MAX_IMAGES])
-        images = to_rgb_uint8(images, show, model.info.mean, model.info.std)
+        images = to_rgb_uint8(images, show, *model.info.stats(images.dtype))
         figure = attention_figure(images, features["attention"][:MAX_IMAGES])
         save_png(arguments.attention, figure)
     print(f"{arguments.out}: {cli.pluralize(len(source), 'image')}")

@@ -3,11 +3,16 @@
 python -m mae_jax.predict IMAGE_OR_DIR... --checkpoint FINETUNED [--out predictions.csv]
 """
 
+import argparse
 import csv
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert.model_info import ConvertError
@@ -15,8 +20,50 @@ from mae_jax.data.sources import FileSource
 from mae_jax.utils import cli
 from mae_jax.utils.atomic import atomic_path
 
+# By problem type of the head: the columns after "file".
+COLUMNS = {
+    "single_label_classification": ["rank", "class", "name", "probability"],
+    "multi_label_classification": [
+        *("rank", "class", "name", "probability", "threshold", "positive"),
+    ],
+    "regression": ["output", "name", "value"],
+}
+
 
 def main(argv: list[str]) -> None:
+    arguments = _parse(argv)
+    source = FileSource(arguments.images)
+    model, params = convert_cli.load_model(arguments)
+    model.check_head()
+    problem, count = model.info.problem, model.info.num_classes
+    _check_flags(arguments, problem)
+    names = _class_names(arguments.class_names, model.info.class_names, count, problem)
+
+    @jax.jit
+    def predict(params: Any, images: Array) -> dict[str, Array]:
+        return {"scores": scores(model.logits(params, images), problem)}
+
+    predictions = convert_cli.map_images(
+        model, source, arguments.batch_size, lambda images: predict(params, images)
+    )["scores"]
+    threshold = 0.5 if arguments.threshold is None else arguments.threshold
+    tables = [
+        _rows(row, names, problem, arguments.top or _default_top(problem, count), threshold)
+        for row in predictions
+    ]
+    with atomic_path(arguments.out) as part, part.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", *COLUMNS[problem]])
+        for number, rows in enumerate(tables):
+            table.writerows([source.describe(number), *row] for row in rows)
+    for number, rows in enumerate(tables):
+        print(source.describe(number))
+        for row in rows:
+            print(_line(dict(zip(COLUMNS[problem], row)), names))
+    print(f"{arguments.out}: {cli.pluralize(len(source), 'image')}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = convert_cli.image_parser("mae_jax.predict", __doc__)
     convert_cli.add_batch_size(parser)
     parser.add_argument(
@@ -25,8 +72,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--top",
         type=cli.positive_int,
-        default=5,
-        help="classes per image at most (5)",
+        help="classes per image at most (5; all of a multi-label head)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=cli.positive_float,
+        help="probability from which a class of a multi-label head is positive (0.5)",
     )
     parser.add_argument(
         "--class-names",
@@ -35,39 +86,58 @@ def main(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     cli.check_output("--out", arguments.out, ".csv")
-    source = FileSource(arguments.images)
-    model, params = convert_cli.load_model(arguments)
-    model.check_head()
-    names = _class_names(arguments.class_names, model.info.class_names, model.info.num_classes)
-
-    @jax.jit
-    def classify(params, images):
-        return {"probability": jax.nn.softmax(model.logits(params, images))}
-
-    predictions = convert_cli.map_images(
-        model, source, arguments.batch_size, lambda images: classify(params, images)
-    )
-    probability = predictions["probability"]
-    best = np.argsort(-probability, axis=1, kind="stable")[:, : arguments.top]
-
-    with atomic_path(arguments.out) as part, part.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "rank", "class", "name", "probability"])
-        for number, row in enumerate(best):
-            for rank, label in enumerate(row):
-                text = f"{probability[number, label]:.6f}"
-                table.writerow([source.describe(number), rank + 1, label, names[label], text])
-    for number, row in enumerate(best):
-        print(source.describe(number))
-        for label in row:
-            print(f"  {probability[number, label]:6.1%}  {names[label]}")
-    print(f"{arguments.out}: {cli.pluralize(len(source), 'image')}")
+    return arguments
 
 
-def _class_names(path: Path | None, known: tuple[str, ...], count: int) -> tuple[str, ...]:
+def _check_flags(arguments: argparse.Namespace, problem: str) -> None:
+    """Raise ConvertError for flags that the head has no use for."""
+    if arguments.threshold is not None and problem != "multi_label_classification":
+        raise ConvertError(f"--threshold is for multi-label heads; this one is for {problem}")
+    if arguments.top is not None and problem == "regression":
+        raise ConvertError("--top is for classes; the head of this checkpoint is a regression")
+
+
+def scores(logits: Float[Array, "b n"], problem: str) -> Float[Array, "b n"]:
+    """Return probabilities of classes that exclude each other, or do not, or plain values."""
+    if problem == "single_label_classification":
+        return jax.nn.softmax(logits)
+    return jax.nn.sigmoid(logits) if problem == "multi_label_classification" else logits
+
+
+def _default_top(problem: str, count: int) -> int:
+    return 5 if problem == "single_label_classification" else count
+
+
+def _rows(
+    values: np.ndarray, names: Sequence[str], problem: str, top: int, threshold: float
+) -> list[list[Any]]:
+    """Return the rows of `COLUMNS` for the scores of one image."""
+    if problem == "regression":
+        return [[n, names[n], f"{value:.6g}"] for n, value in enumerate(values)]
+    best = np.argsort(-values, kind="stable")[:top]
+    rows = [[n + 1, label, names[label], f"{values[label]:.6f}"] for n, label in enumerate(best)]
+    if problem == "multi_label_classification":
+        for row, label in zip(rows, best):
+            row += [threshold, int(values[label] >= threshold)]
+    return rows
+
+
+def _line(row: dict[str, Any], names: Sequence[str]) -> str:
+    """Return a row for people; classes of the same name get their number."""
+    if "value" in row:
+        return f"  {row['value']:>12}  {row['name']}"
+    mark = {1: "+ ", 0: "  "}[row["positive"]] if "positive" in row else ""
+    number = f" (class {row['class']})" if Counter(names)[row["name"]] > 1 else ""
+    return f"  {mark}{float(row['probability']):6.1%}  {row['name']}{number}"
+
+
+def _class_names(
+    path: Path | None, known: tuple[str, ...], count: int, problem: str
+) -> tuple[str, ...]:
     """Return the names of the classes: from a file, from the checkpoint, or "class 7"."""
     if path is None:
-        return known or tuple(f"class {number}" for number in range(count))
+        kind = "output" if problem == "regression" else "class"
+        return known or tuple(f"{kind} {number}" for number in range(count))
     try:
         names = tuple(path.read_text().splitlines())
     except (OSError, UnicodeDecodeError) as error:

@@ -137,8 +137,8 @@ def test_preprocessor_config(huggingface):
         path.write_text(json.dumps(content))
         info = weights.read(huggingface).info
         assert (info.mean, info.std) == ((mean,) * 3, (std,) * 3)
-    path.write_text(json.dumps({"image_mean": None}))
-    with pytest.raises(ConvertError, match="preprocessor_config.json has invalid values"):
+    path.write_text(json.dumps({"image_mean": "0.5"}))
+    with pytest.raises(ConvertError, match="preprocessor_config.json: image_mean='0.5' must be"):
         weights.read(huggingface)
 
 

@@ -80,6 +80,7 @@ def describe(checkpoint: weights.Weights) -> dict[str, str]:
     if info.num_classes:
         head = f"{info.num_classes} classes, {'named' if info.class_names else 'without names'}"
         head += ", after a BatchNorm" if info.head_norm else ""
+        head += f", {info.problem}"
     pools = {"cls": "cls token", "mean": "mean of the patches", "attention": "learned attention"}
     dtypes = Counter(array.dtype.name for array in checkpoint.arrays.values())
     return {
@@ -119,9 +120,15 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _preprocessing(info: weights.ModelInfo) -> str:
-    if info.resize == "squash":
-        return f"full image resized, {info.interpolation}"
-    return f"center crop {info.crop:.4g}, {info.interpolation}"
+    crop = f"center crop {info.crop:.4g}"
+    rule = {
+        "crop": crop,
+        "cover": crop,
+        "squash": "full image resized" + (f", {crop}" if info.crop < 1 else ""),
+        "border": f"full image with a border, {crop}",
+        "processor": f"resized to {dict(info.size)}, center crop {info.crop_size}",
+    }[info.resize]
+    return f"{rule}, {info.interpolation}"
 
 
 def _uses(info: weights.ModelInfo) -> list[str]:

@@ -1,12 +1,17 @@
-"""Parse and write the JSON files in checkpoint directories of Hugging Face and timm."""
+"""Parse and write config.json of checkpoint directories of Hugging Face and timm."""
 
-from typing import Any
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
-from mae_jax.convert.model_info import ConvertError, ModelInfo
+from mae_jax.convert.model_info import INTERPOLATIONS, PROBLEM_TYPES, ConvertError, ModelInfo
+from mae_jax.convert.preprocessing import as_crop
 from mae_jax.models.layers import mlp_dim
 
+log = logging.getLogger("mae_jax")
+
 Json = dict[str, Any]
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's codes
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -28,31 +33,38 @@ def parse_hf_config(config: Json) -> Json:
         metadata["decoder_heads"] = config.get("decoder_num_attention_heads", 16)
         metadata["target"] = "normalized" if config.get("norm_pix_loss") else "pixels"
         metadata["mask_ratio"] = config.get("mask_ratio", 0.75)
-    names = config.get("id2label") or {}
-    if names and not all(str(name).startswith("LABEL_") for name in names.values()):
-        metadata["class_names"] = tuple(names[key] for key in sorted(names, key=int))
+    metadata["problem_type"] = _problem_type(config)
+    by_name = config.get("label2id") or {}
+    names = config.get("id2label") or {str(label): name for name, label in by_name.items()}
+    metadata["class_names"] = _class_names(names)
     return metadata
 
 
-def parse_hf_preprocessor(preprocessor: Json, channels: int) -> Json:
-    """Return the fields of a `ModelInfo` that preprocessor_config.json contains."""
-    metadata: Json = {}
-    if preprocessor.get("do_normalize") is False:
-        preprocessor = preprocessor | {"image_mean": 0.0, "image_std": 1.0}
-    for name, key in (("mean", "image_mean"), ("std", "image_std")):
-        if key in preprocessor:
-            value = preprocessor[key]
-            is_number = isinstance(value, (int, float))
-            metadata[name] = (value,) * channels if is_number else tuple(value)
-    if preprocessor.get("resample") in RESAMPLING:
-        metadata["interpolation"] = RESAMPLING[preprocessor["resample"]]
-    size, crop = preprocessor.get("size"), preprocessor.get("crop_size")
-    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
-    if shortest:
-        crop_size = crop["height"] if isinstance(crop, dict) else crop
-        crop_size = crop_size if preprocessor.get("do_center_crop") else None
-        metadata |= {"resize": "crop", "crop": (crop_size or shortest) / shortest}
-    return metadata
+def _problem_type(config: Json) -> str:
+    value = config.get("problem_type") or ""
+    if value not in ("", *PROBLEM_TYPES):
+        raise ConvertError(
+            f"config.json: problem_type={value!r} is unknown: set it to one of "
+            f"{', '.join(PROBLEM_TYPES)}"
+        )
+    return value
+
+
+def _class_names(names: Json) -> tuple[str, ...]:
+    """Return the names by class; () for the default ones, or if some class has none."""
+    by_class = {int(key): name for key, name in names.items()}
+    if all(str(name).startswith("LABEL_") for name in names.values()):
+        return ()
+    if sorted(by_class) != list(range(len(names))) or None in by_class.values():
+        log.warning(
+            "config.json: id2label does not name every class from 0 to %d: the names are ignored",
+            max(by_class),
+        )
+        return ()
+    ordered = tuple(str(by_class[number]) for number in sorted(by_class))
+    if repeated := sorted(name for name, count in Counter(ordered).items() if count > 1):
+        log.warning("config.json: several classes are called %s", ", ".join(repeated))
+    return ordered
 
 
 # Sizes that can be checked against tensor shapes: keys of config.json, and of timm's model_args.
@@ -102,6 +114,8 @@ def hf_config(info: ModelInfo) -> Json:
         "patch_size": info.patch,
         "qkv_bias": True,
     }
+    if info.problem_type:
+        config["problem_type"] = info.problem_type
     if info.num_classes:
         names = info.class_names or tuple(f"LABEL_{i}" for i in range(info.num_classes))
         return config | {
@@ -119,22 +133,6 @@ def hf_config(info: ModelInfo) -> Json:
             "decoder_num_hidden_layers": info.decoder_depth,
         }
     return config
-
-
-def hf_preprocessor(info: ModelInfo) -> Json:
-    """Return preprocessor_config.json. The ViT processor of transformers has no center crop."""
-    resampling = {name: number for number, name in RESAMPLING.items()}
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(info.mean),
-        "image_std": list(info.std),
-        "resample": resampling[info.interpolation],
-        "rescale_factor": 1 / 255,
-        "size": {"height": info.image_size[0], "width": info.image_size[1]},
-    }
 
 
 # Arguments of timm models that change the computation, but not the tensors: supported values.
@@ -157,27 +155,58 @@ def _check_timm(model_args: Json) -> None:
 def parse_timm_config(config: Json) -> Json:
     """Return the fields of a `ModelInfo` that config.json of a timm directory contains."""
     metadata: Json = {}
-    pretrained_cfg = config.get("pretrained_cfg", {})
+    pretrained_cfg = config.get("pretrained_cfg", config)  # older files have no such level
     model_args = config.get("model_args", {})
     _check_timm(model_args)
-    for name in ("mean", "std"):
-        if name in pretrained_cfg:
-            metadata[name] = tuple(pretrained_cfg[name])
-    if pretrained_cfg.get("crop_mode") == "squash":
-        metadata["resize"] = "squash"
-    if "crop_pct" in pretrained_cfg:
-        metadata["crop"] = float(pretrained_cfg["crop_pct"])
-    if pretrained_cfg.get("interpolation") in RESAMPLING.values():
-        metadata["interpolation"] = pretrained_cfg["interpolation"]
+    metadata |= _parse_timm_preprocessing(pretrained_cfg)
+    metadata["problem_type"] = _problem_type(config)
     if config.get("global_pool") in ("avg", "token"):
         metadata["pool"] = "mean" if config["global_pool"] == "avg" else "cls"
     if "num_heads" in model_args:
         metadata["heads"] = model_args["num_heads"]
     if "img_size" in model_args:
         metadata["image_size"] = _pair(model_args["img_size"])
-    if config.get("label_names"):
-        metadata["class_names"] = tuple(config["label_names"])
+    size = metadata.get("image_size")
+    if size and metadata["resize"] == "crop" and size[0] != size[1]:
+        metadata["resize"] = "cover"
+    names = config.get("label_names") or pretrained_cfg.get("label_names")
+    if names:
+        metadata["class_names"] = tuple(names)
     return metadata
+
+
+# The rule of `mae_jax.convert.preprocessing` for each crop_mode of timm.
+_CROP_MODES = {"center": "crop", "squash": "squash", "border": "border"}
+
+
+def _parse_timm_preprocessing(config: Json) -> Json:
+    """Return the fields of a `ModelInfo` in pretrained_cfg; timm has the same defaults."""
+    config = {name: value for name, value in config.items() if value}
+    mode, interpolation = config.get("crop_mode", "center"), config.get("interpolation", "bicubic")
+    if mode not in _CROP_MODES:
+        _refuse_timm("crop_mode", mode, _CROP_MODES)
+    if interpolation not in INTERPOLATIONS:
+        _refuse_timm("interpolation", interpolation, INTERPOLATIONS)
+    metadata: Json = {
+        "resize": _CROP_MODES[mode],
+        "crop": float(config.get("crop_pct", 0.875)),
+        "interpolation": interpolation,
+    }
+    channels = 3
+    if "input_size" in config:
+        channels, *size = config["input_size"]
+        metadata["image_size"] = _pair(size)
+    for name in ("mean", "std"):
+        if name in config:
+            values = tuple(config[name])
+            metadata[name] = values * channels if len(values) == 1 else values
+    return metadata
+
+
+def _refuse_timm(name: str, value: Any, known: Iterable[str]) -> NoReturn:
+    raise ConvertError(
+        f"config.json: pretrained_cfg has {name}={value!r}; only {', '.join(known)} are supported"
+    )
 
 
 ARCHITECTURES = {
@@ -207,6 +236,7 @@ def timm_model_args(info: ModelInfo) -> Json:
 
 def timm_config(info: ModelInfo) -> Json:
     """Return config.json for timm.create_model("local-dir:...")."""
+    rule, crop = as_crop(info) or ("squash", 1.0)
     config: Json = {
         "architecture": ARCHITECTURES.get(info.size_name, "vit_base_patch16_224"),
         "num_classes": info.num_classes,
@@ -217,8 +247,8 @@ def timm_config(info: ModelInfo) -> Json:
             "input_size": [info.channels, *info.image_size],
             "fixed_input_size": True,
             "interpolation": info.interpolation,
-            "crop_pct": info.crop,
-            "crop_mode": "center" if info.resize == "crop" else "squash",
+            "crop_pct": crop,
+            "crop_mode": "center" if rule in ("crop", "cover") else rule,
             "mean": list(info.mean),
             "std": list(info.std),
             "num_classes": info.num_classes,
@@ -227,6 +257,8 @@ def timm_config(info: ModelInfo) -> Json:
             "classifier": "head",
         },
     }
+    if info.problem_type:
+        config["problem_type"] = info.problem_type  # timm ignores it, but readers of it need not
     if info.class_names:
         config["label_names"] = list(info.class_names)
     return config

@@ -11,7 +11,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from mae_jax.convert import hf_timm
-from mae_jax.convert.model_info import ConvertError, ModelInfo
+from mae_jax.convert.hf_preprocessor import hf_preprocessor, parse_hf_preprocessor
+from mae_jax.convert.model_info import REQUIRED, ConvertError, ModelInfo
 from mae_jax.convert.weight_files import SUFFIXES, RawCheckpoint, load_file, write_file
 from mae_jax.convert.workdir import find_checkpoints, load_run
 from mae_jax.utils.atomic import atomic_path
@@ -57,19 +58,9 @@ def _load_directory(path: Path) -> RawCheckpoint:
     config = _read_json(path / "config.json")
     with _invalid_values(path / "config.json"):
         if "architecture" in config:
-            raw.dialect = "timm"
-            raw.metadata |= hf_timm.parse_timm_config(config)
-            raw.declared_sizes = hf_timm.declared_sizes(config.get("model_args", {}))
+            _add_timm_metadata(raw, config)
         elif config.get("model_type") in ("vit_mae", "vit"):
-            declared = hf_timm.parse_hf_config(config)
-            if raw.metadata.get("target") == "unknown":  # config.json cannot express that
-                declared.pop("target", None)
-            raw.metadata |= declared
-            raw.declared_sizes = hf_timm.declared_sizes(config)
-            with _invalid_values(path / "preprocessor_config.json"):
-                preprocessor = _read_json(path / "preprocessor_config.json")
-                channels = config.get("num_channels", 3)
-                raw.metadata |= hf_timm.parse_hf_preprocessor(preprocessor, channels)
+            _add_hf_metadata(raw, config, path / "preprocessor_config.json")
     if config and config.get("model_type", "vit") not in ("vit_mae", "vit"):
         log.warning(
             "%s is ignored: its model_type=%r is neither vit_mae nor vit",
@@ -77,6 +68,37 @@ def _load_directory(path: Path) -> RawCheckpoint:
             config.get("model_type"),
         )
     return raw
+
+
+def _add_timm_metadata(raw: RawCheckpoint, config: dict[str, Any]) -> None:
+    raw.dialect = "timm"
+    raw.declared_sizes = hf_timm.declared_sizes(config.get("model_args", {}))
+    info = _header_info(raw)
+    if info is None or hf_timm.timm_config(info) != config:
+        raw.metadata |= hf_timm.parse_timm_config(config)
+
+
+def _add_hf_metadata(raw: RawCheckpoint, config: dict[str, Any], file: Path) -> None:
+    """Add the metadata of config.json and of preprocessor_config.json, `file`."""
+    raw.declared_sizes = hf_timm.declared_sizes(config)
+    declared = hf_timm.parse_hf_config(config)
+    if raw.metadata.get("target") == "unknown":  # config.json cannot express that
+        declared.pop("target", None)
+    info = _header_info(raw)
+    preprocessor = _read_json(file)
+    if file.exists() and (info is None or hf_preprocessor(info) != preprocessor):
+        with _invalid_values(file):
+            channels, size = config.get("num_channels", 3), declared["image_size"]
+            declared |= parse_hf_preprocessor(preprocessor, channels, size)
+    raw.metadata |= declared
+
+
+def _header_info(raw: RawCheckpoint) -> ModelInfo | None:
+    """Return the metadata in the weights file itself, if it is complete.
+
+    It may say more than unchanged config files do, such as how to resize images of 16 bits.
+    """
+    return ModelInfo(**raw.metadata) if raw.metadata.keys() >= REQUIRED else None
 
 
 def _load_weights(path: Path) -> RawCheckpoint:
@@ -181,5 +203,5 @@ def weights_name(dialect: str) -> str:
 def _configs(dialect: str, info: ModelInfo) -> list[dict[str, Any]]:
     """Return the contents of the files in CONFIG_NAMES."""
     if dialect == "hf":
-        return [hf_timm.hf_config(info), hf_timm.hf_preprocessor(info)]
+        return [hf_timm.hf_config(info), hf_preprocessor(info)]
     return [hf_timm.timm_config(info)] if dialect == "timm" else []

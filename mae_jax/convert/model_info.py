@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax.models.classifier import POOLS, Classifier
-from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD
+from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD, stats_match_dtype
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import MAE, make_mae
 from mae_jax.models.patches import patch_grid
@@ -23,6 +23,8 @@ from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import flatten
 
 TARGETS = ("pixels", "normalized", "unknown")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's order
 
 
 class ConvertError(UserError):
@@ -39,9 +41,12 @@ class ModelInfo:
     pool, fc_norm, head_norm: as in `Classifier`.
     target: what the decoder predicts: "pixels", "normalized" or "unknown".
     mask_ratio: fraction of patches hidden in pretraining; the paper's if unknown.
-    resize: "crop" takes the central `crop` of the sides; "squash" resizes the full image without
-      keeping its aspect ratio; interpolation: "bicubic" or "bilinear".
+    resize, crop, size, crop_size, alpha: see `mae_jax.convert.preprocessing`; interpolation: name
+      of a filter of Pillow.
     mean, std: per channel, as in `mae_jax.models.image_ops`; exif: EXIF orientation is applied.
+    pixels: which images mean and std are for: "uint8"; "other" dtypes; "any", fractions of 255 of
+      every dtype; "unknown", by the values of the mean.
+    problem_type: of the head, one of `PROBLEM_TYPES`; "" if unknown, see `problem`.
     """
 
     source: str
@@ -71,6 +76,11 @@ class ModelInfo:
     crop: float = 0.875
     interpolation: str = "bicubic"
     exif: bool = False
+    size: tuple[tuple[str, int], ...] = ()
+    crop_size: tuple[int, ...] = ()
+    alpha: str = "drop"
+    pixels: str = "unknown"
+    problem_type: str = ""
 
     def __post_init__(self):
         """Raise ConvertError for invalid values."""
@@ -104,6 +114,27 @@ class ModelInfo:
                 isinstance(x, (int, float)) and low < x < math.inf for x in values
             )
             _check(name, values, valid, f"{self.channels} numbers, one per channel")
+        if self.num_classes == 1:
+            valid = self.problem_type != "single_label_classification"
+            _check("problem_type", self.problem_type, valid, "another one for a single output")
+
+    def stats(self, dtype: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and std for `image_ops.normalize` of images of a dtype."""
+        factor = 255 if self.pixels == "any" and dtype != np.uint8 else 1
+        mean, std = (tuple(factor * x for x in values) for values in (self.mean, self.std))
+        return mean, std
+
+    def accepts(self, dtype: Any) -> bool:
+        """Return whether mean and std can belong to images of a dtype."""
+        if self.pixels == "unknown" or dtype == np.uint8:
+            return self.pixels != "other" and stats_match_dtype(dtype, self.mean)
+        return self.pixels in ("other", "any")
+
+    @property
+    def problem(self) -> str:
+        """Return what the head predicts; one output is a regression, as in transformers."""
+        single = "regression" if self.num_classes == 1 else "single_label_classification"
+        return self.problem_type or single
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -125,8 +156,11 @@ _DECODER = ("decoder_width", "decoder_depth", "decoder_heads")
 _CHOICES = {
     "pool": POOLS,
     "target": TARGETS,
-    "resize": ("crop", "squash"),
-    "interpolation": ("bicubic", "bilinear"),
+    "resize": ("crop", "squash", "cover", "border", "processor"),
+    "interpolation": INTERPOLATIONS,
+    "alpha": ("drop", "white"),
+    "pixels": ("unknown", "uint8", "other", "any"),
+    "problem_type": ("", *PROBLEM_TYPES),
 }
 
 
@@ -163,7 +197,11 @@ def metadata_from_json(text: str, where: str) -> dict[str, Any]:
         metadata = {name: value for name, value in metadata.items() if name in FIELDS}
     except (json.JSONDecodeError, AttributeError) as error:
         raise ConvertError(f"{where}: its mae_jax metadata is corrupt: {error}") from error
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in metadata.items()}
+    return {name: _as_tuple(value) for name, value in metadata.items()}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def expand_stats(values: Sequence[float], channels: int) -> tuple[float, ...]:

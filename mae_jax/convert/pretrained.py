@@ -20,13 +20,14 @@ from mae_jax.convert.model_info import (
     make_classifier,
     to_variables,
 )
+from mae_jax.convert.preprocessing import ModelTransform, make_transform
 from mae_jax.data.loader import available_cpus, eval_batches
 from mae_jax.data.sources import FileSource, Source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.models import attention_selection
 from mae_jax.models.attention import AttentionImpl, attention_shape
 from mae_jax.models.classifier import Outputs
-from mae_jax.models.image_ops import normalize, stats_match_dtype
+from mae_jax.models.image_ops import normalize
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.patches import patchify
 from mae_jax.tasks.pretrain import Pretrain
@@ -99,7 +100,7 @@ def _select_attention(info: ModelInfo, wanted: str, dtype: str) -> AttentionImpl
 def _outputs(
     info: ModelInfo, execution: ExecutionConfig, params: Params, images: Array, observe: bool
 ) -> Outputs:
-    patches = patchify(normalize(images, info.mean, info.std), info.patch)
+    patches = patchify(normalize(images, *info.stats(images.dtype)), info.patch)
     network = make_classifier(info, execution)
     return network.apply(to_variables(params), patches, observe)  # type: ignore[return-value]
 
@@ -193,12 +194,15 @@ class PretrainedModel:
                 "official mae_finetuned_vit_base.pth"
             )
 
-    def task(self, *, mask: str = "random", mask_ratio: float | None = None) -> Pretrain:
+    def task(
+        self, *, mask: str = "random", mask_ratio: float | None = None, dtype: Any = np.uint8
+    ) -> Pretrain:
         """Return the pretraining objective of a checkpoint with a decoder.
 
         Args:
           mask: masking strategy: "random", "block" or "grid".
           mask_ratio: fraction of the patches to hide; the checkpoint's by default.
+          dtype: of the images.
 
         Raises:
           ConvertError: there is no decoder, or its target or number of heads is unknown.
@@ -222,12 +226,13 @@ class PretrainedModel:
                 f"{self.path} does not record the number of attention heads of its decoder: set "
                 "--decoder-num-heads (in Python, decoder_heads=)"
             )
+        mean, std = info.stats(dtype)
         return Pretrain(
             model=make_autoencoder(info, self.execution),
             grid=info.grid,
             patch=info.patch,
-            mean=info.mean,
-            std=info.std,
+            mean=mean,
+            std=std,
             mask=mask,
             mask_ratio=info.mask_ratio if mask_ratio is None else mask_ratio,
             norm_pix=info.target == "normalized",
@@ -258,7 +263,7 @@ class PretrainedModel:
     def _check(self, images: Any) -> None:
         shape = (*self.info.image_size, self.info.channels)
         valid_dtype = images.dtype.name in ("uint8", "uint16", "float32")
-        valid_dtype = valid_dtype and stats_match_dtype(images.dtype, self.info.mean)
+        valid_dtype = valid_dtype and self.info.accepts(images.dtype)
         if not valid_dtype or images.ndim != 4 or images.shape[1:] != shape:
             raise ValueError(
                 f"images are {images.dtype} {list(images.shape)}, but this model takes those of "
@@ -266,17 +271,9 @@ class PretrainedModel:
             )
 
     @property
-    def transform(self) -> EvalTransform:
+    def transform(self) -> EvalTransform | ModelTransform:
         """Return the transform from an encoded image to an array for this model."""
-        info = self.info
-        return EvalTransform(
-            info.image_size,
-            info.channels,
-            info.crop,
-            squash=info.resize == "squash",
-            interpolation=info.interpolation,
-            exif=info.exif,
-        )
+        return make_transform(self.info)
 
     def read_images(
         self, paths: str | Path | Sequence[str | Path]
@@ -314,5 +311,5 @@ def _reconstruct(
     mask_ratio: float | None,
     stats: str,
 ) -> Array:
-    task = model.task(mask=mask, mask_ratio=mask_ratio)
+    task = model.task(mask=mask, mask_ratio=mask_ratio, dtype=images.dtype)
     return task.reconstruct(params, images, task.sample_mask(key, len(images)), stats)

@@ -11,8 +11,10 @@ from einops import rearrange
 
 from mae_jax.convert import io, state_dict
 from mae_jax.convert.detect import detect
+from mae_jax.convert.hf_preprocessor import processor_resizes
 from mae_jax.convert.key_maps import DIALECTS
 from mae_jax.convert.model_info import ConvertError, ModelInfo, expand_stats
+from mae_jax.convert.preprocessing import as_crop, as_processor, with_image_size
 from mae_jax.convert.state_dict import Arrays
 from mae_jax.convert.weight_files import TORCH_SUFFIXES
 from mae_jax.models.patches import interpolate_pos_embed, patch_grid
@@ -89,7 +91,7 @@ def resize_pos_embed(weights: Weights, image_size: tuple[int, int]) -> Weights:
         else array
         for name, array in weights.arrays.items()
     }
-    info = dataclasses.replace(info, image_size=image_size)
+    info = with_image_size(info, image_size)
     return dataclasses.replace(weights, arrays=arrays, info=info)
 
 
@@ -225,12 +227,7 @@ def _warn_lossy(info: ModelInfo, path: Path, dialect: str) -> None:
             info.layer_norm_eps,
             dialect,
         )
-    if dialect == "hf" and info.resize == "crop" and info.crop < 1:
-        log.warning(
-            "these weights were evaluated on a center crop of %.4g; transformers' processor "
-            "resizes the full image, without keeping its aspect ratio",
-            info.crop,
-        )
+    _warn_lossy_preprocessing(info, dialect)
     if dialect == "hf" and info.decoder_depth and info.target == "unknown":
         log.warning(
             "it is unknown whether the decoder predicts pixels or normalized pixels; config.json "
@@ -245,4 +242,27 @@ def _warn_lossy(info: ModelInfo, path: Path, dialect: str) -> None:
             "the class names are not in it. A directory or .safetensors keeps them",
             path,
             dialect,
+        )
+
+
+def _warn_lossy_preprocessing(info: ModelInfo, dialect: str) -> None:
+    """Warn of preprocessing that the config files of a format cannot express."""
+    if dialect == "hf" and not processor_resizes(info):
+        log.warning(
+            "transformers resizes only gray and RGB images of 8 bits: preprocessor_config.json has "
+            "do_resize=false, so pass it arrays of %d x %d",
+            *info.image_size,
+        )
+    elif dialect == "hf" and as_processor(info) is None:
+        log.warning(
+            "preprocessor_config.json cannot express the preprocessing %r of these weights: it "
+            "resizes full images, without keeping their aspect ratio",
+            info.resize,
+        )
+    if dialect == "timm" and as_crop(info) is None:
+        log.warning(
+            "timm's pretrained_cfg cannot express the size=%s and crop_size=%s of these weights: "
+            "it gets crop_mode=squash",
+            dict(info.size),
+            info.crop_size,
         )

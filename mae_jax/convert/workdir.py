@@ -65,6 +65,7 @@ def load_run(
         "crop": data["eval_crop"] or default_crop_ratio(model["image_size"]),
         "interpolation": "bicubic",
         "exif": data.get("exif", False),  # older runs lack the key
+        "pixels": _pixels(meta),
         "norm_pix_eps": config["target"]["norm_pix_eps"],
     }
     tensors = {name: x for tree in trees for name, x in flatten(tree).items()}
@@ -80,6 +81,14 @@ def load_run(
             table = sincos_pos_embed_2d(width, grid)[None]
             tensors.setdefault(f"{tower}/pos_embed/table", table)
     return tensors, metadata
+
+
+def _pixels(meta: dict[str, Any]) -> str:
+    """Return which images mean and std are for; older runs did not record it."""
+    dtype = meta.get("pixel_dtype")
+    if dtype is None:
+        return "unknown"
+    return "uint8" if dtype == "uint8" else "other"
 
 
 def _decoder_metadata(config: dict[str, Any]) -> dict[str, Any]:

@@ -157,6 +157,11 @@ def _open_split(arguments: argparse.Namespace, split: str, classes: tuple[str, .
 def _check_head(model: PretrainedModel, classes: tuple[str, ...]) -> None:
     """Raise UserError unless the model has a head for as many classes as the dataset."""
     model.check_head()
+    if model.info.problem != "single_label_classification":
+        raise UserError(
+            f"the head of {model.path} predicts {model.info.problem}, which has no accuracy: "
+            "leave head out of --suite"
+        )
     num_classes, names = model.info.num_classes, model.info.class_names
     if num_classes != len(classes):
         raise UserError(

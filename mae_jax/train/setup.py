@@ -36,6 +36,7 @@ class RunSetup:
     fingerprint: str  # of the training data; takes a while for millions of files
     eval_source: Source | None
     loader: Loader | None  # None if nothing is trained
+    pixel_dtype: str  # of the images: "uint8", "uint16" or "float32"
     resize_on_device: bool
     length: RunLength
     learning_rate: optax.Schedule
@@ -76,6 +77,7 @@ def build(config: Config, workdir: Path) -> RunSetup:
         fingerprint=train_source.fingerprint(),
         eval_source=eval_source,
         loader=loader,
+        pixel_dtype=dtype.name,
         resize_on_device=build_data.resizes_on_device(config, dtype),
         length=length,
         learning_rate=learning_rate,

@@ -64,6 +64,7 @@ def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> N
         "config": as_json(config),
         "data_fingerprint": setup.fingerprint,
         "classes": list(setup.train_source.classes),
+        "pixel_dtype": setup.pixel_dtype,
         "jax": jax.__version__,
     }
     with Checkpointer(workdir / "checkpoints", config.checkpoint.max_to_keep) as checkpointer:

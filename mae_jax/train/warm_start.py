@@ -165,7 +165,7 @@ def _mismatch_hint(mismatches: list[str], info: ModelInfo) -> str:
 def check_head(
     checkpoint: Weights, params: Mapping[str, Any], pool: str, classes: tuple[str, ...]
 ) -> None:
-    """Raise ConvertError if the heads of model and checkpoint differ in kind.
+    """Raise ConvertError if the heads of model and checkpoint differ in kind or problem type.
 
     Other class names only log a warning.
 
@@ -183,6 +183,11 @@ def check_head(
         raise ConvertError(
             f"its head is {kinds[0]}, this model's {kinds[1]}: --config.init.new_head=True starts "
             "with a new head"
+        )
+    if checkpoint.info.problem_type not in ("", "single_label_classification"):
+        raise ConvertError(
+            f"its head is for {checkpoint.info.problem_type}, which this model does not train: "
+            "--config.init.new_head=True starts with a new head"
         )
     if checkpoint.info.class_names and checkpoint.info.class_names != classes:
         log.warning("the class names of the checkpoint's head differ from the dataset's")
