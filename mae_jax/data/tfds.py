@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from tensorflow_datasets.core import read_only_builder
 
 from mae_jax.data.sources import DERIVED_PREFIX, DataError, Record, hash_lines
 from mae_jax.data.tfrecord import Shard, TfRecordReader
+from mae_jax.utils.caches import cache_folder
+from mae_jax.utils.paths import expand_path
 
 log = logging.getLogger("mae_jax")
 
@@ -142,12 +145,14 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     Raises:
       DataError: the name is invalid or unknown, or the dataset is not prepared.
     """
+    data_dir = data_dir or _default_data_dir()
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         pass
     except (AssertionError, ValueError) as error:
-        raise DataError(f"{name!r} is not a dataset name: {error}") from error
+        reason = str(error).splitlines()[0]  # the others explain the format of names
+        raise DataError(f"{name!r} is not a dataset name: {reason}") from error
     if name in DEMO_DATASETS:
         return prepare(name, data_dir)
     builder = _registered_builder(name, data_dir)
@@ -164,6 +169,7 @@ def prepare(name: str, data_dir: str | None) -> Any:
     Raises:
       DataError: TFDS does not know it, or a package or a manual download is missing.
     """
+    data_dir = data_dir or _default_data_dir()
     if name in DEMO_DATASETS:
         from mae_jax.data import demo_dataset
 
@@ -183,6 +189,20 @@ def prepare(name: str, data_dir: str | None) -> Any:
     except AssertionError as error:  # a manual download is missing
         raise DataError(str(error)) from error
     return builder
+
+
+def _default_data_dir() -> str | None:
+    """Return the folder of TFDS_DATA_DIR, or one for a user without a home; None is TFDS's default.
+
+    Raises:
+      UserError: it is an address such as gs://bucket.
+    """
+    if folder := os.environ.get("TFDS_DATA_DIR"):
+        return expand_path(folder)
+    if os.path.expanduser("~") != "~":
+        return None
+    temporary = cache_folder("tensorflow_datasets")
+    return str(temporary) if temporary else None
 
 
 @contextmanager
@@ -206,7 +226,8 @@ def _registered_builder(name: str, data_dir: str | None) -> Any:
     except ImportError as error:
         raise _missing_package(name, error) from error
     except (AssertionError, ValueError) as error:  # an unknown version or config
-        raise DataError(f"{name!r} is not a TFDS dataset: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{name!r} is not a TFDS dataset: {reason}") from error
 
 
 def _missing_package(name: str, error: ImportError) -> DataError:
