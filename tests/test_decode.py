@@ -97,7 +97,7 @@ BAD = {
     "half a PNG": (encoded(noise_image(0))[:300], "."),
     "PNG bomb": (decompression_bomb("PNG"), "decompression bomb"),
     "JPEG bomb": (decompression_bomb("JPEG"), "decompression bomb"),
-    "32-bit gray": (encoded(Image.new("F", (4, 4)), "TIFF"), "32-bit numbers"),
+    "32-bit gray": (encoded(Image.new("F", (4, 4)), "TIFF"), r"its shape is \[4, 4, 1\]"),
     "half a .npy": (saved(np.zeros((9, 9, 3)))[:200], "not a complete numpy file"),
     "half a .npz": (saved(np.zeros((9, 9, 3)), ".npz")[:200], "not a complete numpy file"),
     "two arrays": (npz_of_two_arrays(), "it has the arrays a, b, but none called 'image'"),

@@ -1,8 +1,8 @@
 """Decode images to arrays [height, width, channels], detecting corrupt files.
 
 JPEGs are decoded by libjpeg-turbo (simplejpeg): bit-identical to Pillow, faster, and it detects
-corruption that Pillow decodes to garbage. Other images are decoded by Pillow, multichannel ones by
-tifffile and numpy.
+corruption that Pillow decodes to garbage. TIFFs are read in `mae_jax.data.tiff`, other images by
+Pillow, arrays by numpy. All commands read images here.
 """
 
 import io
@@ -12,61 +12,101 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-import tifffile
 from jaxtyping import Shaped
 from PIL import Image, UnidentifiedImageError
 
+from mae_jax.data import png
+from mae_jax.data.file_kinds import why_not_an_image
 from mae_jax.data.sources import DataError
+from mae_jax.data.tiff import MODES, TIFF, Raster, read_tiff
 
 Encoded = bytes | np.ndarray  # the bytes of a file, or an array that needs no decoding
 Pixels = Shaped[np.ndarray, "h w c"]  # uint8 in 0..255; else uint16 or float32 in their own units
 
-MODES = {1: "L", 3: "RGB"}
 JPEG, NPY, ZIP = b"\xff\xd8\xff", b"\x93NUMPY", b"PK\x03\x04"
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # libjpeg's messages about lost pixels; a few extraneous bytes before the end marker lose none.
 CORRUPT = re.compile(r"Premature end|Corrupt JPEG data: (?!\d extraneous bytes before marker 0xd9)")
 ORIENTATION = 0x0112  # EXIF tag
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of Pillow
 
 
-def decode(encoded: Encoded, channels: int, exif: bool = False) -> Pixels:
+def decode(
+    encoded: Encoded, channels: int, exif: bool = False, bit_depth: int | None = None
+) -> Pixels:
     """Decode an image: to gray or RGB for 1 or 3 channels, else to its own channels.
 
     As in the official code, alpha is dropped (with 1 or 3 channels), and the EXIF orientation is
     applied only with `exif`.
 
+    Args:
+      bit_depth: of uint16 values; makes all values fractions of their range, float32. By default,
+        gray and RGB pictures of 16 bits are scaled to 8 bits.
+
     Raises:
       DataError: the file is corrupt, not an image, or has another number of channels.
     """
+    raster = _read(encoded, channels, exif, keep_bits=bit_depth is not None)
+    if bit_depth is None:
+        return _to_8_bits(raster, channels)
+    return _to_fractions(raster, channels, bit_depth)
+
+
+def used_bits(encoded: Encoded, channels: int) -> tuple[int, int] | None:
+    """Return the bits that the values of a picture use and have; None unless `decode` cuts them.
+
+    Raises:
+      DataError: as in `decode`.
+    """
+    if isinstance(encoded, np.ndarray) or encoded.startswith((JPEG, NPY, ZIP)):
+        return None
+    if encoded.startswith(png.PNG) and not png.has_16_bits(encoded):
+        return None
+    array, bits, _ = _read(encoded, channels, exif=False, keep_bits=True)
+    if bits is None or bits <= 8:
+        return None
+    return int(array.max()).bit_length(), bits
+
+
+def _read(encoded: Encoded, channels: int, exif: bool, keep_bits: bool) -> Raster:
+    """Return an image, upright with `exif`; pictures of 16 bits have 8 unless `keep_bits`.
+
+    Raises:
+      DataError: as in `decode`.
+    """
     if isinstance(encoded, np.ndarray):
-        return _to_pixels(encoded, channels)
+        return Raster(_to_pixels(encoded, channels), None)
     try:
-        if encoded.startswith((NPY, ZIP)):
-            return _to_pixels(_decode_numpy(encoded), channels)
-        is_tiff = encoded.startswith(TIFF)
-        if is_tiff and _is_multichannel(encoded, channels):
-            return _to_pixels(_decode_multichannel_tiff(encoded), channels)
-        array = _decode_jpeg(encoded, channels) if encoded.startswith(JPEG) else None
-        if array is None:
-            array = _decode_with_pillow(encoded, channels)
-        # Pillow applies the orientation of a TIFF while loading it.
-        return _apply_orientation(array, encoded) if exif and not is_tiff else array
+        array, bits, orientation = _read_bytes(encoded, channels, keep_bits)
+        # Of a TIFF, the orientation is always applied, as by Pillow.
+        if exif and not encoded.startswith((*TIFF, NPY, ZIP)):
+            orientation = exif_orientation(encoded)
+        return Raster(_apply_orientation(array, orientation), bits)
     except DataError:
         raise
     except MemoryError:
         raise DataError("there is not enough memory to decode it") from None
     except UnidentifiedImageError:
-        raise DataError(_why_not_an_image(encoded)) from None
+        raise DataError(why_not_an_image(encoded)) from None
     except Exception as error:  # decoders raise all kinds of errors for corrupt bytes
         raise DataError(str(error) or type(error).__name__) from error
 
 
-def _why_not_an_image(encoded: bytes) -> str:
-    if not encoded:
-        return "it is empty"
-    if encoded.lstrip()[:1] == b"<":
-        return "it is a web page or other markup, not an image"
-    return "its bytes are not an image"
+def _read_bytes(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
+    if encoded.startswith((NPY, ZIP)):
+        return Raster(_to_pixels(_decode_numpy(encoded), channels), None)
+    if encoded.startswith(TIFF):
+        array, bits, orientation = read_tiff(encoded, channels)
+        array = _to_pixels(array, channels) if bits is None else array
+        return Raster(array, bits, orientation)
+    array = _decode_jpeg(encoded, channels) if encoded.startswith(JPEG) else None
+    if array is not None:
+        return Raster(array, 8)
+    return _read_with_pillow(encoded, channels, keep_bits)
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """Open an image with Pillow, without the color profile and the text of a PNG."""
+    return Image.open(io.BytesIO(png.without_text(encoded)))
 
 
 def _decode_jpeg(encoded: bytes, channels: int) -> Pixels | None:
@@ -91,31 +131,64 @@ def _decode_jpeg(encoded: bytes, channels: int) -> Pixels | None:
     return array
 
 
-def _decode_with_pillow(encoded: bytes, channels: int) -> Pixels:
-    with Image.open(io.BytesIO(encoded)) as image:
+def _read_with_pillow(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
+    with open_image(encoded) as image:
+        if keep_bits and png.has_16_bits(encoded):
+            array = png.read_16_bits(encoded, image.size)
+            colors = 3 if array.shape[-1] >= 3 else 1
+            return Raster(array[..., :colors] if channels in MODES else array, 16)
         if channels not in MODES:
-            return _to_pixels(np.asarray(image), channels)
-        array = np.asarray(_to_8_bit(image).convert(MODES[channels]))
-        return array.reshape(*array.shape[:2], channels)
+            return Raster(_to_pixels(np.asarray(image), channels), None)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            return Raster(np.asarray(image).astype(np.uint16)[..., None], 16)
+        if image.mode in ("I", "F"):
+            raise ValueError(
+                f"its pixels are 32-bit numbers (mode {image.mode}); save it as TIFF or .npy"
+            )
+        array = np.asarray(image.convert(MODES[channels]))
+        return Raster(array.reshape(*array.shape[:2], channels), 8)
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit values to 8 bits; Pillow's conversion would clip them at 255.
+def _to_8_bits(raster: Raster, channels: int) -> Pixels:
+    """Return gray or RGB pictures as uint8, other samples as they are."""
+    array, bits, _ = raster
+    if bits is None:
+        return array
+    if bits > 8 and array.shape[-1] == 1:
+        array = (array.astype(np.uint32) * 255 // (2**bits - 1)).astype(np.uint8)
+    elif bits > 8:
+        array = (array >> (bits - 8)).astype(np.uint8)  # as Pillow does
+    if channels == array.shape[-1]:
+        return array
+    image = Image.fromarray(array.squeeze(-1) if channels == 3 else array)
+    return np.asarray(image.convert(MODES[channels])).reshape(*array.shape[:2], channels)
+
+
+def _to_fractions(raster: Raster, channels: int, bit_depth: int) -> Pixels:
+    """Return values over the largest one of their range, float32; gray or RGB as requested.
 
     Raises:
-      ValueError: the values have 32 bits, whose range is unknown.
+      DataError: the values are not uint8 or uint16, or exceed the bit depth.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are 32-bit numbers (mode {image.mode}); save it with 8 bits, or as .npy"
+    array, bits, _ = raster
+    if array.dtype not in (np.uint8, np.uint16):
+        raise DataError(
+            f"its dtype is {array.dtype}, but data.bit_depth is for uint8 and uint16: unset it"
         )
-    return image
+    depth = 8 if array.dtype == np.uint8 else bit_depth if bits in (None, 16) else bits
+    largest = int(array.max())
+    if largest >= 2**depth:
+        raise DataError(
+            f"its largest value, {largest}, has {largest.bit_length()} bits, more than "
+            f"data.bit_depth={bit_depth}"
+        )
+    values = array.astype(np.float32) / (2**depth - 1)
+    if values.shape[-1] == channels or bits is None:
+        return values
+    return np.repeat(values, 3, axis=-1) if channels == 3 else values @ LUMA[:, None]
 
 
-def _apply_orientation(array: Pixels, encoded: bytes) -> Pixels:
-    orientation = exif_orientation(encoded)
+def _apply_orientation(array: Pixels, orientation: int) -> Pixels:
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -124,24 +197,13 @@ def _apply_orientation(array: Pixels, encoded: bytes) -> Pixels:
 
 
 def exif_orientation(encoded: bytes) -> int:
-    """Return the EXIF orientation; 1 is upright."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.getexif().get(ORIENTATION, 1)
-
-
-def _is_multichannel(encoded: bytes, channels: int) -> bool:
-    """Return whether a TIFF has one page per channel, or another number of channels than 1 or 3."""
-    if channels not in MODES:
-        return True
-    with Image.open(io.BytesIO(encoded)) as image:
-        return getattr(image, "n_frames", 1) > 1
-
-
-def _decode_multichannel_tiff(encoded: bytes) -> np.ndarray:
-    """Return a TIFF whose channels are pages or samples of a pixel."""
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        series = file.series[0]
-        return np.moveaxis(series.asarray(), [series.axes.index(a) for a in "YX"], [0, 1])
+    """Return the EXIF orientation; 1 is upright, also if it is in a text that is too long."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.getexif().get(ORIENTATION, 1)
+    except ValueError:  # the text of a PNG exceeds Pillow's limit
+        with open_image(encoded) as image:
+            return image.getexif().get(ORIENTATION, 1)
 
 
 def _decode_numpy(encoded: bytes) -> np.ndarray:

@@ -1,0 +1,206 @@
+"""Read TIFFs: photographs of up to 16 bits, and samples of any number of bands and dtype.
+
+Pages of reduced resolution (overviews) and masks are ignored. The pages that are left are the
+bands of one image, like the samples of a pixel.
+"""
+
+import io
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+from tifffile import PHOTOMETRIC
+
+from mae_jax.data import tiff_codecs
+from mae_jax.data.sources import DataError
+
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+REDUCED, MASK = 1, 4  # flags of NewSubfileType
+UNSIGNED = 1  # sample format
+ALPHA = (1, 2)  # extra samples that are transparency
+GRAY = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)
+MODES = {1: "L", 3: "RGB"}
+
+
+class Raster(NamedTuple):
+    """Samples of a file [h, w, c].
+
+    bits: of a gray or RGB picture's values, at most 16; None for samples in their own units.
+    orientation: as in EXIF, if it must be applied; 1 is upright.
+    """
+
+    array: np.ndarray
+    bits: int | None
+    orientation: int = 1
+
+
+def read_tiff(encoded: bytes, channels: int) -> Raster:
+    """Read the image of a TIFF; with 1 or 3 channels, alpha is dropped, 8 bits are converted.
+
+    Raises:
+      DataError: its kind is not supported; says what it is.
+    """
+    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        pages = _image_pages(file)
+        page = pages[0]
+        _check(page)
+        planes = _planes_without_pages(file, page)
+        is_picture = channels in MODES and len(pages) == 1 and planes is None and _is_picture(page)
+        if is_picture and page.bitspersample <= 8:
+            picture = _picture_of_8_bits(encoded, page, MODES[channels])
+            if picture is not None:
+                return Raster(picture, 8)
+        orientation = page.tags.valueof(274, 1)
+        if is_picture:
+            array, bits = _picture(page, encoded)
+            return Raster(array, bits, orientation)
+        if planes is None:
+            planes = np.concatenate([_samples(page, encoded) for page in pages], axis=-1)
+        return Raster(_without_alpha(planes, pages, channels), None, orientation)
+
+
+def _image_pages(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    """Return the pages with the size and dtype of the first one that is the full image."""
+    pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage)]
+    full = [page for page in pages if _is_full(page)]
+    if not full:  # as in raw photographs
+        subs: list[Any] = [sub for page in pages for sub in page.pages or ()]
+        full = [sub for sub in subs if _is_full(sub)]
+    first, *others = full or pages[:1]
+    key = first.imagelength, first.imagewidth, first.dtype
+    return [first, *(p for p in others if (p.imagelength, p.imagewidth, p.dtype) == key)]
+
+
+def _is_full(page: tifffile.TiffPage) -> bool:
+    return not page.subfiletype & (REDUCED | MASK) and page.photometric != PHOTOMETRIC.MASK
+
+
+def _check(page: tifffile.TiffPage) -> None:
+    pixels = page.imagelength * page.imagewidth
+    if pixels > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise DataError(f"it has {pixels:,} pixels, which could be a decompression bomb: cut it up")
+    if page.photometric == PHOTOMETRIC.CFA:
+        raise DataError("it is the raw mosaic of a camera's sensor: develop it, to TIFF or PNG")
+    if page.dtype is None:
+        raise DataError(
+            f"it is {_describe(page)}, whose values numpy cannot hold: save it with 8 or 16 bits"
+        )
+
+
+def _is_picture(page: tifffile.TiffPage) -> bool:
+    """Return whether a page is a gray or color picture rather than bands of samples."""
+    if page.sampleformat != UNSIGNED or not isinstance(page.bitspersample, int):
+        return False
+    colors = page.samplesperpixel - sum(kind in ALPHA for kind in page.extrasamples)
+    return page.bitspersample <= 16 and (page.photometric not in GRAY or colors == 1)
+
+
+def _picture_of_8_bits(encoded: bytes, page: tifffile.TiffPage, mode: str) -> np.ndarray | None:
+    """Return a page as Pillow converts it; None if Pillow does not support its kind."""
+    if page.compression == tiff_codecs.WEBP:
+        return None
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.seek(page.index)
+            array = np.asarray(image.convert(mode))
+    except UnidentifiedImageError:
+        return None
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _picture(page: tifffile.TiffPage, encoded: bytes) -> tuple[np.ndarray, int]:
+    """Return gray or RGB values [h, w, 1 or 3], and their number of bits."""
+    samples, bits = _samples(page, encoded), page.bitspersample
+    if page.photometric == PHOTOMETRIC.MINISBLACK:
+        return samples[..., :1], bits
+    if page.photometric == PHOTOMETRIC.MINISWHITE:
+        return (2**bits - 1) - samples[..., :1], bits
+    if page.photometric == PHOTOMETRIC.RGB and samples.shape[-1] >= 3:
+        return samples[..., :3], bits
+    if page.photometric == PHOTOMETRIC.PALETTE and page.colormap is not None:
+        return np.moveaxis(page.colormap[:, samples[..., 0]], 0, -1), 16
+    if page.photometric == PHOTOMETRIC.SEPARATED and samples.shape[-1] >= 4:
+        ink = (samples[..., :4] >> max(bits - 8, 0)).astype(np.uint8)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(ink), "CMYK").convert("RGB")), 8
+    raise DataError(f"it is {_describe(page)}, which is not supported: save it as RGB or gray")
+
+
+def _samples(page: tifffile.TiffPage, encoded: bytes) -> np.ndarray:
+    """Return the samples of a page [h, w, samples], by tifffile, else by Pillow.
+
+    Raises:
+      DataError: they are compressed in a way that needs imagecodecs.
+    """
+    try:
+        array = page.asarray(maxworkers=1)
+    except (ValueError, NotImplementedError) as error:
+        if tiff_codecs.can_decode(page):
+            return tiff_codecs.decode_page(page)
+        array = _samples_by_pillow(page, encoded)
+        if array is not None:
+            return array
+        if "imagecodecs" not in str(error):
+            raise
+        raise DataError(
+            f"it is {_describe(page)}, which needs imagecodecs: pip install 'mae_jax[tiff]', or "
+            "save it uncompressed"
+        ) from error
+    return _channels_last(array, page.axes)
+
+
+def _samples_by_pillow(page: tifffile.TiffPage, encoded: bytes) -> np.ndarray | None:
+    """Return uint8 samples, as of JPEG; None if Pillow does not return all of them."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.seek(page.index)
+            array = np.asarray(image)
+    except (OSError, SyntaxError):
+        return None
+    array = array.reshape(*array.shape[:2], -1)
+    expected = page.imagelength, page.imagewidth, page.samplesperpixel
+    return array if array.dtype == page.dtype == np.uint8 and array.shape == expected else None
+
+
+def _channels_last(array: np.ndarray, axes: str) -> np.ndarray:
+    """Return an array [h, w, c] of one with the axes Y, X and at most one more."""
+    array = np.moveaxis(array, [axes.index("Y"), axes.index("X")], [0, 1])
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _planes_without_pages(file: tifffile.TiffFile, page: tifffile.TiffPage) -> np.ndarray | None:
+    """Return the bands of ImageJ's and tifffile's files of one page with several planes."""
+    if len(file.pages) > 1 or not (file.is_imagej or file.is_shaped):
+        return None
+    series = file.series[0]
+    if math.prod(series.shape) <= math.prod(page.shape):
+        return None
+    return _channels_last(series.asarray(maxworkers=1), series.axes)
+
+
+def _without_alpha(array: np.ndarray, pages: list[tifffile.TiffPage], channels: int) -> np.ndarray:
+    """Drop alpha if the right number of channels is left; check what cannot be an image.
+
+    Raises:
+      DataError: the pages are several color pictures.
+    """
+    samples, extra = pages[0].samplesperpixel, pages[0].extrasamples
+    if len(pages) > 1 and array.shape[-1] != channels:
+        raise DataError(
+            f"its shape is {list(array.shape)} with its {len(pages)} pages as channels, but "
+            f"model.channels={channels}: save each page as a file, if each is an image"
+        )
+    if len(pages) == 1 and array.shape[-1] == samples != channels:
+        alpha = [samples - len(extra) + i for i, kind in enumerate(extra) if kind in ALPHA]
+        if samples - len(alpha) == channels:
+            return np.delete(array, alpha, axis=-1)
+    return array
+
+
+def _describe(page: tifffile.TiffPage) -> str:
+    """Return the kind of a page, as in "a TIFF of 4 x uint16, compressed with LZW"."""
+    values = page.dtype.name if page.dtype is not None else f"{page.bitspersample} bits"
+    color, codec = (getattr(x, "name", x) for x in (page.photometric, page.compression))
+    kind = f"a TIFF ({color}) of {page.samplesperpixel} x {values}"
+    return kind if page.compression == 1 else f"{kind}, compressed with {codec}"
