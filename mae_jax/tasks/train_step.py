@@ -96,9 +96,6 @@ def make_train_step(
         with jax.named_scope("sample"):
             batch = task.sample(jax.random.fold_in(key, state.step), batch)
         loss, stats, grads = _loss_and_grads(task.loss, state, batch, grad_accum_steps)
-        if jax.default_backend() == "gpu":
-            # Those of all blocks are stacked once here, not in a kernel for each moment.
-            grads = jax.tree.map(jax.lax.optimization_barrier, grads)
         with jax.named_scope("guard"):
             grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
