@@ -93,6 +93,8 @@ def _check_flags(arguments: argparse.Namespace, problem: str) -> None:
     """Raise ConvertError for flags that the head has no use for."""
     if arguments.threshold is not None and problem != "multi_label_classification":
         raise ConvertError(f"--threshold is for multi-label heads; this one is for {problem}")
+    if arguments.threshold is not None and arguments.threshold > 1:
+        raise ConvertError("--threshold is a probability, from 0 to 1")
     if arguments.top is not None and problem == "regression":
         raise ConvertError("--top is for classes; the head of this checkpoint is a regression")
 

@@ -115,6 +115,7 @@ def test_many_channels_in_training_and_figures(trained_on_bands):
 def test_many_channels_in_the_commands_and_conversion(trained_on_bands, bands, tmp_path):
     model, params = mae_jax.load(trained_on_bands)
     assert model.info.mean == BANDS["data__mean"]
+    assert model.info.pixels == "other", "the checkpoint records that they are not of 8 bits"
     files = sorted((bands / "validation").rglob("*.npy"))
     images = model.read_images(files)
     assert images.dtype == np.float32
