@@ -18,7 +18,6 @@ from ml_collections import config_flags
 
 from mae_jax.train import overrides
 from mae_jax.utils.errors import UserError
-from mae_jax.utils.paths import local_path
 
 overrides.register_parsers()
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as in configs/pretrain.py.")
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> None:
         keep_freed_memory_on_cpu()
         if not processes.is_main():
             console.quiet_secondary_process(jax.process_index())
-        train_and_evaluate(from_config_dict(CONFIG.value), local_path(WORKDIR.value or ""))
+        train_and_evaluate(from_config_dict(CONFIG.value), WORKDIR.value or "")
     except UserError as error:
         _fail("" if processes.already_reported(error) else str(error))
     except (WorkerError, OSError) as error:  # OSError: a full disk, for example

@@ -34,11 +34,12 @@ from mae_jax.train.setup import RunSetup, assert_same_run, build, make_step, sel
 from mae_jax.train.workdir import lock_workdir
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.paths import local_path
 
 log = logging.getLogger("mae_jax.run")
 
 
-def train_and_evaluate(config: Config, workdir: Path) -> None:
+def train_and_evaluate(config: Config, workdir: str | Path) -> None:
     """Train what a config describes in a workdir, or resume it, and evaluate the result.
 
     Raises:
@@ -46,6 +47,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> None:
       CheckpointSaveError: a checkpoint cannot be written.
       NonFiniteError: loss or gradients were NaN/Inf for too many consecutive steps.
     """
+    workdir = local_path(workdir)
     with PreemptionHandler() as preemption:
         with processes.raise_together():
             setup = build(config, workdir)
