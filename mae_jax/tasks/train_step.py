@@ -141,11 +141,13 @@ def jit_step(
     shardings: TrainState | None = None,
 ) -> Any:
     """Jit a train step that donates its state; the new state has the given shardings."""
+    devices = jax.tree.leaves(shardings)[0].device_set if shardings else jax.devices()
+    device_kind = next(iter(devices)).device_kind
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=train_step_compiler_options(),
+        compiler_options=train_step_compiler_options(device_kind),
     )
 
 

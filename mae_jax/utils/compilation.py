@@ -10,13 +10,15 @@ from mae_jax.utils.caches import cache_folder
 
 log = logging.getLogger("mae_jax.run")
 
-# XLA flags of the train step by backend, in addition to XLA_FLAGS in the environment. Add only
-# flags with a benefit, measured or seen in the compiled program; on a CPU none had one.
+# XLA flags of the train step by backend and by kind of device, in addition to XLA_FLAGS in the
+# environment. Add only flags with a benefit, measured or seen in the compiled program; on a CPU
+# none had one.
 STEP_FLAGS: dict[str, dict[str, Any]] = {
     # Products of queries, keys and values are not merged into one, which would have to be split.
     "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
-    # Gradients are summed over chips in parts of some MB, beside the products of earlier blocks.
-    "tpu": {
+    # A v5e sums gradients over chips, some MB at a time, beside the products of other blocks. Its
+    # compiler refuses that for other TPUs.
+    "TPU v5 lite": {
         "xla_enable_async_all_reduce": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
         "xla_jf_crs_combiner_threshold_in_bytes": 4_000_000,
@@ -24,9 +26,9 @@ STEP_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_step_compiler_options() -> dict[str, Any]:
-    """Return the XLA flags of the train step, and log them."""
-    options = STEP_FLAGS.get(jax.default_backend(), {})
+def train_step_compiler_options(device_kind: str) -> dict[str, Any]:
+    """Return the XLA flags of the train step on a kind of device, and log them."""
+    options = STEP_FLAGS.get(jax.default_backend(), {}) | STEP_FLAGS.get(device_kind, {})
     if options:
         log.info("XLA: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
     return options
