@@ -226,6 +226,8 @@ ROWS = {
         ("data.shots", 3, "train_images", 6),
         ("data.exif", True, "loader.transform.exif"),
         ("data.exif", True, "eval_transform.exif"),
+        ("data.bit_depth", 12, "loader.transform.bit_depth"),
+        ("data.bit_depth", 12, "eval_transform.bit_depth"),
         ("data.augment", "weak_crop", "loader.transform.weak", True),
         ("data.augment", "none", "loader.transform.__class__.__name__", "EvalTransform"),
         ("data.crop_scale", (0.3, 0.4), "loader.transform.scale"),

@@ -44,6 +44,7 @@ class ModelInfo:
     resize, crop, size, crop_size, alpha: see `mae_jax.convert.preprocessing`; interpolation: name
       of a filter of Pillow.
     mean, std: per channel, as in `mae_jax.models.image_ops`; exif: EXIF orientation is applied.
+    bit_depth: as in `mae_jax.data.decode.decode`.
     pixels: which images mean and std are for: "uint8"; "other" dtypes; "any", fractions of 255 of
       every dtype; "unknown", by the values of the mean.
     problem_type: of the head, one of `PROBLEM_TYPES`; "" if unknown, see `problem`.
@@ -76,6 +77,7 @@ class ModelInfo:
     crop: float = 0.875
     interpolation: str = "bicubic"
     exif: bool = False
+    bit_depth: int | None = None
     size: tuple[tuple[str, int], ...] = ()
     crop_size: tuple[int, ...] = ()
     alpha: str = "drop"
@@ -102,6 +104,8 @@ class ModelInfo:
         _check("norm_pix_eps", self.norm_pix_eps, valid, "a number >= 0")
         valid = isinstance(self.mask_ratio, (int, float)) and 0 <= self.mask_ratio < 1
         _check("mask_ratio", self.mask_ratio, valid, "a number >= 0 and < 1")
+        depths = (None, *range(1, 17))
+        _check("bit_depth", self.bit_depth, self.bit_depth in depths, "None, or 1 to 16")
         size = self.image_size
         valid = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)
         _check("image_size", size, valid, "height and width")

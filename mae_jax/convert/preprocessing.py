@@ -12,7 +12,6 @@
 """
 
 import dataclasses
-import io
 import math
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from mae_jax.convert.model_info import ModelInfo
-from mae_jax.data.decode import Encoded, Pixels, decode
+from mae_jax.data.decode import Encoded, Pixels, decode, open_image
 from mae_jax.data.sources import DataError
 from mae_jax.data.transforms import EvalTransform, Example, resize
 
@@ -42,6 +41,7 @@ def make_transform(info: ModelInfo) -> "EvalTransform | ModelTransform":
         info.crop,
         interpolation=info.interpolation,
         exif=info.exif,
+        bit_depth=info.bit_depth,
     )
 
 
@@ -60,7 +60,7 @@ class ModelTransform:
         info = self.info
         if info.alpha == "white" and info.channels == 3 and isinstance(encoded, bytes):
             encoded = _flatten_on_white(encoded)
-        image = decode(encoded, info.channels, info.exif)
+        image = decode(encoded, info.channels, info.exif, info.bit_depth)
         size = resized_size(info, (image.shape[0], image.shape[1]))
         if 0 in size:
             raise DataError(f"its {image.shape[0]} x {image.shape[1]} pixels become {size}")
@@ -82,7 +82,7 @@ class ModelTransform:
 def _flatten_on_white(encoded: bytes) -> Encoded:
     """Return the pixels of a transparent image on white; other bytes unchanged."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
             if not image.has_transparency_data:
                 return encoded
             white = Image.new("RGBA", image.size, "white")

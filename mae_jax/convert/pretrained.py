@@ -21,7 +21,8 @@ from mae_jax.convert.model_info import (
     to_variables,
 )
 from mae_jax.convert.preprocessing import ModelTransform, make_transform
-from mae_jax.data.loader import available_cpus, eval_batches
+from mae_jax.data.bit_depth import warn_of_loss
+from mae_jax.data.loader import eval_batches
 from mae_jax.data.sources import FileSource, Source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.models import attention_selection
@@ -31,10 +32,12 @@ from mae_jax.models.image_ops import normalize
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.patches import patchify
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.utils.cpus import available_cpus
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import unflatten
 
 Params = dict[str, Any]
+EIGHT_BITS = "The model takes 8 bits: scale values of {} bits to all bits of the file"
 
 
 def load(
@@ -291,6 +294,8 @@ class PretrainedModel:
         self, source: Source, batch_size: int, num_classes: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """Return the images of a source in order; see `eval_batches`."""
+        if self.info.bit_depth is None:
+            warn_of_loss(source, self.info.channels, EIGHT_BITS)
         return eval_batches(
             source,
             self.transform,

@@ -64,7 +64,8 @@ def load_run(
         "resize": "crop",
         "crop": data["eval_crop"] or default_crop_ratio(model["image_size"]),
         "interpolation": "bicubic",
-        "exif": data.get("exif", False),  # older runs lack the key
+        "exif": data.get("exif", False),  # older runs lack these keys
+        "bit_depth": data.get("bit_depth"),
         "pixels": _pixels(meta),
         "norm_pix_eps": config["target"]["norm_pix_eps"],
     }

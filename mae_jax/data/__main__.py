@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mae_jax.data.bit_depth import describe_loss
 from mae_jax.data.factory import DatasetSpec, detect_dataset
-from mae_jax.data.loader import available_cpus
 from mae_jax.data.sources import DERIVED_PREFIX, DataError, Source
 from mae_jax.data.subsets import evenly_spaced
 from mae_jax.data.validation import ValidationReport, channel_stats, validate_images
 from mae_jax.utils import cli, console
 from mae_jax.utils.atomic import atomic_path
+from mae_jax.utils.cpus import available_cpus
 
 MAX_PRINTED = 20  # bad images printed by `check`
 FLAGS = {"data.image_feature": "--image-feature", "data.path": "--data-dir"}
@@ -49,7 +50,9 @@ def check_command(parser: argparse.ArgumentParser) -> None:
             cli.check_output("--out", arguments.out, ".txt")
         bad: dict[str, str] = {}
         for split, source in _open_splits(arguments).items():
-            report = validate_images(source, arguments.channels, available_cpus())
+            report = validate_images(
+                source, arguments.channels, available_cpus(), arguments.bit_depth
+            )
             title = f"{arguments.data} {split}".strip()
             console.print_summary_table(title, _summarize(source, report))
             bad |= report.bad
@@ -81,7 +84,7 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
         (source,) = _open_splits(arguments).values()
         if arguments.images:
             source = evenly_spaced(source, arguments.images)
-        stats = channel_stats(source, arguments.channels, available_cpus())
+        stats = channel_stats(source, arguments.channels, available_cpus(), arguments.bit_depth)
         rows = [
             (channel, f"{mean:.6g}", f"{std:.6g}")
             for channel, (mean, std) in enumerate(zip(stats.mean, stats.std))
@@ -89,6 +92,8 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
         console.print_table(f"{len(source)} images", ("channel", "mean", "std"), rows)
         for name, values in vars(stats).items():
             print(f"--config.data.{name}='({', '.join(f'{value:.6g}' for value in values)},)'")
+        if arguments.bit_depth:
+            print(f"--config.data.bit_depth={arguments.bit_depth}")
 
     parser.set_defaults(run=run)
 
@@ -146,7 +151,12 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
                 name,
                 arguments.dst,
                 {split or "train": source for split, source in _open_splits(arguments).items()},
-                DownscaleJpeg(arguments.channels, arguments.short_side, arguments.quality),
+                DownscaleJpeg(
+                    arguments.channels,
+                    arguments.short_side,
+                    arguments.quality,
+                    arguments.bit_depth,
+                ),
                 threads=available_cpus(),
                 skip=arguments.skip_bad,
             )
@@ -169,6 +179,13 @@ def _add_data(parser: argparse.ArgumentParser, default_split: str = "all") -> No
     parser.add_argument("--split", help=f"split to read ({default_split})")
     parser.add_argument(
         "--channels", type=cli.positive_int, default=3, help="channels per image (3)"
+    )
+    parser.add_argument(
+        "--bit-depth",
+        type=int,
+        choices=range(1, 17),
+        metavar="BITS",
+        help="that values of 16-bit files use, as data.bit_depth (pictures are read with 8 bits)",
     )
     parser.add_argument(
         "--image-feature", default="image", help="image feature of a TFDS dataset (image)"
@@ -207,6 +224,8 @@ def _summarize(source: Source, report: ValidationReport) -> dict[str, object]:
         )
         rows["height x width"] = f"{low} to {high}, median {median}"
         rows["dtype"] = ", ".join(f"{name}: {count:,}" for name, count in report.dtypes.items())
+    if report.used_bits:
+        rows["read with 8 bits"] = f"{len(report.used_bits):,}: {describe_loss(report.used_bits)}"
     scan = getattr(source, "scan", None)
     if scan and scan.other_suffixes:
         rows["other files, ignored"] = ", ".join(

@@ -39,8 +39,8 @@ def decode(
     applied only with `exif`.
 
     Args:
-      bit_depth: of uint16 values; makes all values fractions of their range, float32. By default,
-        gray and RGB pictures of 16 bits are scaled to 8 bits.
+      bit_depth: of uint16 values; makes all integers fractions of their range, float32. By
+        default, gray and RGB pictures of 16 bits are scaled to 8 bits.
 
     Raises:
       DataError: the file is corrupt, not an image, or has another number of channels.
@@ -154,7 +154,7 @@ def _to_8_bits(raster: Raster, channels: int) -> Pixels:
     array, bits, _ = raster
     if bits is None:
         return array
-    if bits > 8 and array.shape[-1] == 1:
+    if bits != 8 and array.shape[-1] == 1:
         array = (array.astype(np.uint32) * 255 // (2**bits - 1)).astype(np.uint8)
     elif bits > 8:
         array = (array >> (bits - 8)).astype(np.uint8)  # as Pillow does
@@ -165,16 +165,14 @@ def _to_8_bits(raster: Raster, channels: int) -> Pixels:
 
 
 def _to_fractions(raster: Raster, channels: int, bit_depth: int) -> Pixels:
-    """Return values over the largest one of their range, float32; gray or RGB as requested.
+    """Return integers over the largest one of their range, float32; gray or RGB as requested.
 
     Raises:
-      DataError: the values are not uint8 or uint16, or exceed the bit depth.
+      DataError: the values exceed the bit depth.
     """
     array, bits, _ = raster
-    if array.dtype not in (np.uint8, np.uint16):
-        raise DataError(
-            f"its dtype is {array.dtype}, but data.bit_depth is for uint8 and uint16: unset it"
-        )
+    if array.dtype == np.float32:
+        return array
     depth = 8 if array.dtype == np.uint8 else bit_depth if bits in (None, 16) else bits
     largest = int(array.max())
     if largest >= 2**depth:

@@ -30,11 +30,13 @@ class DownscaleJpeg:
       channels: 1 or 3.
       short_side: maximum, in pixels.
       quality: JPEG quality, 1 to 100.
+      bit_depth: as in `decode`; that range is scaled to 8 bits.
     """
 
     channels: int
     short_side: int
     quality: int
+    bit_depth: int | None = None
 
     def __call__(self, encoded: Encoded) -> bytes:
         """Return the bytes of the JPEG.
@@ -42,7 +44,9 @@ class DownscaleJpeg:
         Raises:
           DataError: the image is bad, or its dtype is not uint8.
         """
-        image = decode(encoded, self.channels)
+        image = decode(encoded, self.channels, bit_depth=self.bit_depth)
+        if self.bit_depth is not None and 0 <= image.min() <= image.max() <= 1:
+            image = (255 * image).round().astype(np.uint8)
         if image.dtype != np.uint8:
             raise DataError(f"its dtype is {image.dtype}, which JPEG does not support")
         scale = self.short_side / min(image.shape[:2])

@@ -116,14 +116,23 @@ def _load_arrays(file: Path) -> dict[str, np.ndarray]:
 class InMemory:
     """A source whose images are decoded once and kept in memory, except for bad images."""
 
-    def __init__(self, source: Source, channels: int, *, exif: bool = False, threads: int = 2):
+    def __init__(
+        self,
+        source: Source,
+        channels: int,
+        *,
+        exif: bool = False,
+        bit_depth: int | None = None,
+        threads: int = 2,
+    ):
         self._source = source
         self.classes = source.classes
 
         def read(index: int) -> Record | None:
             try:
                 record = source[index]
-                return {**record, "image": decode(record["image"], channels, exif)}
+                image = decode(record["image"], channels, exif, bit_depth)
+                return {**record, "image": image}
             except DataError:
                 return None  # raised again when the record is read
 

@@ -6,7 +6,6 @@ is checkpointed.
 """
 
 import logging
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -286,8 +285,3 @@ def ordered_parallel_map(function: Callable[[int], T], count: int, threads: int)
     boxed = grain.MapDataset.range(count).map(lambda index: (function(index),))
     for (result,) in boxed.to_iter_dataset(read_options(threads)):
         yield result
-
-
-def available_cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

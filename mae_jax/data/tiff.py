@@ -17,6 +17,7 @@ from mae_jax.data import tiff_codecs
 from mae_jax.data.sources import DataError
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BIG_ENDIAN_BIGTIFF = b"MM\0+"  # of which Pillow cannot read the EXIF tags
 REDUCED, MASK = 1, 4  # flags of NewSubfileType
 UNSIGNED = 1  # sample format
 ALPHA = (1, 2)  # extra samples that are transparency
@@ -99,7 +100,7 @@ def _is_picture(page: tifffile.TiffPage) -> bool:
 
 def _picture_of_8_bits(encoded: bytes, page: tifffile.TiffPage, mode: str) -> np.ndarray | None:
     """Return a page as Pillow converts it; None if Pillow does not support its kind."""
-    if page.compression == tiff_codecs.WEBP:
+    if page.compression == tiff_codecs.WEBP or encoded.startswith(BIG_ENDIAN_BIGTIFF):
         return None
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -135,13 +136,13 @@ def _samples(page: tifffile.TiffPage, encoded: bytes) -> np.ndarray:
     """
     try:
         array = page.asarray(maxworkers=1)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, LookupError, ImportError, NotImplementedError) as error:
         if tiff_codecs.can_decode(page):
             return tiff_codecs.decode_page(page)
         array = _samples_by_pillow(page, encoded)
         if array is not None:
             return array
-        if "imagecodecs" not in str(error):
+        if not isinstance(error, ImportError) and "imagecodecs" not in str(error):
             raise
         raise DataError(
             f"it is {_describe(page)}, which needs imagecodecs: pip install 'mae_jax[tiff]', or "

@@ -104,6 +104,7 @@ class TrainTransform:
       scale: range of the crop's fraction of the area.
       weak: sample crops with `single_try_crop_box`, for linear probing.
       exif: apply the EXIF orientation.
+      bit_depth: as in `decode`.
     """
 
     image_size: tuple[int, int]
@@ -113,6 +114,7 @@ class TrainTransform:
     weak: bool = False
     augment: RandAugment | None = None
     exif: bool = False
+    bit_depth: int | None = None
 
     def __call__(self, encoded: Encoded, rng: np.random.Generator) -> Example:
         """Return {"image": [h, w, c]}."""
@@ -123,7 +125,7 @@ class TrainTransform:
 
     def sample_crop(self, encoded: Encoded, rng: np.random.Generator) -> tuple[Pixels, bool]:
         """Return a crop before resizing, and whether to flip it."""
-        image = decode(encoded, self.channels, self.exif)
+        image = decode(encoded, self.channels, self.exif, self.bit_depth)
         sample_box = single_try_crop_box if self.weak else random_crop_box
         left, top, right, lower = sample_box(rng, (image.shape[0], image.shape[1]), self.scale)
         return image[top:lower, left:right], self.flip and rng.random() < 0.5
@@ -178,6 +180,7 @@ class EvalTransform:
         0.875 is the usual "resize to 256, crop to 224".
       squash: resize the full image instead, ignoring its aspect ratio.
       exif: apply the EXIF orientation.
+      bit_depth: as in `decode`.
     """
 
     image_size: tuple[int, int]
@@ -186,10 +189,11 @@ class EvalTransform:
     squash: bool = False
     interpolation: str = "bicubic"
     exif: bool = False
+    bit_depth: int | None = None
 
     def __call__(self, encoded: Encoded, rng: object = None) -> Example:
         """Return {"image": [h, w, c]}."""
-        image = decode(encoded, self.channels, self.exif)
+        image = decode(encoded, self.channels, self.exif, self.bit_depth)
         height, width = self.image_size
         if self.squash:
             return {"image": resize(image, self.image_size, self.interpolation)}

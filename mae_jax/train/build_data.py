@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from mae_jax.data.bit_depth import warn_of_loss
 from mae_jax.data.collate import Batch
 from mae_jax.data.decode import MODES, decode
 from mae_jax.data.factory import DatasetSpec, has_split
 from mae_jax.data.in_memory import InMemory
-from mae_jax.data.loader import Loader, available_cpus, eval_batches
+from mae_jax.data.loader import Loader, eval_batches
 from mae_jax.data.randaugment import RandAugment
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import few_shot
@@ -25,6 +26,7 @@ from mae_jax.distributed import sharding
 from mae_jax.distributed.inference import EvalBatches
 from mae_jax.models.image_ops import crop_resize, stats_match_dtype
 from mae_jax.train.config import Config
+from mae_jax.utils.cpus import available_cpus
 
 
 def make_train_source(config: Config, index_dir: Path) -> Source:
@@ -50,6 +52,8 @@ def make_train_source(config: Config, index_dir: Path) -> Source:
             "images needs one subfolder per class, a TFDS dataset a ClassLabel called 'label'"
         )
     source = source if data.shots is None else few_shot(source, data.shots, data.shots_seed)
+    if data.bit_depth is None:
+        warn_of_loss(source, config.model.channels)
     return _in_memory(config, source)
 
 
@@ -93,25 +97,34 @@ def _open(config: Config, split: str, classes: tuple[str, ...], index_dir: Path 
 def _in_memory(config: Config, source: Source) -> Source:
     if not config.data.in_memory:
         return source
-    channels, exif = config.model.channels, config.data.exif
-    return InMemory(source, channels, exif=exif, threads=available_cpus())
+    return InMemory(
+        source,
+        config.model.channels,
+        exif=config.data.exif,
+        bit_depth=config.data.bit_depth,
+        threads=available_cpus(),
+    )
 
 
 def pixel_dtype(config: Config, source: Source) -> np.dtype:
-    """Return the dtype of a source's first image; uint8 if that image is bad.
+    """Return the dtype of a source's first image; the usual one if that image is bad.
 
     Raises:
       UserError: data.mean and data.std are not in the units of that dtype.
     """
+    bit_depth = config.data.bit_depth
     try:
-        dtype = decode(source[0]["image"], config.model.channels).dtype
+        dtype = decode(source[0]["image"], config.model.channels, bit_depth=bit_depth).dtype
     except DataError:
-        return np.dtype(np.uint8)  # reading it raises, or skips it
-    if not stats_match_dtype(dtype, config.data.mean):
+        # Reading it raises, or skips it.
+        return np.dtype(np.uint8 if bit_depth is None else np.float32)
+    has_fractions = dtype == np.uint8 or bit_depth is not None
+    if not stats_match_dtype(np.uint8 if has_fractions else dtype, config.data.mean):
         raise config.data.error(
             "mean",
             f"does not fit {source.describe(0)}, whose dtype is {dtype}: for uint8, mean and std "
-            "are fractions of 255, for other types they are in the units of the values. "
+            "are fractions of 255, and with data.bit_depth of its range; for other types they are "
+            "in the units of the values. "
             "python -m mae_jax.data stats computes them",
         )
     return dtype
@@ -121,7 +134,9 @@ def make_eval_transform(config: Config) -> EvalTransform:
     """Return the deterministic resize and center crop of evaluation."""
     size, data = config.model.image_size, config.data
     crop = default_crop_ratio(size) if data.eval_crop is None else data.eval_crop
-    return EvalTransform(size, config.model.channels, crop=crop, exif=data.exif)
+    return EvalTransform(
+        size, config.model.channels, crop=crop, exif=data.exif, bit_depth=data.bit_depth
+    )
 
 
 def make_train_transform(config: Config, dtype: np.dtype) -> EvalTransform | TrainTransform:
@@ -147,6 +162,7 @@ def make_train_transform(config: Config, dtype: np.dtype) -> EvalTransform | Tra
         weak=data.augment == "weak_crop",
         augment=augment,
         exif=data.exif,
+        bit_depth=data.bit_depth,
     )
 
 

@@ -235,6 +235,13 @@ class DataConfig(Group):
     shots: int | None = key(None, "few-shot: train on this many images per class", low=1)
     shots_seed: int = key(0, "seed that selects the few-shot images", low=0, high=2**32 - 1)
     exif: bool = key(False, "apply EXIF orientation; the reference does not")
+    bit_depth: int | None = key(
+        None,
+        "bits that values of 16-bit files use, as 12: all levels are kept, as fractions of that"
+        " range, which mean and std are for too; None reads gray and RGB pictures with 8 bits",
+        low=1,
+        high=16,
+    )
     augment: str = key(
         "crop",
         "'none'; 'crop': random resized crop; 'weak_crop': linear probing's variant of it;"
