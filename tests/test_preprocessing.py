@@ -205,6 +205,16 @@ def test_a_written_processor(info):
     np.testing.assert_allclose(hf_preprocessor(raw)["image_mean"], 51.0)
 
 
+def test_written_units_of_a_bit_depth(info):
+    """The model takes fractions of the range; the processor gets the values of the files."""
+    info = dataclasses.replace(info, bit_depth=12, pixels="other", mean=(0.3,) * 3)
+    written = hf_preprocessor(info)
+    assert (written["do_rescale"], written["rescale_factor"]) == (True, 1 / 4095)
+    assert written["image_mean"] == [0.3] * 3
+    assert not written["do_resize"]
+    np.testing.assert_allclose(parse(written)["mean"], 0.3 * 4095)
+
+
 @pytest.mark.parametrize("mean", [1600.0, 0.3])
 def test_models_of_other_units(checkpoint, tmp_path, caplog, mean):
     """The mean alone does not tell reflectances of 0 to 1 from fractions of 255."""

@@ -193,8 +193,17 @@ def processor_resizes(info: ModelInfo) -> bool:
 
 
 def _is_8_bit(info: ModelInfo) -> bool:
+    if info.bit_depth is not None:
+        return False
     by_mean = all(0 <= x <= 1 for x in info.mean)
     return info.pixels in ("uint8", "any") or (info.pixels == "unknown" and by_mean)
+
+
+def _rescale_factor(info: ModelInfo) -> float:
+    """Return the factor of pixel values before mean and std are applied."""
+    if info.bit_depth is not None:
+        return 1 / (2**info.bit_depth - 1)
+    return 1 / 255 if _is_8_bit(info) and info.pixels != "any" else 1.0
 
 
 def hf_preprocessor(info: ModelInfo) -> Json:
@@ -206,20 +215,20 @@ def hf_preprocessor(info: ModelInfo) -> Json:
     resizes = processor_resizes(info)
     if not resizes:
         size, crop_size = {}, ()
-    rescales = _is_8_bit(info) and info.pixels != "any"
-    mean, std = (info.mean, info.std) if rescales else info.stats(np.float32)
+    factor = _rescale_factor(info)
+    mean, std = (info.mean, info.std) if factor != 1 else info.stats(np.float32)
     shortest = "height" not in size and bool(size)
     content: Json = {
         "image_processor_type": f"{'Bit' if crop_size or shortest else 'ViT'}ImageProcessor",
         "do_center_crop": bool(crop_size),
         "do_convert_rgb": info.alpha == "white",
         "do_normalize": True,
-        "do_rescale": rescales,
+        "do_rescale": factor != 1,
         "do_resize": bool(size),
         "image_mean": list(mean),
         "image_std": list(std),
         "resample": INTERPOLATIONS.index(info.interpolation),
-        "rescale_factor": 1 / 255 if rescales else 1.0,
+        "rescale_factor": factor,
         "size": size or {"height": info.image_size[0], "width": info.image_size[1]},
     }
     if crop_size:

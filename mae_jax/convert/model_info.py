@@ -130,6 +130,8 @@ class ModelInfo:
 
     def accepts(self, dtype: Any) -> bool:
         """Return whether mean and std can belong to images of a dtype."""
+        if self.bit_depth is not None:
+            return dtype == np.float32  # fractions
         if self.pixels == "unknown" or dtype == np.uint8:
             return self.pixels != "other" and stats_match_dtype(dtype, self.mean)
         return self.pixels in ("other", "any")
