@@ -180,12 +180,6 @@ class TestEvalTransform:
         expected = expected.crop((16, left, 240, left + 224))
         np.testing.assert_array_equal(transform(encoded(portrait))["image"], np.asarray(expected))
 
-    def test_squash_resizes_the_full_image(self):
-        image = noise_image(2, (30, 90))
-        pixels = EvalTransform((16, 24), 3, squash=True, interpolation="bilinear")(encoded(image))
-        expected = image.resize((24, 16), Image.Resampling.BILINEAR)
-        np.testing.assert_array_equal(pixels["image"], np.asarray(expected))
-
     def test_extreme_aspect_ratio_uses_little_memory(self):
         image = encoded(noise_image(0, (2, 20_000)))
         tracemalloc.start()

@@ -178,7 +178,6 @@ class EvalTransform:
     Args:
       crop: fraction of each side to keep of the largest center crop with the model's aspect ratio:
         0.875 is the usual "resize to 256, crop to 224".
-      squash: resize the full image instead, ignoring its aspect ratio.
       exif: apply the EXIF orientation.
       bit_depth: as in `decode`.
     """
@@ -186,7 +185,6 @@ class EvalTransform:
     image_size: tuple[int, int]
     channels: int
     crop: float = 0.875
-    squash: bool = False
     interpolation: str = "bicubic"
     exif: bool = False
     bit_depth: int | None = None
@@ -195,8 +193,6 @@ class EvalTransform:
         """Return {"image": [h, w, c]}."""
         image = decode(encoded, self.channels, self.exif, self.bit_depth)
         height, width = self.image_size
-        if self.squash:
-            return {"image": resize(image, self.image_size, self.interpolation)}
         image = _limit_aspect_ratio(image, max(MAX_ASPECT, height / width, width / height))
         # Rounded as in torchvision's Resize and CenterCrop.
         rows, columns = image.shape[:2]
