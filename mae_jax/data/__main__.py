@@ -77,6 +77,11 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=cli.positive_int, help="use this many evenly spaced images (all)"
     )
+    parser.add_argument(
+        "--ignore-nodata",
+        action="store_true",
+        help="leave out samples that are GDAL's NoData value of their file, NaN or Inf",
+    )
 
     def run(arguments: argparse.Namespace) -> None:
         if arguments.split is None and _dataset(arguments).splits() != [""]:
@@ -84,13 +89,22 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
         (source,) = _open_splits(arguments).values()
         if arguments.images:
             source = evenly_spaced(source, arguments.images)
-        stats = channel_stats(source, arguments.channels, available_cpus(), arguments.bit_depth)
+        stats = channel_stats(
+            source,
+            arguments.channels,
+            available_cpus(),
+            arguments.bit_depth,
+            ignore_nodata=arguments.ignore_nodata,
+        )
         rows = [
             (channel, f"{mean:.6g}", f"{std:.6g}")
             for channel, (mean, std) in enumerate(zip(stats.mean, stats.std))
         ]
         console.print_table(f"{len(source)} images", ("channel", "mean", "std"), rows)
-        for name, values in vars(stats).items():
+        if text := str(stats.nodata):
+            used = "left out" if arguments.ignore_nodata else "counted; --ignore-nodata omits them"
+            print(f"{text}: {used}")
+        for name, values in (("mean", stats.mean), ("std", stats.std)):
             print(f"--config.data.{name}='({', '.join(f'{value:.6g}' for value in values)},)'")
         if arguments.bit_depth:
             print(f"--config.data.bit_depth={arguments.bit_depth}")
@@ -224,6 +238,10 @@ def _summarize(source: Source, report: ValidationReport) -> dict[str, object]:
         )
         rows["height x width"] = f"{low} to {high}, median {median}"
         rows["dtype"] = ", ".join(f"{name}: {count:,}" for name, count in report.dtypes.items())
+    if text := str(report.nodata):
+        rows["NoData"] = text
+    if report.uint16_bits:
+        rows["uint16 values"] = f"use {report.uint16_bits} of 16 bits; all levels are kept"
     if report.used_bits:
         rows["read with 8 bits"] = f"{len(report.used_bits):,}: {describe_loss(report.used_bits)}"
     scan = getattr(source, "scan", None)

@@ -80,7 +80,7 @@ def _read(encoded: Encoded, channels: int, exif: bool, keep_bits: bool) -> Raste
         # Of a TIFF, the orientation is always applied, as by Pillow.
         if exif and not encoded.startswith((*TIFF, NPY, ZIP)):
             orientation = exif_orientation(encoded)
-        return Raster(_apply_orientation(array, orientation), bits)
+        return Raster(apply_orientation(array, orientation), bits)
     except DataError:
         raise
     except MemoryError:
@@ -93,7 +93,7 @@ def _read(encoded: Encoded, channels: int, exif: bool, keep_bits: bool) -> Raste
 
 def _read_bytes(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
     if encoded.startswith((NPY, ZIP)):
-        return Raster(_to_pixels(_decode_numpy(encoded), channels), None)
+        return Raster(_to_pixels(decode_numpy(encoded), channels), None)
     if encoded.startswith(TIFF):
         array, bits, orientation = read_tiff(encoded, channels)
         array = _to_pixels(array, channels) if bits is None else array
@@ -186,7 +186,8 @@ def _to_fractions(raster: Raster, channels: int, bit_depth: int) -> Pixels:
     return np.repeat(values, 3, axis=-1) if channels == 3 else values @ LUMA[:, None]
 
 
-def _apply_orientation(array: Pixels, orientation: int) -> Pixels:
+def apply_orientation(array: Pixels, orientation: int) -> Pixels:
+    """Return pixels upright, of an EXIF orientation."""
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -204,7 +205,7 @@ def exif_orientation(encoded: bytes) -> int:
             return image.getexif().get(ORIENTATION, 1)
 
 
-def _decode_numpy(encoded: bytes) -> np.ndarray:
+def decode_numpy(encoded: bytes) -> np.ndarray:
     """Return the array of a .npy, or of a .npz its only array or the one called "image"."""
     try:
         loaded: Any = np.load(io.BytesIO(encoded), allow_pickle=False)
@@ -239,5 +240,8 @@ def _to_pixels(array: np.ndarray, channels: int) -> Pixels:
         raise DataError(f"its dtype is {array.dtype}, which is not numeric")
     array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
-        raise DataError("it contains NaN or Inf")
+        share = 100 * (1 - np.isfinite(array).mean())
+        raise DataError(
+            f"it contains NaN or Inf, {share:.3g} % of its values: replace them, as by the mean"
+        )
     return array

@@ -18,6 +18,7 @@ from mae_jax.data.sources import DataError
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BIG_ENDIAN_BIGTIFF = b"MM\0+"  # of which Pillow cannot read the EXIF tags
+GDAL_NODATA = 42113  # tag
 REDUCED, MASK = 1, 4  # flags of NewSubfileType
 UNSIGNED = 1  # sample format
 ALPHA = (1, 2)  # extra samples that are transparency
@@ -60,6 +61,18 @@ def read_tiff(encoded: bytes, channels: int) -> Raster:
         if planes is None:
             planes = np.concatenate([_samples(page, encoded) for page in pages], axis=-1)
         return Raster(_without_alpha(planes, pages, channels), None, orientation)
+
+
+def nodata_value(encoded: bytes) -> float | None:
+    """Return the NoData value of a TIFF by GDAL; None for others."""
+    if not encoded.startswith(TIFF):
+        return None
+    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        text = _image_pages(file)[0].tags.valueof(GDAL_NODATA)
+    try:
+        return float(str(text).strip(" \0").replace(",", "."))
+    except ValueError:
+        return None
 
 
 def _image_pages(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
