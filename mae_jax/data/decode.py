@@ -14,6 +14,7 @@ import numpy as np
 import simplejpeg
 from jaxtyping import Shaped
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import StubImageFile
 
 from mae_jax.data import png
 from mae_jax.data.file_kinds import why_not_an_image
@@ -133,6 +134,8 @@ def _decode_jpeg(encoded: bytes, channels: int) -> Pixels | None:
 
 def _read_with_pillow(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
     with open_image(encoded) as image:
+        if isinstance(image, StubImageFile):  # Pillow knows the name of the format only
+            raise UnidentifiedImageError
         if keep_bits and png.has_16_bits(encoded):
             array = png.read_16_bits(encoded, image.size)
             colors = 3 if array.shape[-1] >= 3 else 1
@@ -200,7 +203,7 @@ def exif_orientation(encoded: bytes) -> int:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return image.getexif().get(ORIENTATION, 1)
-    except ValueError:  # the text of a PNG exceeds Pillow's limit
+    except (ValueError, SyntaxError, OSError):  # perhaps of the text or color profile of a PNG
         with open_image(encoded) as image:
             return image.getexif().get(ORIENTATION, 1)
 

@@ -23,6 +23,8 @@ PICTURES = (
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 or NetCDF file"),
     (0, b"CDF\x01", "a NetCDF file"),
     (0, b"CDF\x02", "a NetCDF file"),
+    (0, b"GRIB", "a GRIB file"),
+    (0, b"BUFR", "a BUFR file"),
     (128, b"DICM", "a DICOM file"),
     (344, b"n+1\0", "a NIfTI file"),
     (0, b"%PDF-", "a PDF document"),
