@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mae_jax.models.layers import ExecutionConfig, fold_norms
@@ -105,6 +106,18 @@ def test_folded_norms_do_not_change_results(params, batch, expected):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads
     )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_the_form_for_tpus_computes_the_same(dtype, tolerance, params, batch, monkeypatch):
+    """Its norms, GELU and bias gradients; errors relative to the norm of all gradients."""
+    execution = ExecutionConfig(dtype=dtype)
+    expected_loss, expected = loss_and_grads(make_task(execution=execution), params, batch)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    loss, grads = loss_and_grads(make_task(execution=execution), params, batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, expected))
+    assert error <= tolerance * optax.tree.norm(expected)
 
 
 def test_gradients_of_tokens_and_positions_are_summed_in_float32(params, batch):
