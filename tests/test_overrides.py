@@ -93,6 +93,10 @@ def test_none_for_another_key_is_an_error_that_names_it(key):
         ("model.image_size=1,2,3", r"model.image_size=.* must be 2 numbers, as in \(224, 224\)"),
         ("data.crop_scale=0.2", r"data.crop_scale=.* must be 2 numbers, as in \(0.2, 1.0\)"),
         ("eval.knn_k=a,b", r"eval.knn_k=.* must be of type int, as in \(10,\)"),
+        (
+            "eval.show_channels=0,1",
+            r"eval.show_channels=.* one or three numbers, as in \(0, 1, 2\)",
+        ),
         ("data.mean=0.1,0.2,0.3,0.4", "data.mean=.* a value for each of 3 channels"),
         ("data.std=0.1", "data.std=.* a value for each of 3 channels"),
         ("model.channels=4", "data.mean=.* a value for each of 4 channels"),

@@ -353,6 +353,11 @@ class EvalConfig(Group):
     )
     batch_size: int = key(256, "images", low=1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.show_channels) not in (1, 3):
+            raise self.error("show_channels", "must be one or three numbers, as in (0, 1, 2)")
+
 
 @dataclass(frozen=True)
 class LogConfig(Group):
