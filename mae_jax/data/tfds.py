@@ -1,6 +1,5 @@
 """TFDS datasets as sources, read without TensorFlow from array_record and TFRecord files."""
 
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from tensorflow_datasets.core import read_only_builder
 from mae_jax.data.sources import DERIVED_PREFIX, DataError, Record, hash_lines
 from mae_jax.data.tfrecord import Shard, TfRecordReader
 from mae_jax.utils.caches import cache_folder
+from mae_jax.utils.file_lock import exclusive_lock
 from mae_jax.utils.paths import expand_path
 
 log = logging.getLogger("mae_jax")
@@ -209,8 +209,7 @@ def _default_data_dir() -> str | None:
 def _exclusive(folder: Path) -> Iterator[None]:
     """Hold a file lock, since several processes of a run may prepare the same dataset."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with exclusive_lock(folder / ".lock", wait=True):
         yield
 
 

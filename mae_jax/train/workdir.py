@@ -1,14 +1,12 @@
 """The workdir of a run: locked by one run at a time, and shared by all of its processes."""
 
-import fcntl
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mae_jax.distributed import processes
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.file_lock import LockedError, exclusive_lock
 
 
 class WorkdirError(UserError):
@@ -42,22 +40,12 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(workdir: Path) -> Iterator[None]:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(_lock_file(workdir), "ab+", buffering=0)  # noqa: SIM115
-    except OSError as error:
-        raise _not_writable(workdir, error) from error
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = (file.read() or b"").decode().strip() or "another process"
-            raise WorkdirError(f"the workdir {workdir} is in use by {owner}") from None
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            os.fsync(file.fileno())
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive_lock(_lock_file(workdir)))
+        except LockedError as error:
+            raise WorkdirError(f"the workdir {workdir} is in use by {error}") from None
         except OSError as error:
             raise _not_writable(workdir, error) from error
         yield
