@@ -4,7 +4,7 @@ VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-faults test-slow test-torch test-compile test-compile-gpu lint clean
+.PHONY: help demo test test-faults test-slow test-soak test-torch test-compile test-compile-gpu lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -20,6 +20,9 @@ test-faults: $(VENV)/.dev  ## kill, suspend, starve and corrupt real runs (docs/
 
 test-slow: $(VENV)/.dev  ## more fault tolerance tests, and programs for hundreds of devices; half an hour
 	$(BIN)/python -m pytest tests/slow $(ARGS)
+
+test-soak: $(VENV)/.dev  ## memory, open files and threads of a run of 20,000 steps
+	$(BIN)/python -m pytest -s tests/soak $(ARGS)
 
 test-torch: .venv-torch/.peers  ## run the interoperability tests against torch, transformers and timm
 	XLA_FLAGS= HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/interop $(ARGS)

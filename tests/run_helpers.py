@@ -80,11 +80,11 @@ def run(config, workdir, *overrides, code=0, processes=1, devices=1, before=":")
     return done.stdout + done.stderr
 
 
-def start(config, workdir, *overrides, processes=1, devices=1):
+def start(config, workdir, *overrides, processes=1, devices=1, stdout=subprocess.PIPE):
     """Start a run and return its process."""
     return subprocess.Popen(
         command(config, workdir, *overrides, processes=processes),
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment(devices),
