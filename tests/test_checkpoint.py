@@ -212,8 +212,8 @@ def test_transient_errors_are_not_corruption(two_steps, tmp_path, monkeypatch, e
         assert restore(checkpointer)[0] == 1
 
 
-@pytest.mark.parametrize("name", ["lr[1e-4]", "a[b", "q?*", "[x]/[y]/run"])
-def test_folders_may_have_characters_that_glob_expands(tmp_path, name):
+@pytest.mark.parametrize("name", ["lr[1e-4]", "a[b", "q?*", "[x]/[y]/run", "gs:/run"])
+def test_folders_may_have_characters_that_libraries_expand(tmp_path, name):
     folder, renamed = tmp_path / name / "checkpoints", tmp_path / "renamed"
     for step in (1, 2):
         with closing(Checkpointer(folder, max_to_keep=2)) as writer:

@@ -99,6 +99,14 @@ def test_cache_downscales_and_marks_the_copy(folder, tmp_path, caplog, capsys):
         data.main(["cache", str(folder), str(tmp_path / "out"), "--short-side", "64"])
 
 
+@pytest.mark.parametrize("inside", ["", "copy", "train/copy"])
+def test_a_copy_among_the_images_is_refused(folder, inside):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(DataError, match="would be among the images of"):
+        data.main(["cache", str(folder), str(folder / inside)])
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_failed_cache_leaves_no_partial_output(corrupt, tmp_path, caplog):
     command = ["cache", str(corrupt), str(tmp_path / "out"), "--split", "train"]
     with pytest.raises(DataError, match="cut.jpg is bad: .*--skip-bad"):

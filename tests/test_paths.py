@@ -40,10 +40,17 @@ def test_home_directories_are_expanded(monkeypatch):
     assert expand_path("~") == "/a home"
     assert expand_path("~/runs/x") == "/a home/runs/x"
     assert expand_path("~root/x") == os.path.expanduser("~root/x") != "~root/x"
-    for path in ("runs/x", "./~/x", "a:b", "x/gs://y", "C:x", "", "eurosat/all", "cifar10:3.0.2"):
+    for path in ("runs/x", "a:b", "x/gs://y", "C:x", "", "eurosat/all", "cifar10:3.0.2"):
         assert expand_path(path) == path
     with pytest.raises(UserError, match=r"~nobody_here/x: there is no such home directory"):
         expand_path("~nobody_here/x")
+
+
+@pytest.mark.parametrize("name", ["~/x", "~root/x", "~nobody_here", "gs:/x", "gs://x"])
+def test_local_folders_of_such_names_stay_local(name):
+    path = expand_path(f"./{name}")
+    assert path == os.path.abspath(f"./{name}")
+    assert expand_path(Path(path)) == path
 
 
 # Every module with a parser, and the arguments that select it.

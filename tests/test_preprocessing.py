@@ -6,6 +6,7 @@ tests/interop compares it with both.
 import dataclasses
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -56,9 +57,11 @@ def change(file, **changes):
         ({"resample": 6}, r"resample=6 must be one of 0 \(nearest\), 1 \(lanczos\)"),
         ({"resample": None}, "resample=None must be one of"),
         ({"resample": "bicubic"}, "resample='bicubic' must be one of"),
-        ({"rescale_factor": 0}, "rescale_factor=0 must be a number above 0"),
+        ({"rescale_factor": 0}, "rescale_factor=0 must be a finite number above 0"),
         ({"rescale_factor": None}, "rescale_factor=None must be"),
-        ({"image_mean": "0.5"}, "image_mean='0.5' must be one number, or one per channel"),
+        ({"image_mean": "0.5"}, "image_mean='0.5' must be one finite number, or one per channel"),
+        ({"image_std": [0, 0, 0]}, r"image_std=\[0, 0, 0\] must be above 0"),
+        ({"image_mean": math.nan}, "image_mean=nan must be one finite number"),
         ({"image_mean": [0.5]}, "image_mean has 1 numbers for 3 channels"),
         ({"image_std": None}, "image_std=None must be"),
         ({"size": {"height": 96, "width": 96}}, "images of 96 x 96 pixels, but image_size"),

@@ -249,7 +249,7 @@ def test_imagej_stack_in_one_page():
     np.testing.assert_array_equal(decode(buffer.getvalue(), 5), BANDS)
 
 
-@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("bits", [1, 2, 4, 6, 10, 12, 14])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_packed_bits_are_scaled_by_their_own_range(bits, channels):
     values = RNG.integers(0, 2**bits, (8, 13, channels))
@@ -264,8 +264,12 @@ def test_packed_bits_are_scaled_by_their_own_range(bits, channels):
         offset = len(buffer.getvalue())
         tags[273].overwrite(offset)
         data = buffer.getvalue()[:offset].ljust(offset, b"\0") + rows.tobytes()
-    expected = values * 255 // (2**bits - 1) if channels == 1 else values >> (bits - 8)
+    scaled = values * 255 // (2**bits - 1)
+    expected = scaled if channels == 1 or bits < 8 else values >> (bits - 8)
     np.testing.assert_array_equal(decode(data, channels), expected)
+    fractions = decode(data, channels, bit_depth=16)
+    if channels == 3 or bits > 8:
+        np.testing.assert_allclose(fractions, values / (2**bits - 1), rtol=1e-6)
 
 
 def test_white_is_zero():

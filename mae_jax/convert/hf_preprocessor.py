@@ -1,5 +1,6 @@
 """Parse and write preprocessor_config.json of Hugging Face, the settings of an image processor."""
 
+import math
 import re
 from typing import Any, NoReturn
 
@@ -157,7 +158,7 @@ def _parse_stats(settings: Json, channels: int) -> Json:
     """
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1
     if not _is_number(factor) or factor <= 0:
-        _refuse(f"rescale_factor={factor!r} must be a number above 0")
+        _refuse(f"rescale_factor={factor!r} must be a finite number above 0")
     mean, std = (0.0,) * channels, (1.0,) * channels
     if settings["do_normalize"]:
         mean, std = (_numbers(settings, name, channels) for name in ("image_mean", "image_std"))
@@ -171,16 +172,19 @@ def _parse_stats(settings: Json, channels: int) -> Json:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _numbers(settings: Json, name: str, channels: int) -> tuple[float, ...]:
     value = settings[name]
     values = (value,) * channels if _is_number(value) else value
     if not isinstance(values, (list, tuple)) or not all(map(_is_number, values)):
-        _refuse(f"{name}={value!r} must be one number, or one per channel")
+        _refuse(f"{name}={value!r} must be one finite number, or one per channel")
     if len(values) != channels:
         _refuse(f"{name} has {len(values)} numbers for {channels} channels of config.json")
+    if name == "image_std" and min(values) <= 0:
+        _refuse(f"image_std={value!r} must be above 0")
     return tuple(values)
 
 

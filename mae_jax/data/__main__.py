@@ -157,6 +157,11 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
         if arguments.quality > 100:
             raise DataError(f"--quality {arguments.quality} must be within 1 to 100")
         is_folder = Path(arguments.data).is_dir()
+        if is_folder and arguments.dst.resolve().is_relative_to(Path(arguments.data).resolve()):
+            raise DataError(
+                f"the copy {arguments.dst} would be among the images of {arguments.data}; choose a "
+                "folder outside of it"
+            )
         original = Path(arguments.data).absolute().name if is_folder else arguments.data
         name = arguments.name or f"{original}_{arguments.short_side}"
         name = re.sub(r"\W+", "_", name).lower().strip("_")

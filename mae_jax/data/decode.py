@@ -157,7 +157,7 @@ def _to_8_bits(raster: Raster, channels: int) -> Pixels:
     array, bits, _ = raster
     if bits is None:
         return array
-    if bits != 8 and array.shape[-1] == 1:
+    if bits < 8 or (bits > 8 and array.shape[-1] == 1):
         array = (array.astype(np.uint32) * 255 // (2**bits - 1)).astype(np.uint8)
     elif bits > 8:
         array = (array >> (bits - 8)).astype(np.uint8)  # as Pillow does
@@ -176,7 +176,9 @@ def _to_fractions(raster: Raster, channels: int, bit_depth: int) -> Pixels:
     array, bits, _ = raster
     if array.dtype == np.float32:
         return array
-    depth = 8 if array.dtype == np.uint8 else bit_depth if bits in (None, 16) else bits
+    depth = 8 if array.dtype == np.uint8 else bit_depth
+    if bits is not None and bits < 16:
+        depth = bits
     largest = int(array.max())
     if largest >= 2**depth:
         raise DataError(

@@ -180,6 +180,8 @@ def _samples_by_pillow(page: tifffile.TiffPage, encoded: bytes) -> np.ndarray | 
 def _channels_last(array: np.ndarray, axes: str) -> np.ndarray:
     """Return an array [h, w, c] of one with the axes Y, X and at most one more."""
     array = np.moveaxis(array, [axes.index("Y"), axes.index("X")], [0, 1])
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8)
     return array[..., None] if array.ndim == 2 else array
 
 

@@ -1,7 +1,8 @@
-"""Folders whose path has characters that glob expands, for libraries that glob on whole paths.
+"""Folders whose path means something else to libraries that glob, or look for addresses in it.
 
 Orbax finds the files of each process by glob.glob(f"{folder}/ocdbt.process_*"). Below a folder like
-"lr[1e-4]" that matches nothing, and it writes checkpoints that nobody can read.
+"lr[1e-4]" that matches nothing, and it writes checkpoints that nobody can read. A folder "gs:" in a
+path becomes "gs://".
 """
 
 import glob
@@ -18,17 +19,17 @@ _DESCRIPTORS = Path("/proc/self/fd")  # of Linux
 
 @contextmanager
 def glob_safe(folder: Path) -> Iterator[Path]:
-    """Give an absolute path of a folder without "[", "*" and "?"; such a folder is created.
+    """Give an absolute path of a folder without "[", "*", "?" and ":/"; such a folder is created.
 
     Raises:
       UserError: the system has no other name for it.
     """
     folder = folder.absolute()
-    if glob.escape(str(folder)) == str(folder):
+    if glob.escape(str(folder)) == str(folder) and ":/" not in str(folder):
         yield folder
         return
     if not _DESCRIPTORS.is_dir():
-        raise UserError(f"{folder}: choose a path without the characters [ * ?")
+        raise UserError(f"{folder}: choose a path without the characters [ * ? :")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -30,6 +30,8 @@ def main(argv: list[str]) -> None:
     """Run the command; never returns after an error."""
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}; overrides are written --config.key=value")
+    if not WORKDIR.value:
+        _fail("--workdir is empty")
     import jax
 
     from mae_jax.data.worker_processes import WorkerError
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> None:
         keep_freed_memory_on_cpu()
         if not processes.is_main():
             console.quiet_secondary_process(jax.process_index())
-        train_and_evaluate(from_config_dict(CONFIG.value), WORKDIR.value or "")
+        train_and_evaluate(from_config_dict(CONFIG.value), WORKDIR.value)
     except UserError as error:
         _fail("" if processes.already_reported(error) else str(error))
     except (WorkerError, OSError) as error:  # OSError: a full disk, for example

@@ -20,6 +20,8 @@ def path_argument(text: str) -> Path:
 
 def path_text(text: str) -> str:
     """Parse a path as `path_argument` does, but as text, which may name a dataset instead."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
     try:
         return expand_path(text)
     except UserError as error:

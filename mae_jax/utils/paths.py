@@ -10,7 +10,7 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib turns gs://x in
 
 
 def expand_path(path: str | os.PathLike[str]) -> str:
-    """Return a path with "~" and "~user" expanded.
+    """Return a path with "~" and "~user" expanded; to expand the result again changes nothing.
 
     Raises:
       UserError: it is an address such as gs://bucket/run, or the home directory is unknown.
@@ -24,7 +24,13 @@ def expand_path(path: str | os.PathLike[str]) -> str:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise UserError(f"{text}: there is no such home directory; ./{text} names a local file")
+    if str(Path(expanded)) != expanded and _is_special(str(Path(expanded))):
+        return os.path.abspath(expanded)  # ./~x and ./gs:/x, which pathlib shortens to ~x and gs:/x
     return expanded
+
+
+def _is_special(text: str) -> bool:
+    return text.startswith("~") or _ADDRESS.match(text) is not None
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
