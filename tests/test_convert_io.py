@@ -75,7 +75,7 @@ def test_invalid_config_json(huggingface):
         ({"mask_ratio": 1.5}, "mask_ratio=1.5 must be a number >= 0 and < 1"),
         ({"image_size": "32"}, "must be height and width"),
         ({"layer_norm_eps": "1e-6"}, "layer_norm_eps='1e-6' must be a number > 0"),
-        ({"id2label": {"a": "cat"}}, "has invalid values"),
+        ({"id2label": {"a": "cat"}}, "id2label must be an object of names by class number"),
         ({"hidden_act": "gelu_new"}, "hidden_act='gelu_new'"),
     ):
         path.write_text(json.dumps(config | changes))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tifffile
 from image_helpers import encoded, fill_folder, photograph
 from PIL import Image
 
@@ -141,3 +142,16 @@ def test_missing_folder_and_unknown_dataset(tmp_path):
         data.main(["check", "/nowhere"])
     with pytest.raises(DataError, match="no dataset 'imagenot'"):
         data.main(["check", "imagenot", "--data-dir", str(tmp_path)])
+
+
+def test_images_of_several_dtypes_are_named(folder, capsys):
+    tifffile.imwrite(
+        folder / "train" / "ant" / "zz.tif",
+        np.zeros((8, 8, 3), np.float32),
+        photometric="minisblack",
+        planarconfig="contig",
+    )
+    data.main(["check", str(folder), "--split", "train"])
+    assert "float32: 1; training needs images of one dtype" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"zz.tif is float32, but .* is uint8: all images must"):
+        data.main(["stats", str(folder), "--split", "train"])

@@ -85,13 +85,14 @@ def test_a_value_that_no_sample_can_have_masks_nothing(text):
 def test_check_names_nodata_with_its_share(tmp_path, capsys, monkeypatch, nodata):
     monkeypatch.setenv("COLUMNS", "200")
     files = {"a.tif": tiff(with_missing(-9999), nodata), "b.tif": tiff(1 + IMAGE, None)}
+    files["c.tif"] = tiff(1 + IMAGE, nodata)
     main(["check", folder(tmp_path, files), "--channels", "4"])
     output = capsys.readouterr().out
     if nodata == "nan":
-        assert "NoData nan (1 file); no pixel has it" in output
+        assert "NoData nan (2 files); no pixel has it" in output
     else:
-        assert "NoData -9999 (1 file); 25 % of all pixels" in output
-        assert "by channel 0 %, 25 %, 0 %, 0 %" in output
+        assert "NoData -9999 (2 files); 16.7 % of all pixels" in output
+        assert "by channel 0 %, 16.7 %, 0 %, 0 %" in output
 
 
 def test_check_lists_an_image_with_nan_and_its_share(tmp_path, capsys):

@@ -161,6 +161,12 @@ def test_class_names(caplog, config, names, warning):
     assert bool(caplog.text) == bool(warning)
 
 
+@pytest.mark.parametrize("names", [["a", "b"], {"x": "a"}])
+def test_class_names_of_another_form_name_the_key(names):
+    with pytest.raises(ConvertError, match="id2label must be an object of names by class number"):
+        parse_hf_config({"id2label": names})
+
+
 def test_classes_of_the_same_name(classifier, picture, tmp_path, capsys):
     """They are told apart by their number, also after another conversion."""
     weights.write(classifier(3, class_names=("a", "a", "b")), tmp_path / "model", "hf")

@@ -140,6 +140,9 @@ def test_images_of_other_units_are_refused(checkpoint, tmp_path, pixels, mean, d
     for dtype in refused:
         with pytest.raises(ValueError, match=f"images are {dtype}"):
             model.features(params, np.zeros((1, SIDE, SIDE, 3), dtype))
+        np.save(tmp_path / "image.npy", np.zeros((SIDE, SIDE, 3), dtype))
+        with pytest.raises(DataError, match=rf"image.npy is read as {dtype}, but the mean"):
+            model.read_images(tmp_path / "image.npy")
 
 
 @pytest.mark.parametrize(

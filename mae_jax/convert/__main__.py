@@ -128,7 +128,8 @@ def _preprocessing(info: weights.ModelInfo) -> str:
         "border": f"full image with a border, {crop}",
         "processor": f"resized to {dict(info.size)}, center crop {info.crop_size}",
     }[info.resize]
-    return f"{rule}, {info.interpolation}"
+    depth = f", values of {info.bit_depth} bits" if info.bit_depth else ""
+    return f"{rule}, {info.interpolation}{depth}"
 
 
 def _uses(info: weights.ModelInfo) -> list[str]:

@@ -52,6 +52,11 @@ def _problem_type(config: Json) -> str:
 
 def _class_names(names: Json) -> tuple[str, ...]:
     """Return the names by class; () for the default ones, or if some class has none."""
+    if not isinstance(names, dict) or not all(str(key).isdecimal() for key in names):
+        raise ConvertError(
+            "config.json: id2label must be an object of names by class number, as "
+            '{"0": "cat", "1": "dog"}'
+        )
     by_class = {int(key): name for key, name in names.items()}
     if all(str(name).startswith("LABEL_") for name in names.values()):
         return ()

@@ -23,7 +23,7 @@ from mae_jax.convert.model_info import (
 from mae_jax.convert.preprocessing import ModelTransform, make_transform
 from mae_jax.data.bit_depth import warn_of_loss
 from mae_jax.data.loader import eval_batches
-from mae_jax.data.sources import FileSource, Source
+from mae_jax.data.sources import DataError, FileSource, Source
 from mae_jax.data.transforms import EvalTransform
 from mae_jax.models import attention_selection
 from mae_jax.models.attention import AttentionImpl, attention_shape
@@ -293,10 +293,15 @@ class PretrainedModel:
     def batches(
         self, source: Source, batch_size: int, num_classes: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Return the images of a source in order; see `eval_batches`."""
+        """Yield the images of a source in order; see `eval_batches`.
+
+        Raises:
+          mae_jax.data.sources.DataError: an image is bad, or mean and std of the model are not for
+            images of its dtype.
+        """
         if self.info.bit_depth is None:
             warn_of_loss(source, self.info.channels, EIGHT_BITS)
-        return eval_batches(
+        batches = eval_batches(
             source,
             self.transform,
             batch_size,
@@ -304,6 +309,15 @@ class PretrainedModel:
             hint="Fix or remove it",
             num_classes=num_classes,
         )
+        for number, batch in enumerate(batches):
+            dtype = batch["image"].dtype
+            if not self.info.accepts(dtype):
+                raise DataError(
+                    f"{source.describe(number * batch_size)} is read as {dtype}, but the mean and "
+                    f"std of this model, {self.info.mean} and {self.info.std}, are for images of "
+                    "other units. Pictures are read as uint8: save values of more bits as .npy"
+                )
+            yield batch
 
 
 @partial(jax.jit, static_argnames=("model", "mask", "mask_ratio", "stats"))

@@ -243,6 +243,8 @@ def _summarize(source: Source, report: ValidationReport) -> dict[str, object]:
         )
         rows["height x width"] = f"{low} to {high}, median {median}"
         rows["dtype"] = ", ".join(f"{name}: {count:,}" for name, count in report.dtypes.items())
+        if len(report.dtypes) > 1:
+            rows["dtype"] += "; training needs images of one dtype"
     if text := str(report.nodata):
         rows["NoData"] = text
     if report.uint16_bits:

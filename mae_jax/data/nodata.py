@@ -81,12 +81,12 @@ class NoDataCounts:
     pixels: int = 0
     incomplete_pixels: int = 0
     missing: np.ndarray = field(default_factory=lambda: np.zeros(1))  # samples, per channel
-    values: Counter[float] = field(default_factory=Counter)
+    values: Counter[str] = field(default_factory=Counter)
 
     def add(self, image: MaskedImage) -> None:
         """Count an image."""
         if image.value is not None:
-            self.values[image.value] += 1
+            self.values[f"{image.value:g}"] += 1  # text, since NaN differs from itself
         if image.missing.any():
             self.images += 1
             self.incomplete_pixels += int(image.missing.any(axis=-1).sum())
@@ -96,7 +96,7 @@ class NoDataCounts:
     def __str__(self) -> str:
         """Return NoData values and the share of pixels; "" without any."""
         tags = ", ".join(
-            f"{value:g} ({pluralize(count, 'file')})" for value, count in self.values.items()
+            f"{value} ({pluralize(count, 'file')})" for value, count in self.values.items()
         )
         text = f"GDAL's NoData {tags}; " if tags else ""
         if not self.images:

@@ -104,7 +104,8 @@ def channel_stats(
         sample in a channel does not count there.
 
     Raises:
-      DataError: an image is bad, or a channel is constant or has no data.
+      DataError: an image is bad or of another dtype than the first, or a channel is constant or
+        has no data.
     """
 
     def read(index: int) -> tuple[np.ndarray, MaskedImage]:
@@ -118,9 +119,15 @@ def channel_stats(
             raise bad_image_error(source, index, error, hint) from error
         return _moments(image, ignore_nodata), image
 
-    nodata, sums = NoDataCounts(), np.zeros((3, channels))
+    nodata, sums, dtype = NoDataCounts(), np.zeros((3, channels)), None
     results = console.progress(ordered_parallel_map(read, len(source), threads), len(source))
-    for moments, image in results:
+    for index, (moments, image) in enumerate(results):
+        dtype = dtype or image.pixels.dtype
+        if image.pixels.dtype != dtype:
+            raise DataError(
+                f"{source.describe(index)} is {image.pixels.dtype}, but {source.describe(0)} is "
+                f"{dtype}: all images must have the same dtype"
+            )
         sums += moments
         nodata.add(image)
     mean, square, count = sums

@@ -79,7 +79,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         _ = CONFIG.value.items()  # raises for a missing config file
     except (AttributeError, KeyError) as error:
         _fail(f"no such config key: {_reason(error)}")
-    except (flags.Error, UserError, TypeError, ValueError, OSError) as error:
+    except (flags.Error, UserError, IndexError, TypeError, ValueError, OSError) as error:
         _fail(_reason(error))
     return rest
 
