@@ -56,7 +56,7 @@ def with_sharded_inputs(
 def _in_slices(function: Callable[[np.ndarray], Any], images: np.ndarray) -> Any:
     """Apply a function to slices of images, one per core at a time; return all rows on the host.
 
-    That takes two thirds of the time of all cores computing every layer of all images together.
+    Faster than all cores computing every layer of all images together, with the same results.
     Batches of other sizes than multiples of SLICE_ROWS are not sliced: each shape is compiled.
     """
     count = len(images) // SLICE_ROWS if len(images) % SLICE_ROWS == 0 else 1

@@ -41,10 +41,10 @@ def exclusive_lock(path: Path, wait: bool = False) -> Iterator[None]:
         works = _flock(path, file.fileno(), wait)
         if works and (owner := _holder(path)) and not wait:  # another host has no flock
             raise LockedError(owner)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        os.fsync(file.fileno())
         with nullcontext() if works else _lock_file(path, wait):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            os.fsync(file.fileno())
             yield
 
 
