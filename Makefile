@@ -4,7 +4,7 @@ VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-faults test-slow test-soak test-torch test-compile test-compile-gpu lint clean
+.PHONY: help demo test test-faults test-slow test-soak test-torch test-compile test-compile-gpu docs lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -33,13 +33,16 @@ test-compile: .venv-compile/.tpu  ## compile the train step for a TPU, without o
 test-compile-gpu: .venv-compile/.gpu  ## the same for NVIDIA GPUs; the compilers take 6 GB
 	.venv-compile/bin/python -m pytest tests/compile $(ARGS)
 
-lint: $(VENV)/.dev  ## check style and types
+docs: .venv-docs/.docs  ## build the site of the documentation into site/; a dead link fails
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+lint: $(VENV)/.dev docs  ## check style, types and documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
 clean:  ## remove the virtual environments and the demo's workdir
-	rm -rf .venv .venv-py* .venv-torch .venv-compile runs/demo
+	rm -rf .venv .venv-py* .venv-torch .venv-compile .venv-docs site runs/demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +53,11 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev$(CUDA)]'
+	touch $@
+
+.venv-docs/.docs: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --editable '.[demo,docs]'
 	touch $@
 
 # timm requires torchvision, which breaks transformers with the CPU build of torch: both go into a

@@ -257,7 +257,9 @@ class PretrainedModel:
         Args:
           stats: where mean and deviation of patches come from if the model predicts normalized
             pixels: "visible" neighbors, or the ground truth ("gt").
-          mask, mask_ratio: as in `task`, which also has the errors.
+          mask: as in `task`, which also has the errors.
+          mask_ratio: likewise.
+          seed: of the mask.
         """
         self._check(images)
         key = jax.random.key(seed)
