@@ -6,11 +6,11 @@ Exit codes: 0 finished, or stopped on request with everything saved; 2 bad confi
 3 aborted on NaN/Inf loss; 1 any other error.
 """
 
-from absl import app, flags
+from absl import flags
 
 from mae_jax.train import __main__ as command
 
 flags.adopt_module_key_flags(command)
 
 if __name__ == "__main__":
-    app.run(command.main, flags_parser=command.parse_flags)
+    command.run()

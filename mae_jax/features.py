@@ -3,6 +3,7 @@
 python -m mae_jax.features IMAGE_OR_DIR... --checkpoint ANY --out features.npz
 """
 
+import argparse
 from functools import partial
 
 import jax
@@ -18,7 +19,8 @@ from mae_jax.utils.atomic import atomic_path
 MAX_IMAGES = 16  # in the attention figure
 
 
-def main(argv: list[str]) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, as shell completion reads it."""
     parser = convert_cli.image_parser("mae_jax.features", __doc__)
     convert_cli.add_batch_size(parser)
     parser.add_argument(
@@ -44,7 +46,11 @@ def main(argv: list[str]) -> None:
         help="draw the cls token's attention in the last block, mean over heads; also `attention`",
     )
     convert_cli.add_show(parser)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    arguments = build_parser().parse_args(argv)
     cli.check_output("--out", arguments.out, ".npz")
     if arguments.attention:
         cli.check_output("--attention", arguments.attention, ".png")
@@ -89,4 +95,4 @@ def attention_figure(
 
 
 if __name__ == "__main__":
-    cli.run_command(main, convert_cli.FLAGS)
+    cli.run_command(main)

@@ -31,7 +31,8 @@ COLUMNS = {
 
 
 def main(argv: list[str]) -> None:
-    arguments = _parse(argv)
+    arguments = build_parser().parse_args(argv)
+    cli.check_output("--out", arguments.out, ".csv")
     source = FileSource(arguments.images)
     model, params = convert_cli.load_model(arguments)
     model.check_head()
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> None:
     print(f"{arguments.out}: {cli.pluralize(len(source), 'image')}")
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, as shell completion reads it."""
     parser = convert_cli.image_parser("mae_jax.predict", __doc__)
     convert_cli.add_batch_size(parser)
     parser.add_argument(
@@ -84,9 +86,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=cli.path_argument,
         help="a file with one name per line, if the checkpoint has none",
     )
-    arguments = parser.parse_args(argv)
-    cli.check_output("--out", arguments.out, ".csv")
-    return arguments
+    return parser
 
 
 def _check_flags(arguments: argparse.Namespace, problem: str) -> None:
@@ -150,4 +150,4 @@ def _class_names(
 
 
 if __name__ == "__main__":
-    cli.run_command(main, convert_cli.FLAGS)
+    cli.run_command(main)

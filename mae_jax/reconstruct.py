@@ -3,6 +3,8 @@
 python -m mae_jax.reconstruct IMAGE_OR_DIR... --checkpoint ANY --out grid.png
 """
 
+import argparse
+
 import jax
 import numpy as np
 
@@ -16,7 +18,8 @@ from mae_jax.utils import cli
 MAX_IMAGES = 64  # in one figure
 
 
-def main(argv: list[str]) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, as shell completion reads it."""
     parser = convert_cli.image_parser("mae_jax.reconstruct", __doc__)
     parser.add_argument("--out", type=cli.path_argument, required=True, help="the figure, .png")
     parser.add_argument("--mask", choices=SAMPLERS, default="random")
@@ -31,7 +34,11 @@ def main(argv: list[str]) -> None:
         help="brightness of normalized patches: ground truth, or of visible neighbors (default)",
     )
     convert_cli.add_show(parser)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    arguments = build_parser().parse_args(argv)
     cli.check_output("--out", arguments.out, ".png")
     source = FileSource(arguments.images)
     if len(source) > MAX_IMAGES:
@@ -49,4 +56,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main, convert_cli.FLAGS)
+    cli.run_command(main)

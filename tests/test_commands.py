@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 
 import mae_jax
 from mae_jax import features, predict, reconstruct
-from mae_jax.convert import cli as convert_cli
 from mae_jax.convert import weights
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import DataError
@@ -154,14 +153,14 @@ def test_errors_name_the_flag_in_place_of_the_config_key(golden, images, monkeyp
     ):
         monkeypatch.setattr(sys, "argv", [*command, *flags])
         with pytest.raises(SystemExit, match="2"):
-            cli.run_command(reconstruct.main, convert_cli.FLAGS)
+            cli.run_command(reconstruct.main)
         assert message in capsys.readouterr().err
 
 
 def test_errors_without_a_flag_keep_their_key():
     error = UserError("must be at least 1", key="model.depth", value=0)
-    assert error.as_flag(convert_cli.FLAGS) == str(error) == "model.depth=0 must be at least 1"
-    assert UserError("no images").as_flag(convert_cli.FLAGS) == "no images"
+    assert error.as_flag(cli.FLAGS) == str(error) == "model.depth=0 must be at least 1"
+    assert UserError("no images").as_flag(cli.FLAGS) == "no images"
 
 
 def test_images_of_the_wrong_kind(golden):

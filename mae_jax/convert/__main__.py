@@ -4,6 +4,7 @@ python -m mae_jax.convert SRC DST --to {mae_jax,official,hf,timm}
 python -m mae_jax.convert inspect SRC
 """
 
+import argparse
 from collections import Counter
 
 from mae_jax.convert import cli as convert_cli
@@ -20,7 +21,8 @@ def main(argv: list[str]) -> None:
         convert(argv)
 
 
-def convert(argv: list[str]) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, as shell completion reads it."""
     parser = cli.make_parser("mae_jax.convert", __doc__)
     parser.epilog = "`python -m mae_jax.convert inspect SRC` describes a checkpoint."
     parser.add_argument("src", type=cli.path_text, help="a weights file or directory, or a workdir")
@@ -45,7 +47,20 @@ def convert(argv: list[str]) -> None:
     )
     parser.add_argument("--encoder-only", action="store_true", help="do not convert the decoder")
     convert_cli.add_format_flags(parser)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def build_inspect_parser() -> argparse.ArgumentParser:
+    """Return the parser of `inspect`."""
+    parser = cli.make_parser("mae_jax.convert inspect", "Describe a checkpoint.")
+    parser.add_argument("src", type=cli.path_text, help="a weights file or directory, or a workdir")
+    convert_cli.add_format_flags(parser)
+    return parser
+
+
+def convert(argv: list[str]) -> None:
+    """Convert a checkpoint."""
+    arguments = build_parser().parse_args(argv)
     weights.check_destination(arguments.dst, arguments.to, overwrite=arguments.overwrite)
     checkpoint = weights.read(arguments.src, **convert_cli.format_kwargs(arguments))
     if arguments.encoder_only:
@@ -57,10 +72,8 @@ def convert(argv: list[str]) -> None:
 
 
 def inspect(argv: list[str]) -> None:
-    parser = cli.make_parser("mae_jax.convert inspect", "Describe a checkpoint.")
-    parser.add_argument("src", type=cli.path_text, help="a weights file or directory, or a workdir")
-    convert_cli.add_format_flags(parser)
-    arguments = parser.parse_args(argv)
+    """Print what a checkpoint contains."""
+    arguments = build_inspect_parser().parse_args(argv)
     checkpoint = weights.read(
         arguments.src, require_num_heads=(), **convert_cli.format_kwargs(arguments)
     )
@@ -145,4 +158,4 @@ def _uses(info: weights.ModelInfo) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run_command(main, convert_cli.FLAGS)
+    cli.run_command(main)

@@ -23,18 +23,6 @@ from mae_jax.utils.cli import (
 
 log = logging.getLogger("mae_jax")
 
-# Flags by the config key that they correspond to: errors name the flag instead of the key.
-FLAGS = {
-    "mask.ratio": "--mask-ratio",
-    "mask.kind": "--mask",
-    "model.image_size": "--image-size",
-    "model.channels": "--channels",
-    "eval.show_channels": "--show",
-    "data.image_feature": "--image-feature",
-    "data.path": "--data-dir",
-    "data.shots": "--shots",
-}
-
 
 def add_format_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for metadata that a checkpoint may lack."""

@@ -24,18 +24,22 @@ from mae_jax.utils.atomic import atomic_path
 from mae_jax.utils.cpus import available_cpus
 
 MAX_PRINTED = 20  # bad images printed by `check`
-FLAGS = {"data.image_feature": "--image-feature", "data.path": "--data-dir"}
 
 
 def main(argv: list[str]) -> None:
     """Run the command that `argv` names."""
+    arguments = build_parser().parse_args(argv)
+    arguments.run(arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, as shell completion reads it."""
     parser = cli.make_parser("mae_jax.data", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for add_arguments in (check_command, stats_command, prepare_command, cache_command):
         name, text = add_arguments.__name__.removesuffix("_command"), str(add_arguments.__doc__)
         add_arguments(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
-    arguments = parser.parse_args(argv)
-    arguments.run(arguments)
+    return parser
 
 
 def check_command(parser: argparse.ArgumentParser) -> None:
@@ -268,4 +272,4 @@ def _print_training_flags(name: str, folder: str | Path | None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main, FLAGS)
+    cli.run_command(main)

@@ -39,7 +39,7 @@ log = logging.getLogger("mae_jax")
 
 
 def main(argv: list[str]) -> None:
-    arguments = _parse(argv)
+    arguments = build_parser().parse_args(argv)
     measures = _parse_suite(arguments.suite)
     if arguments.out:
         cli.check_output("--out", arguments.out, ".json")
@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
         print(arguments.out)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, as shell completion reads it."""
     parser = cli.make_parser("mae_jax.evaluate", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     descriptions = [f"  {name:10} {item.description}" for name, item in SUITE.items()]
@@ -110,7 +111,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-gb", type=cli.positive_float, default=16.0, help="of features in memory (16)"
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def _parse_suite(text: str) -> list[str]:
@@ -289,4 +290,4 @@ def _print(results: Sequence[SuiteResult], title: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main, convert_cli.FLAGS)
+    cli.run_command(main)

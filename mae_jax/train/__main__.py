@@ -102,5 +102,10 @@ def _fail(message: str, code: int = 2, *, immediate: bool = False) -> NoReturn:
     processes.shutdown(code, immediate=immediate)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the command on the arguments of the process."""
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    run()

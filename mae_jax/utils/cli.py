@@ -4,13 +4,25 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from mae_jax.utils import console
 from mae_jax.utils.compilation import enable_compilation_cache
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import expand_path
+
+# Flags by the config key that they correspond to: errors name the flag instead of the key.
+FLAGS = {
+    "mask.ratio": "--mask-ratio",
+    "mask.kind": "--mask",
+    "model.image_size": "--image-size",
+    "model.channels": "--channels",
+    "eval.show_channels": "--show",
+    "data.image_feature": "--image-feature",
+    "data.path": "--data-dir",
+    "data.shots": "--shots",
+}
 
 
 def path_argument(text: str) -> Path:
@@ -75,11 +87,13 @@ def positive_float(text: str) -> float:
 
 
 def make_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser described by the first line of a module's docstring."""
+    """Return a parser described by the first line of a module's docstring.
+
+    Its errors name the program that the user typed: `mae-jax NAME` or `python -m MODULE`.
+    """
+    program = sys.argv[0] if sys.argv[0].startswith("mae-jax ") else f"python -m {module}"
     description = str(doc).splitlines()[0]
-    return argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, allow_abbrev=False
-    )
+    return argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
 
 
 def check_output(flag: str, path: Path, suffix: str) -> None:
@@ -100,19 +114,15 @@ def pluralize(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def run_command(main: Callable[[list[str]], None], flags: Mapping[str, str] | None = None) -> None:
-    """Run a command; bad input prints one sentence and exits with code 2.
-
-    Args:
-      flags: flag of the command by config key, for errors that name the key.
-    """
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Run a command; bad input prints one sentence and exits with code 2."""
     console.setup_logging()
     enable_compilation_cache()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that partial output is removed
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error.as_flag(flags or {})}", file=sys.stderr)
+        print(f"error: {error.as_flag(FLAGS)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
