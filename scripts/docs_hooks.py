@@ -16,11 +16,15 @@ LINK = re.compile(r"\]\((?!\w+:)([^)\s#]+)")  # relative, without the anchor
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Replace the files of docs/ by those of the repository that belong to the site."""
-    del files
+    for file in list(files):
+        if file.src_dir == config.docs_dir:  # not those of the theme
+            files.remove(file)
     docs = [path for path in (ROOT / "docs").rglob("*") if path.is_file()]
     pages = [*ROOT.glob("*.md"), *(path for path in docs if path.suffix == ".md")]
     paths = {*docs, *pages, *linked_files(pages)}
-    return Files([repository_file(path, config) for path in sorted(paths)])
+    for path in sorted(paths):
+        files.append(repository_file(path, config))
+    return files
 
 
 def linked_files(pages: list[Path]) -> set[Path]:

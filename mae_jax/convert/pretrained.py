@@ -65,10 +65,12 @@ def load(
       mae_jax.convert.model_info.ConvertError: the checkpoint cannot be read; has the remedy.
 
     Example:
+      ```python
       model, params = mae_jax.load("mae_pretrain_vit_base_full.pth")
       images = model.read_images(["cat.jpg", "dog.jpg"])
       features = model.features(params, images)["mean"]    # [2, 768]
       pictures = model.reconstruct(params, images)         # uint8 [2, 224, 224, 3]
+      ```
     """
     if dtype not in ("float32", "bfloat16"):
         raise ConvertError("must be 'float32' or 'bfloat16'", key="dtype", value=dtype)
