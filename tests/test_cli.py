@@ -49,6 +49,11 @@ def test_a_run_writes_its_results(finished):
     assert [row["step"] for row in lines(workdir) if "knn_top1" in row] == [9, 18, 24]
     assert "learning rate 4.6875e-06 = base_lr 0.00015 * batch_size 8 / 256" in output
     assert "k-NN top-1, this encoder" in output
+    assert lines(workdir)[0] == {"step": 0, "epoch": 0.0} | {
+        f"yardstick_{name}": loss for name, loss in summary["yardsticks"].items()
+    }
+    assert summary["yardsticks"]["patch_mean"] == pytest.approx(1.0, abs=0.01)
+    assert "yardsticks, losses without a network on 24 training images: 0.99" in output
 
 
 def test_running_a_complete_run_again_changes_nothing(tiny, finished):
@@ -71,8 +76,14 @@ def test_a_stopped_run_resumes_and_ends_bit_identical(tiny, finished, tmp_path):
         assert "SIGTERM: saving, then stopping" in output
         assert "the same command resumes" in output
 
-    output = run(tiny, tmp_path)
+    first_output, output = output, run(tiny, tmp_path)
     assert_same_end(tmp_path, finished[0])
+    assert "yardsticks, losses" in first_output
+    assert "yardsticks, losses" not in output, "measured once"
+    for text in (first_output + output, finished[1]):  # these few steps teach nothing
+        assert text.count("beats no yardstick") == 1
+    written = [(w / "yardsticks.json").read_text() for w in (tmp_path, finished[0])]
+    assert written[0] == written[1]
     steps = [row["step"] for row in lines(tmp_path) if "loss" in row]
     assert steps == list(range(2, 25, 2))
 

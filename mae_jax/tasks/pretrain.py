@@ -168,11 +168,15 @@ class Pretrain:
             ids_predicted = mask.ids_masked
         pred = self.apply("__call__", params, patches, mask.ids_keep, ids_predicted)
         with jax.named_scope("loss"):
-            target = gather_patches(patches, ids_predicted)
-            if self.norm_pix:
-                mean, std = patch_statistics(target, self.norm_pix_eps)
-                target = (target - mean) / std
+            target = self.to_targets(gather_patches(patches, ids_predicted))
             return jnp.mean(jnp.square(pred - target))
+
+    def to_targets(self, patches: Float[Array, "b q p"]) -> Float[Array, "b q p"]:
+        """Return the regression targets of normalized patches: with norm_pix each standardized."""
+        if not self.norm_pix:
+            return patches
+        mean, std = patch_statistics(patches, self.norm_pix_eps)
+        return (patches - mean) / std
 
     def to_patches(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b n p"]:
         """Normalize images and cut them into patches."""

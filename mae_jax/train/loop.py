@@ -108,6 +108,7 @@ class Trainer:
       example_name: name of the training image with an index, for logs.
       max_bad_steps, spike_sigmas: as in `NonFiniteGuard`.
       meta: metadata of the checkpoints.
+      on_step: called with every finished step and its metrics.
     """
 
     loader: Loader | ArrayLoader
@@ -126,6 +127,7 @@ class Trainer:
     workdir: Path
     mesh: jax.sharding.Mesh
     shardings: TrainState
+    on_step: Callable[[int, Mapping[str, float]], None] = lambda *_: None
 
     def train(self, state: TrainState, restore: Callable[[], TrainState]) -> TrainState:
         """Return the state at the end of the run, or when the run is preempted.
@@ -168,6 +170,7 @@ class Trainer:
 
         def check(step: int, metrics: Mapping[str, float]) -> bool:
             self.checkpointer.raise_if_failed()
+            self.on_step(step, metrics)
             return guard.check(step, metrics)
 
         prefetcher = make_prefetcher(

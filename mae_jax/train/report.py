@@ -130,6 +130,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         names |= {f"{measure}{kind}": f"{label}, {text}" for kind, text in kinds.items()}
     names |= {"final_loss": "final loss", "images_per_second": "images per second"}
     rows = {label: summary[name] for name, label in names.items() if summary.get(name) is not None}
+    for name, loss in summary.get("yardsticks", {}).items():
+        rows[f"yardstick: {name.replace('_', ' ')}"] = loss
     if interval := summary.get("top1_interval"):
         rows["95 % interval of top-1"] = f"{interval[0]:.3f} to {interval[1]:.3f}"
         rows["images evaluated"] = summary["eval_images"]

@@ -1,7 +1,7 @@
 """A run, from its config to its summary: build, resume or start, train, evaluate, save."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from mae_jax.train.metrics_writer import MetricsWriter
 from mae_jax.train.progress import MetricsLogger, Profiler
 from mae_jax.train.setup import RunSetup, assert_same_run, build, make_step, select_attention
 from mae_jax.train.workdir import lock_workdir
+from mae_jax.train.yardsticks import make_loss_check
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import local_path
@@ -88,9 +89,17 @@ def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> N
 
         with closing(make_logger(setup, start_step, watchdog)) as logger:
             evaluation = make_evaluation(setup, logger)
+            check = make_loss_check(setup, logger, start_step)
             if setup.loader:
                 trainer = make_trainer(
-                    setup, state, logger, checkpointer, meta, evaluation, preemption
+                    setup,
+                    state,
+                    logger,
+                    checkpointer,
+                    meta,
+                    evaluation,
+                    preemption,
+                    check.step_done,
                 )
                 state = trainer.train(state, restore)
             step = int(state.step)
@@ -99,7 +108,8 @@ def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> N
                 checkpointer.save(step, vars(state), meta)
                 checkpointer.wait()
             if step == total:
-                evaluation.evaluate_final(step, state, init_provenance(workdir))
+                extra = init_provenance(workdir) | check.summary()
+                evaluation.evaluate_final(step, state, extra)
             else:
                 log.info("stopped at step %d of %d; the same command resumes", step, total)
 
@@ -185,6 +195,7 @@ def make_trainer(
     meta: dict[str, Any],
     evaluation: Evaluation,
     preemption: PreemptionHandler,
+    on_step: Callable[[int, Mapping[str, float]], None],
 ) -> Trainer:
     """Return the training loop of the run; `state` is the first one."""
     config, loader, example_name = setup.config, setup.loader, setup.train_source.describe
@@ -210,6 +221,7 @@ def make_trainer(
         workdir=setup.workdir,
         mesh=setup.mesh,
         shardings=setup.layout.shardings,
+        on_step=on_step,
     )
 
 

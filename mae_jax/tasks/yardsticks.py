@@ -1,0 +1,110 @@
+"""Losses of predictions without a network: what a pretraining loss has to beat to mean anything."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from mae_jax.models.image_ops import normalize
+from mae_jax.models.patches import patchify
+from mae_jax.tasks.masking import Mask
+from mae_jax.tasks.pretrain import Pretrain
+
+DESCRIPTIONS = {
+    "patch_mean": "each masked patch's own mean",
+    "nearest": "a copy of the nearest visible patch",
+    "interpolation": "bilinear interpolation of the visible patches",
+}
+
+
+def yardstick_losses(
+    task: Pretrain, images: Iterable[Shaped[np.ndarray, "b h w c"]], mask: Mask
+) -> dict[str, float]:
+    """Compute the loss of predictions without a network, by name as in DESCRIPTIONS.
+
+    They are compared with all masked patches, as those of the decoder are: with norm_pix all
+    patches, also those of a prediction, are normalized, so that the mean of a patch becomes zeros,
+    whose loss is about 1. The mean is that over all pixels and channels.
+
+    Args:
+      images: batches, all with the rows of `mask`.
+    """
+    to_images = jax.jit(partial(normalize, mean=task.mean, std=task.std))
+    to_targets = jax.jit(lambda pixels: task.to_targets(patchify(pixels, task.patch)))
+    ids_keep, ids_masked = jax.device_get(mask)
+    totals, done = dict.fromkeys(DESCRIPTIONS, 0.0), 0
+    for batch in images:
+        rows = slice(done, done + len(batch))
+        pixels = np.asarray(to_images(batch))
+        targets = np.asarray(to_targets(pixels))
+        filled = fill_masked(pixels, visible_pixels(ids_keep[rows], task.grid, task.patch))
+        predictions = {
+            "patch_mean": targets.mean(axis=-1, keepdims=True),
+            "nearest": copy_nearest(targets, ids_keep[rows], task.grid),
+            "interpolation": np.asarray(to_targets(filled)),
+        }
+        for name, predicted in predictions.items():
+            squared = np.square(predicted - targets).mean(axis=-1)
+            totals[name] += float(np.take_along_axis(squared, ids_masked[rows], axis=1).sum())
+        done = rows.stop
+    return {name: total / ids_masked[:done].size for name, total in totals.items()}
+
+
+def copy_nearest(
+    patches: Float[np.ndarray, "b n p"], ids_keep: Int[np.ndarray, "b k"], grid: tuple[int, int]
+) -> Float[np.ndarray, "b n p"]:
+    """Replace every patch by the visible one with the nearest center, of several the first."""
+    positions = np.indices(grid).reshape(2, -1).T
+    copied = np.empty_like(patches)
+    for row, kept in enumerate(np.sort(ids_keep, axis=1)):
+        squared = sum((a[:, None] - a[kept]) ** 2 for a in positions.T)
+        copied[row] = patches[row, kept[np.argmin(squared, axis=1)]]
+    return copied
+
+
+def visible_pixels(
+    ids_keep: Int[np.ndarray, "b k"], grid: tuple[int, int], patch: int
+) -> Bool[np.ndarray, "b h w"]:
+    """Return which pixels belong to visible patches."""
+    visible = np.zeros((len(ids_keep), grid[0] * grid[1]), bool)
+    np.put_along_axis(visible, ids_keep, True, axis=1)
+    return visible.reshape(-1, *grid).repeat(patch, axis=1).repeat(patch, axis=2)
+
+
+def fill_masked(
+    images: Float[np.ndarray, "b h w c"], visible: Bool[np.ndarray, "b h w"]
+) -> Float[np.ndarray, "b h w c"]:
+    """Fill in masked pixels by bilinear upsampling of an image of half the size, filled likewise.
+
+    A pixel of the smaller image is the mean of the visible ones among its four (the pull-push
+    algorithm: Gortler et al. 1996, "The Lumigraph", section 3.4). One pixel must be visible.
+    """
+    if visible.all():
+        return images
+    height, width = visible.shape[1:]
+    filled = _double(fill_masked(*_halve(images, visible)))[:, :height, :width]
+    return np.where(visible[..., None], images, filled)
+
+
+def _halve(images: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return images of half the size, rounded up, and which of their pixels have visible ones."""
+    odd = [(0, side % 2) for side in visible.shape[1:]]
+    values = np.pad(images * visible[..., None], ((0, 0), *odd, (0, 0)))
+    counts = np.pad(visible, ((0, 0), *odd)).astype(images.dtype)[..., None]
+    totals, counts = (
+        x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]
+        for x in (values, counts)
+    )
+    return totals / np.maximum(counts, 1), counts[..., 0] > 0
+
+
+def _double(images: np.ndarray) -> np.ndarray:
+    """Upsample height and width by 2, bilinearly; edges are repeated."""
+    for axis in (1, 2):
+        x = np.moveaxis(images, axis, 0)
+        before, after = np.concatenate([x[:1], x[:-1]]), np.concatenate([x[1:], x[-1:]])
+        pair = np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=1)
+        images = np.moveaxis(pair.reshape(-1, *x.shape[1:]), 0, axis)
+    return images
