@@ -4,7 +4,7 @@ VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-faults test-slow test-soak test-torch test-compile test-compile-gpu docs lint clean
+.PHONY: help demo test test-faults test-slow test-soak test-torch test-compile test-compile-gpu docs notebook lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -35,6 +35,9 @@ test-compile-gpu: .venv-compile/.gpu  ## the same for NVIDIA GPUs; the compilers
 
 docs: .venv-docs/.docs  ## build the site of the documentation into site/; a dead link fails
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+notebook: .venv-docs/.docs  ## execute the notebook of the documentation on a short run of the demo
+	.venv-docs/bin/python scripts/run_notebook.py $(ARGS)
 
 lint: $(VENV)/.dev docs  ## check style, types and documentation
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """Hooks of mkdocs: give every page the path that it has in the repository.
 
 Relative links then are the same on the site and in a view of the repository: the home page is
-README.md, and pages may link to source files.
+README.md, and pages may link to source files. Notebooks become pages, with their outputs.
 """
 
 import re
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\]\((?!\w+:)([^)\s#]+)")  # relative, without the anchor
@@ -24,7 +26,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     paths = {*docs, *pages, *linked_files(pages)}
     for path in sorted(paths):
         files.append(repository_file(path, config))
+        if path.suffix == ".ipynb":
+            for file in notebook_files(path, config):
+                files.append(file)
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Return the text of a page with links to the pages of notebooks, instead of their files."""
+    del page, config, files
+    return re.sub(r"\]\(((?!\w+:)\S+)\.ipynb\)", r"](\1.md)", markdown)
 
 
 def linked_files(pages: list[Path]) -> set[Path]:
@@ -39,3 +50,12 @@ def repository_file(path: Path, config: MkDocsConfig) -> File:
     """Return a file of the site at its path in the repository."""
     name = path.relative_to(ROOT).as_posix()
     return File.generated(config, name, abs_src_path=str(path))
+
+
+def notebook_files(path: Path, config: MkDocsConfig) -> list[File]:
+    """Return the page of a notebook, and the pictures in its outputs."""
+    folder = path.relative_to(ROOT).parent
+    text, resources = MarkdownExporter().from_filename(str(path))
+    page = File.generated(config, (folder / f"{path.stem}.md").as_posix(), content=text)
+    pictures = resources["outputs"].items()
+    return [page, *(File.generated(config, f"{folder}/{name}", content=x) for name, x in pictures)]

@@ -1,5 +1,6 @@
 """Documentation: links resolve, the README stays short, features are found by their usual names."""
 
+import json
 import re
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def test_broken_links_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# One two\n[a](#one-two) [b](#three) [c](page.md#one-two) ![d](none.png)")
     assert broken_links(page) == ["#three", "none.png"]
+
+
+def test_committed_notebook_ran_from_start_to_end():
+    """Check the outputs that readers see; `make notebook` executes the cells."""
+    path = ROOT / "docs" / "notebooks" / "visualize.ipynb"
+    assert path.stat().st_size < 1_000_000
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}  # no error
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) == 5
 
 
 def test_readme_is_short():
