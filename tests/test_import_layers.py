@@ -31,6 +31,7 @@ FENCES = {  # package -> the only places that may import it
         "train/config_schema.py",
         "train/overrides.py",
     ],
+    "huggingface_hub": ["convert/hub.py"],
     "tensorflow": [],
     "torch": ["convert/torch_io.py"],
 }

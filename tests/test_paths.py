@@ -14,6 +14,7 @@ from run_helpers import ROOT, environment, write_tiny
 import mae_jax
 from mae_jax.convert import __main__ as convert
 from mae_jax.convert import weights
+from mae_jax.convert.locate import checkpoint_argument
 from mae_jax.data.sources import FileSource
 from mae_jax.distributed.checkpoint_reader import load_run_checkpoint
 from mae_jax.train.config import Config, from_config_dict
@@ -68,6 +69,7 @@ COMMANDS = {
     "benchmarks.step_report": ([],),
     "scripts.ablations": ([],),
 }
+PATH_TYPES = (cli.path_argument, cli.path_text, checkpoint_argument)
 # Flags that take text which is no path.
 TEXTS = {"help", "command", "image_feature", "train_split", "eval_split", "suite", "split", "name"}
 TEXTS |= {"only", "step_flags", "target", "xla_flags", "compile_mode"}
@@ -99,7 +101,7 @@ def test_every_path_of_every_command_is_checked(module, arguments, monkeypatch):
             assert action.type is not Path, action.dest
             if action.type is None and action.nargs != 0 and not action.choices:
                 assert action.dest in TEXTS, f"{action.dest}: a path, or text?"
-            if action.type in (cli.path_argument, cli.path_text):
+            if action.type in PATH_TYPES:
                 paths += 1
                 with pytest.raises(argparse.ArgumentError, match="gs:// is not supported"):
                     parser._get_value(action, "gs://b/x")

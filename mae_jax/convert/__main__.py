@@ -10,8 +10,11 @@ from collections import Counter
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert import weights
 from mae_jax.convert.key_maps import DIALECTS
+from mae_jax.convert.locate import checkpoint_argument
 from mae_jax.utils import cli
 from mae_jax.utils.console import print_summary_table
+
+SOURCE = "a weights file or directory, a workdir, or org/name on the hub"
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, as shell completion reads it."""
     parser = cli.make_parser("mae_jax.convert", __doc__)
     parser.epilog = "`python -m mae_jax.convert inspect SRC` describes a checkpoint."
-    parser.add_argument("src", type=cli.path_text, help="a weights file or directory, or a workdir")
+    parser.add_argument("src", type=checkpoint_argument, help=SOURCE)
     parser.add_argument(
         "dst",
         type=cli.path_argument,
@@ -53,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 def build_inspect_parser() -> argparse.ArgumentParser:
     """Return the parser of `inspect`."""
     parser = cli.make_parser("mae_jax.convert inspect", "Describe a checkpoint.")
-    parser.add_argument("src", type=cli.path_text, help="a weights file or directory, or a workdir")
+    parser.add_argument("src", type=checkpoint_argument, help=SOURCE)
     convert_cli.add_format_flags(parser)
     return parser
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mae_jax.convert.key_maps import DIALECTS
+from mae_jax.convert.locate import checkpoint_argument
 from mae_jax.convert.model_info import TARGETS
 from mae_jax.convert.pretrained import Params, PretrainedModel, load
 from mae_jax.data.sources import FileSource
@@ -63,9 +64,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add --checkpoint and the flags of its model."""
     parser.add_argument(
         "--checkpoint",
-        type=path_text,
+        type=checkpoint_argument,
         required=True,
-        help="official, Hugging Face or timm file, or a workdir",
+        help="official, Hugging Face or timm file, a workdir, or org/name on the hub",
     )
     parser.add_argument(
         "--image-size", type=int_pair, metavar="H,W", help="pixels (the checkpoint's)"

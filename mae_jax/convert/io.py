@@ -13,7 +13,13 @@ from safetensors import SafetensorError
 from mae_jax.convert import hf_timm
 from mae_jax.convert.hf_preprocessor import hf_preprocessor, parse_hf_preprocessor
 from mae_jax.convert.model_info import REQUIRED, ConvertError, ModelInfo
-from mae_jax.convert.weight_files import SUFFIXES, RawCheckpoint, load_file, write_file
+from mae_jax.convert.weight_files import (
+    SUFFIXES,
+    RawCheckpoint,
+    choose_weights,
+    load_file,
+    write_file,
+)
 from mae_jax.convert.workdir import find_checkpoints, load_run
 from mae_jax.utils.atomic import atomic_path
 
@@ -103,17 +109,12 @@ def _header_info(raw: RawCheckpoint) -> ModelInfo | None:
 
 def _load_weights(path: Path) -> RawCheckpoint:
     """Read the weights of a directory: the files of Hugging Face, else the only weights file."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return load_file(path / name)
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            return _load_shards(index)
+    files = list_weight_files(path)
+    chosen = choose_weights([file.name for file in path.iterdir() if file.is_file()])
+    if chosen:
+        return _load_shards(path / chosen) if chosen.endswith(".json") else load_file(path / chosen)
     if (path / "checkpoints").is_dir():
         raise ConvertError(f"{path} is a workdir without a checkpoint yet")
-    files = list_weight_files(path)
-    if len(files) == 1:
-        return load_file(path / files[0])
     hint = f" ({', '.join(files[:5])}): choose one" if files else ": choose a weights file"
     raise ConvertError(f"{path} is not a workdir and has {len(files) or 'no'} weights files{hint}")
 

@@ -52,7 +52,8 @@ def load(
     """Load a model and its parameters (float32) from a checkpoint of any format.
 
     Args:
-      path: a file or directory: official, Hugging Face, timm, or the workdir of a run.
+      path: a file or directory: official, Hugging Face, timm, or the workdir of a run; or the name
+        of an official file, or org/name (or hf://...) of a model of the Hugging Face hub.
       image_size: side, or height and width, in pixels; the checkpoint's by default. Positional
         embeddings are interpolated as in the reference.
       channels: of the images; the checkpoint's by default.

@@ -18,12 +18,17 @@ from mae_jax.convert.model_info import ConvertError
 STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 
-def _torch() -> Any:
+def require_torch() -> None:
+    """Raise ConvertError, with the remedy, unless torch is installed."""
     if importlib.util.find_spec("torch") is None:
         raise ConvertError(
             "reading and writing .pth needs torch: pip install 'mae_jax[torch]'. .safetensors "
             "files do not need it"
         )
+
+
+def _torch() -> Any:
+    require_torch()
     import torch  # pyright: ignore[reportMissingImports]
 
     return torch

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,29 @@ class RawCheckpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     dialect: str | None = None
     declared_sizes: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_weights(names: Collection[str]) -> str | None:
+    """Return which file of a directory has the weights, or is the index of its shards.
+
+    The names of Hugging Face come first, safetensors before pickles, then the only weights file;
+    None if there is none, or more than one to choose from.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for file in (name, f"{name}.index.json"):
+            if file in names:
+                return file
+    files = [name for name in names if name.lower().endswith(SUFFIXES)]
+    return files[0] if len(files) == 1 else None
+
+
+def is_self_describing(path: Path) -> bool:
+    """Return whether a file of safetensors has all metadata of its model in its header."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def load_file(path: Path) -> RawCheckpoint:

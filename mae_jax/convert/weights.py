@@ -13,6 +13,7 @@ from mae_jax.convert import io, state_dict
 from mae_jax.convert.detect import detect
 from mae_jax.convert.hf_preprocessor import processor_resizes
 from mae_jax.convert.key_maps import DIALECTS
+from mae_jax.convert.locate import locate
 from mae_jax.convert.model_info import ConvertError, ModelInfo, expand_stats
 from mae_jax.convert.preprocessing import as_crop, as_processor, with_image_size
 from mae_jax.convert.state_dict import Arrays
@@ -42,16 +43,17 @@ class Weights:
 
 
 def read(path: str | Path, *, ema: bool = False, **overrides: Any) -> Weights:
-    """Read the weights of a file, a directory or a workdir, strictly: every tensor is used.
+    """Read the weights of a checkpoint, strictly: every tensor is used.
 
     Args:
+      path: a file, a directory, a workdir, an official name or a model of the hub, as in `locate`.
       ema: read the EMA parameters of a run instead of the last ones.
       overrides: metadata that the file lacks, as in `detect`.
 
     Raises:
       ConvertError: a tensor is missing, unexpected or of a wrong shape, or metadata is unknown.
     """
-    path = local_path(path)
+    path = locate(path).path
     raw = io.load(path, ema=ema)
     layout, info, shapes = detect(raw, path, **overrides)
     arrays = state_dict.import_state_dict(layout, shapes, raw.tensors)

@@ -36,9 +36,9 @@ class InitConfig(Group):
     resumable: ClassVar[bool] = True
     path: str | None = key(
         None,
-        "checkpoint to start from: official, Hugging Face, timm or a workdir; 'random' starts from"
-        " random weights, which task='classify' does only when asked",
-        path=True,
+        "checkpoint to start from: official, Hugging Face, timm, a workdir, or org/name on the hub;"
+        " 'random' starts from random weights, which task='classify' does only when asked",
+        checkpoint=True,
     )
     ema: bool = key(False, "load the EMA parameters of a workdir")
     encoder_only: bool = key(False, "ignore the decoder of the checkpoint")

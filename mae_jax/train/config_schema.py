@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
 
+from mae_jax.convert.locate import checkpoint_text
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import expand_path
 
@@ -27,6 +28,7 @@ def key(
     reshapes: bool = False,
     implied: Any = None,
     path: bool = False,
+    checkpoint: bool = False,
 ) -> Any:
     """Declare a config key. Bounds hold for numbers, and for each element of a tuple.
 
@@ -35,16 +37,17 @@ def key(
 
     Args:
       low, high: inclusive bounds; above, below: exclusive bounds.
-      choices: the allowed strings.
+      choices: the allowed strings, of each element of a tuple.
       resumable: a resumed run may change it, because the result does not depend on it.
       reshapes: its change alters the shapes of arrays, which no checkpoint can fill.
       implied: value that checkpoints of earlier versions imply, which lack the key.
       path: it is a file or folder, where "~" is expanded and gs:// and the like are refused.
+      checkpoint: it names a checkpoint: such a path, an official file, or a model of the hub.
     """
     bounds = {"low": low, "above": above, "high": high, "below": below}
     metadata = {"meaning": meaning, "bounds": bounds, "choices": choices}
     metadata |= {"resumable": resumable, "reshapes": reshapes, "implied": implied}
-    metadata |= {"path": path}
+    metadata |= {"path": path, "checkpoint": checkpoint}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -77,17 +80,19 @@ def _check(name: str, value: Any, field: dataclasses.Field, hints: dict[str, Any
     hint, metadata = hints[field.name], field.metadata
     if value is None and type(None) in get_args(hint):
         return
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise UserError(f"must be one of {', '.join(metadata['choices'])}", key=name, value=value)
     kind, elements = _scalar_type(hint), (value,)
     if get_origin(hint) is tuple:
         elements = value if isinstance(value, tuple) else ()
         length = None if ... in get_args(hint) else len(get_args(hint))
         if not elements or length not in (None, len(elements)):
-            count = f"{length} numbers" if length else "a tuple of numbers"
+            unit = "names" if kind is str else "numbers"
+            count = f"{length} {unit}" if length else f"a tuple of {unit}"
             raise UserError(f"must be {count}, as in {field.default}", key=name, value=value)
     example = kind(1) if field.default is None else field.default
     for element in elements:
+        if metadata["choices"] and element not in metadata["choices"]:
+            choices = ", ".join(metadata["choices"])
+            raise UserError(f"must be one of {choices}", key=name, value=element)
         if type(element) is not kind:
             problem = f"must be of type {kind.__name__}, as in {example!r}"
             raise UserError(problem, key=name, value=value)
@@ -161,15 +166,18 @@ def group_from_dict(group: type[G], values: dict[str, Any]) -> G:
             value = group_from_dict(hints[name], value)
         elif _scalar_type(hints[name]) is float:  # as in crop_scale=(0, 1)
             value = _as_float(value)
-        elif isinstance(value, str) and fields[name].metadata["path"]:
-            value = _expand(f"{group.prefix}{name}", value)
+        elif isinstance(value, str):
+            value = _expand(f"{group.prefix}{name}", value, fields[name].metadata)
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return group(**arguments)
 
 
-def _expand(name: str, path: str) -> str:
+def _expand(name: str, text: str, metadata: Mapping[str, Any]) -> str:
+    """Expand the value of a key that is a path or names a checkpoint."""
     try:
-        return expand_path(path)
+        if metadata["checkpoint"]:
+            return checkpoint_text(text)
+        return expand_path(text) if metadata["path"] else text
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

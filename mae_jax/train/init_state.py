@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mae_jax.convert.locate import locate
 from mae_jax.convert.model_info import ConvertError, to_variables
 from mae_jax.distributed import processes, sharding
 from mae_jax.distributed.checkpointer import Checkpointer
@@ -124,26 +125,34 @@ def _init_from_checkpoint(
     checkpoints: Path,
 ) -> TrainState:
     """Return a first state with the parameters of init.path (warm start)."""
-    path = str(config.init.path)
+    path, workdir = str(config.init.path), checkpoints.parent
     with processes.raise_together():
         try:
-            classes = tuple(meta["classes"])
-            warm = load_init_weights(config, task, {**state.params, **state.batch_stats}, classes)
+            source = locate(path, _recorded_revision(workdir, path))
+            arrays, classes = {**state.params, **state.batch_stats}, tuple(meta["classes"])
+            warm = load_init_weights(config, task, arrays, classes, str(source.path))
         except ConvertError as error:
             raise UserError(f"init.path: {error}") from error
     loaded = {n: x for n, x in flatten(warm.params).items() if isinstance(x, np.ndarray)}
     processes.assert_equal_across_processes(
         {f"checkpoint under init.path={path}": str(checksums(loaded))}
     )
-    log_init_report(path, warm)
+    log_init_report(f"{path} at {source.revision}" if source.revision else path, warm)
     names = {"loaded": warm.loaded, "fresh": warm.missing, "unused": warm.unexpected}
-    _write_provenance(checkpoints.parent, {"path": path, **names})
+    revision = {"revision": source.revision} if source.revision else {}
+    _write_provenance(workdir, {"path": path, **revision, **names})
     variables = to_variables(warm.params)
     params = sharding.device_put_tree(variables["params"], layout.shardings.params)
     stats = sharding.device_put_tree(variables["batch_stats"], layout.shardings.batch_stats)
     # A copy, because a step donates its state and must not be given the same buffer twice.
     ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
     return dataclasses.replace(state, params=params, batch_stats=stats, ema=ema)
+
+
+def _recorded_revision(workdir: Path, path: str) -> str:
+    """Return the revision of a model of the hub from which a run, that saved nothing, started."""
+    recorded = init_provenance(workdir)["init"]
+    return recorded.get("revision", "") if recorded.get("path") == path else ""
 
 
 def _write_provenance(workdir: Path, values: dict[str, Any]) -> None:

@@ -37,19 +37,24 @@ class WarmStart:
 
 
 def load_init_weights(
-    config: Config, task: Pretrain | Classify, arrays: Mapping[str, Any], classes: tuple[str, ...]
+    config: Config,
+    task: Pretrain | Classify,
+    arrays: Mapping[str, Any],
+    classes: tuple[str, ...],
+    path: str | None = None,
 ) -> WarmStart:
     """Load init.path into a tree of parameters and statistics.
 
     Args:
       arrays: freshly initialized.
       classes: names of the classes in the data.
+      path: where the checkpoint is, if it has been located already.
 
     Raises:
       ConvertError: the checkpoint cannot be read, or does not fit the model.
     """
     init, model = config.init, config.model
-    path = str(init.path)
+    path = path or str(init.path)
     classifies = isinstance(task, Classify)
     if init.encoder_only or classifies:
         checkpoint = weights.read(
