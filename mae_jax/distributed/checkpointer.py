@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -70,6 +71,9 @@ class Checkpointer:
             item_handlers=make_handlers(ocp.StandardCheckpointHandler),
         )
         self._resources.callback(manager.close)
+        # Held open, so that no other folder can get its number.
+        self._folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        self._resources.callback(os.close, self._folder)
         return manager
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -90,10 +94,24 @@ class Checkpointer:
         )
         self._last = step
         with self._saving():
+            with processes.raise_together():
+                self._check_folder()
             self._manager.save(step, args=arguments)
         if self._retention.n is None:
             self.wait()
             self._verify(step, state)
+
+    def _check_folder(self) -> None:
+        """Raise FileNotFoundError if the folder was deleted, moved or unmounted.
+
+        Another run may use the path by now, or another disk lie below it.
+        """
+        try:
+            same = os.path.samestat(os.fstat(self._folder), os.stat(self.directory))
+        except OSError:
+            same = False
+        if not same:
+            raise FileNotFoundError(f"{self.directory} was deleted, moved or unmounted")
 
     def _verify(self, step: int, state: Mapping[str, Any]) -> None:
         """Read the first save back, then remove the oldest steps; raise CheckpointSaveError."""

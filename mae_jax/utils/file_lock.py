@@ -109,7 +109,9 @@ def _take(path: Path) -> Path:
     mine = path.with_name(f"{path.name}.{last + 1}")
     try:
         with open(mine, "x") as file:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "pids": _pids()}, file)
+            json.dump(
+                {"host": socket.gethostname(), "pid": os.getpid(), "pids": pid_namespace()}, file
+            )
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:
@@ -141,8 +143,8 @@ def _holder(path: Path) -> str | None:
         owner = json.loads(text)
     except ValueError:  # not written yet
         return "another process"
-    here = owner["host"] == socket.gethostname() and owner["pids"] == _pids()
-    if here and not _exists(owner["pid"]):
+    here = owner["host"] == socket.gethostname() and owner["pids"] == pid_namespace()
+    if here and not process_exists(owner["pid"]):
         return None
     return f"process {owner['pid']} on {owner['host']}"
 
@@ -153,7 +155,8 @@ def _disk_time(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def _exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Return whether this host and name space has a process of that id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -163,7 +166,7 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _pids() -> str:
+def pid_namespace() -> str:
     """Return the name space of process ids: containers of a host number processes themselves."""
     try:
         return os.readlink("/proc/self/ns/pid")
