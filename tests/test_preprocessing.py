@@ -311,22 +311,43 @@ def test_lossy_preprocessing_warns(checkpoint, tmp_path, caplog):
 # ---------------------------------------------------------------- pretrained_cfg of timm
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"crop_mode": "corner"}, "crop_mode='corner'; only center, squash, border are"),
-        ({"interpolation": "random"}, "interpolation='random'; only nearest"),
-        ({"crop_pct": 1.5}, "crop=1.5 must be at most 1"),
-        ({"mean": [0.5, 0.5]}, "must be 3 numbers, one per channel"),
-    ],
-    ids=str,
+BAD_TIMM = (
+    ("pretrained_cfg", {"crop_mode": "corner"}, "one of center, squash, border"),
+    ("pretrained_cfg", {"crop_mode": ["center"]}, "one of center, squash, border"),
+    ("pretrained_cfg", {"interpolation": "random"}, "one of nearest, lanczos"),
+    ("pretrained_cfg", {"crop_pct": 1.5}, "a number above 0 and at most 1"),
+    ("pretrained_cfg", {"crop_pct": "a"}, "a number above 0 and at most 1"),
+    ("pretrained_cfg", {"crop_pct": [0.9]}, "a number above 0 and at most 1"),
+    ("pretrained_cfg", {"mean": [0.5, 0.5]}, "3 finite numbers, one per channel"),
+    ("pretrained_cfg", {"mean": 0.5}, "3 finite numbers, one per channel"),
+    ("pretrained_cfg", {"mean": [0.5, None, 0.5]}, "3 finite numbers, one per channel"),
+    ("pretrained_cfg", {"std": [0.0]}, "3 finite numbers above 0, one per channel"),
+    ("pretrained_cfg", {"std": [0.5, 0.5, math.inf]}, "3 finite numbers above 0"),
+    ("pretrained_cfg", {"input_size": [1, 32]}, "channels, height and width"),
+    ("pretrained_cfg", {"input_size": "32"}, "channels, height and width"),
+    ("pretrained_cfg", {"input_size": [3, 32.5, 32]}, "channels, height and width"),
+    ("pretrained_cfg", {"input_size": [3, 64, 64]}, r"\[3, 32, 32\], as model_args says"),
+    ("pretrained_cfg", {"input_size": [1, 32, 32]}, r"\[3, 32, 32\], as model_args says"),
+    ("model_args", {"img_size": 64}, r"\[3, 64, 64\], as model_args says"),
+    ("model_args", {"img_size": [32]}, "height and width"),
 )
-def test_pretrained_cfg_that_cannot_be_honored(checkpoint, tmp_path, changes, message):
+
+
+def test_timm_config_that_cannot_be_honored(checkpoint, tmp_path, subtests):
     weights.write(checkpoint, tmp_path / "timm", "timm")
     file = tmp_path / "timm/config.json"
-    change(file, pretrained_cfg=json.loads(file.read_text())["pretrained_cfg"] | changes)
-    with pytest.raises(ConvertError, match=message):
-        weights.read(tmp_path / "timm")
+    written = json.loads(file.read_text())
+    for group, changes, expected in BAD_TIMM:
+        change(file, **written | {group: written[group] | changes})
+        name = "input_size" if "model_args says" in expected else [*changes][0]
+        message = f"config.json: .*{name}=.* must be {expected}"
+        with subtests.test(changes=changes), pytest.raises(ConvertError, match=message):
+            weights.read(tmp_path / "timm")
+    for change_of_group in ({"pretrained_cfg": 3}, {"model_args": []}, {"label_names": "cat"}):
+        change(file, **written | change_of_group)
+        (name,) = change_of_group
+        with pytest.raises(ConvertError, match=f"config.json: {name}=.* must be"):
+            weights.read(tmp_path / "timm")
 
 
 def test_pretrained_cfg(checkpoint, tmp_path):

@@ -1,13 +1,12 @@
 """Parse and write preprocessor_config.json of Hugging Face, the settings of an image processor."""
 
-import math
 import re
 from typing import Any, NoReturn
 
 import numpy as np
 
 from mae_jax.convert import preprocessing
-from mae_jax.convert.model_info import INTERPOLATIONS, ConvertError, ModelInfo
+from mae_jax.convert.model_info import INTERPOLATIONS, ConvertError, ModelInfo, is_number
 
 Json = dict[str, Any]
 
@@ -157,7 +156,7 @@ def _parse_stats(settings: Json, channels: int) -> Json:
     transformers computes (value * rescale_factor - image_mean) / image_std for every dtype.
     """
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1
-    if not _is_number(factor) or factor <= 0:
+    if not is_number(factor) or factor <= 0:
         _refuse(f"rescale_factor={factor!r} must be a finite number above 0")
     mean, std = (0.0,) * channels, (1.0,) * channels
     if settings["do_normalize"]:
@@ -171,15 +170,10 @@ def _parse_stats(settings: Json, channels: int) -> Json:
     return {"mean": mean, "std": std, "pixels": pixels}
 
 
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
-
-
 def _numbers(settings: Json, name: str, channels: int) -> tuple[float, ...]:
     value = settings[name]
-    values = (value,) * channels if _is_number(value) else value
-    if not isinstance(values, (list, tuple)) or not all(map(_is_number, values)):
+    values = (value,) * channels if is_number(value) else value
+    if not isinstance(values, (list, tuple)) or not all(map(is_number, values)):
         _refuse(f"{name}={value!r} must be one finite number, or one per channel")
     if len(values) != channels:
         _refuse(f"{name} has {len(values)} numbers for {channels} channels of config.json")

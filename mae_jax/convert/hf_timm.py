@@ -2,11 +2,11 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
-from mae_jax.convert.model_info import INTERPOLATIONS, PROBLEM_TYPES, ConvertError, ModelInfo
+from mae_jax.convert.model_info import PROBLEM_TYPES, ConvertError, ModelInfo
 from mae_jax.convert.preprocessing import as_crop
+from mae_jax.convert.timm_preprocessing import check_value, parse_timm_preprocessing
 from mae_jax.models.layers import mlp_dim
 
 log = logging.getLogger("mae_jax")
@@ -158,60 +158,29 @@ def _check_timm(model_args: Json) -> None:
 
 
 def parse_timm_config(config: Json) -> Json:
-    """Return the fields of a `ModelInfo` that config.json of a timm directory contains."""
-    metadata: Json = {}
+    """Return the fields of a `ModelInfo` that config.json of a timm directory contains.
+
+    Raises:
+      ConvertError: a value is invalid or not supported, or two values contradict each other.
+    """
     pretrained_cfg = config.get("pretrained_cfg", config)  # older files have no such level
     model_args = config.get("model_args", {})
+    for name, group in (("pretrained_cfg", pretrained_cfg), ("model_args", model_args)):
+        if not isinstance(group, dict):
+            raise ConvertError(f"config.json: {name}={group!r} must be an object of settings")
     _check_timm(model_args)
-    metadata |= _parse_timm_preprocessing(pretrained_cfg)
+    metadata = parse_timm_preprocessing(pretrained_cfg, model_args)
     metadata["problem_type"] = _problem_type(config)
     if config.get("global_pool") in ("avg", "token"):
         metadata["pool"] = "mean" if config["global_pool"] == "avg" else "cls"
     if "num_heads" in model_args:
         metadata["heads"] = model_args["num_heads"]
-    if "img_size" in model_args:
-        metadata["image_size"] = _pair(model_args["img_size"])
-    size = metadata.get("image_size")
-    if size and metadata["resize"] == "crop" and size[0] != size[1]:
-        metadata["resize"] = "cover"
     names = config.get("label_names") or pretrained_cfg.get("label_names")
     if names:
+        valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        check_value("label_names", names, valid, "a list of names")
         metadata["class_names"] = tuple(names)
     return metadata
-
-
-# The rule of `mae_jax.convert.preprocessing` for each crop_mode of timm.
-_CROP_MODES = {"center": "crop", "squash": "squash", "border": "border"}
-
-
-def _parse_timm_preprocessing(config: Json) -> Json:
-    """Return the fields of a `ModelInfo` in pretrained_cfg; timm has the same defaults."""
-    config = {name: value for name, value in config.items() if value}
-    mode, interpolation = config.get("crop_mode", "center"), config.get("interpolation", "bicubic")
-    if mode not in _CROP_MODES:
-        _refuse_timm("crop_mode", mode, _CROP_MODES)
-    if interpolation not in INTERPOLATIONS:
-        _refuse_timm("interpolation", interpolation, INTERPOLATIONS)
-    metadata: Json = {
-        "resize": _CROP_MODES[mode],
-        "crop": float(config.get("crop_pct", 0.875)),
-        "interpolation": interpolation,
-    }
-    channels = 3
-    if "input_size" in config:
-        channels, *size = config["input_size"]
-        metadata["image_size"] = _pair(size)
-    for name in ("mean", "std"):
-        if name in config:
-            values = tuple(config[name])
-            metadata[name] = values * channels if len(values) == 1 else values
-    return metadata
-
-
-def _refuse_timm(name: str, value: Any, known: Iterable[str]) -> NoReturn:
-    raise ConvertError(
-        f"config.json: pretrained_cfg has {name}={value!r}; only {', '.join(known)} are supported"
-    )
 
 
 ARCHITECTURES = {

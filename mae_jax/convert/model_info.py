@@ -158,6 +158,12 @@ class ModelInfo:
         return json.dumps(dataclasses.asdict(self))
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a value of a JSON file is a finite number."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
+
+
 _DECODER = ("decoder_width", "decoder_depth", "decoder_heads")
 _CHOICES = {
     "pool": POOLS,
