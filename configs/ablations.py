@@ -1,7 +1,7 @@
 """The paper's ablations (Table 1 and figure 5), one setting changed at a time.
 
-    python train.py --config configs/ablations.py:vit_l16,mask_ratio_50 --workdir runs/ratio_50
-    python train.py --config configs/ablations.py:demo,mask_ratio_50 --workdir runs/toy_ratio_50
+    mae-jax train --config ablations:vit_l16,mask_ratio_50 --workdir runs/ratio_50
+    mae-jax train --config ablations:demo,mask_ratio_50 --workdir runs/toy_ratio_50
 
 The argument is SCALE,ROW. Scale `vit_l16` is the paper's (800 epochs of ImageNet); `demo` takes two
 minutes on two CPU cores. ROWS lists the rows. `python scripts/ablations.py` runs and evaluates all
@@ -10,7 +10,7 @@ encoder), the PCA and dVAE targets of 1d, fixed-size crops and color jitter of 1
 rows that predict only a part of the masked patches.
 """
 
-from configs import demo, pretrain
+from mae_jax.train import recipes
 
 # Row -> the config keys that it sets. "baseline" has the defaults of the paper, or of the demo.
 ROWS = {
@@ -51,7 +51,7 @@ def get_config(arg: str = "vit_l16,baseline"):
         raise ValueError(
             f"{arg!r} is not SCALE,ROW: a scale ({', '.join(SCALES)}) and a row ({', '.join(ROWS)})"
         )
-    config = demo.get_config() if scale == "demo" else pretrain.get_config(scale)
+    config = recipes.get("demo") if scale == "demo" else recipes.get("pretrain", scale)
     if scale == "demo":
         config.steps = 600
         config.eval.update(

@@ -1,28 +1,24 @@
 """MAE on crops of photographs that ship inside Python packages, for a machine without a GPU.
 
-    make demo
+    mae-jax demo
 
 Trains a small ViT in minutes; the README has the expected results. Then, in a minute each,
 
-    python train.py --config configs/demo.py:linprobe --workdir runs/demo_linprobe
-    python train.py --config configs/demo.py:finetune --workdir runs/demo_finetune
+    mae-jax train --config demo:linprobe --workdir runs/demo_linprobe
+    mae-jax train --config demo:finetune --workdir runs/demo_finetune
 
 start from the demo's weights (compare with `--config.init.path=random`).
 """
 
-from configs import common, finetune, linprobe
+from mae_jax.train import recipes
 
-TASKS = {
-    "pretrain": common.base,
-    "linprobe": linprobe.get_config,
-    "finetune": finetune.get_config,
-}
+TASKS = ("pretrain", "linprobe", "finetune")
 
 
 def get_config(task: str = "pretrain"):
     if task not in TASKS:
         raise ValueError(f"{task!r} is not one of {', '.join(TASKS)}")
-    config = TASKS[task]()
+    config = recipes.get(task)
     config.batch_size = 64
     config.model.update(image_size=(64, 64), patch=8, width=128, depth=4, heads=4)
     config.model.update(decoder_width=64, decoder_depth=1, decoder_heads=4)

@@ -2,7 +2,7 @@
 
 Learning rate, layer decay and drop path depend on the size; the paper's Table 9 has other values.
 
-    python train.py --config configs/finetune.py:vit_b16 --workdir runs/finetune_b \\
+    mae-jax train --config finetune:vit_b16 --workdir runs/finetune_b \\
         --config.init.path=runs/pretrain_b
 
 Reported by the paper, not reproduced here, top-1 of B / L / H: 83.6 / 85.9 / 86.9 %. Another image
@@ -14,7 +14,7 @@ Last k blocks only (paper figure 9): --config.optim.train_last_blocks=4. Few-sho
 --config.data.shots=10. Datasets smaller than a batch of 1024: --config.batch_size=128.
 """
 
-from configs import common
+from mae_jax.train import recipes
 
 # Epochs, base learning rate, layer decay, drop path; Ti and S are not in the paper and use B's.
 RECIPES = {
@@ -25,8 +25,8 @@ RECIPES = {
 
 
 def get_config(size: str = "vit_b16"):
-    config = common.base()
-    common.set_size(config, size)
+    config = recipes.base()
+    recipes.set_size(config, size)
     epochs, base_lr, layer_decay, drop_path = RECIPES.get(size, RECIPES["vit_b16"])
     config.task = "classify"
     config.batch_size = 1024

@@ -1,17 +1,17 @@
 """k-nearest-neighbor accuracy of a checkpoint on ImageNet-1k, over the full dataset.
 
-    python train.py --config configs/knn.py:vit_b16 --workdir runs/knn_b \\
+    mae-jax train --config knn:vit_b16 --workdir runs/knn_b \\
         --config.init.path=runs/pretrain_b
 
-Nothing is trained. `python -m mae_jax.evaluate` does the same without a workdir.
+Nothing is trained. `mae-jax evaluate` does the same without a workdir.
 """
 
-from configs import common
+from mae_jax.train import recipes
 
 
 def get_config(size: str = "vit_b16"):
-    config = common.base()
-    common.set_size(config, size)
+    config = recipes.base()
+    recipes.set_size(config, size)
     config.task = "classify"
     config.steps = 0
     config.model.update(position="learned", dtype="bfloat16")  # learned: the checkpoint's table

@@ -1,6 +1,6 @@
 """Linear probe on ImageNet-1k, the paper's recipe (Table 10): frozen encoder, 90 epochs of LARS.
 
-    python train.py --config configs/linprobe.py:vit_b16 --workdir runs/linprobe_b \\
+    mae-jax train --config linprobe:vit_b16 --workdir runs/linprobe_b \\
         --config.init.path=runs/pretrain_b
 
 `init.path` takes any checkpoint (official, Hugging Face, timm, workdir); `random` is the baseline.
@@ -13,12 +13,12 @@ results in seconds, compute features once, without augmentation:
     --config.data.augment=none --config.data.cache_features=True
 """
 
-from configs import common
+from mae_jax.train import recipes
 
 
 def get_config(size: str = "vit_b16"):
-    config = common.base()
-    common.set_size(config, size)
+    config = recipes.base()
+    recipes.set_size(config, size)
     config.task = "classify"
     config.batch_size = 16384
     config.epochs = 50.0 if size in ("vit_l16", "vit_h14") else 90.0

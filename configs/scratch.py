@@ -1,16 +1,16 @@
 """Supervised training from scratch on ImageNet-1k, the paper's recipe (Table 11).
 
-    python train.py --config configs/scratch.py:vit_b16 --workdir runs/scratch_b
+    mae-jax train --config scratch:vit_b16 --workdir runs/scratch_b
 
 Reported by the paper, not reproduced here, top-1 of B / L / H with EMA weights:
 82.3 / 82.6 / 83.1 %.
 """
 
-from configs import finetune
+from mae_jax.train import recipes
 
 
 def get_config(size: str = "vit_b16"):
-    config = finetune.get_config(size)
+    config = recipes.get("finetune", size)
     large = size in ("vit_l16", "vit_h14")
     config.init.path = "random"
     config.batch_size = 4096

@@ -1,6 +1,6 @@
 """Pretraining on small images: CIFAR-like data of 32 to 96 pixels, with a ViT-Ti.
 
-    python train.py --config configs/small.py:vit_ti16,32 --workdir runs/cifar \\
+    mae-jax train --config small:vit_ti16,32 --workdir runs/cifar \\
         --config.data.name=cifar10
 
 The argument is SIZE,SIDE; the image side is 32 by default. A patch is 1/8 of it, so an image
@@ -8,7 +8,7 @@ has 64 patches. Crops are mild, and patches of few pixels need a larger norm_pix
 loss stays at that of predicting the mean patch; a higher learning rate makes this phase longer.
 """
 
-from configs import common
+from mae_jax.train import recipes
 
 
 def get_config(arg: str = "vit_ti16,32"):
@@ -16,8 +16,8 @@ def get_config(arg: str = "vit_ti16,32"):
     pixels = int(side or 32)
     if pixels % 8 or not 32 <= pixels <= 96:
         raise ValueError(f"images of {pixels} pixels: use a multiple of 8 from 32 to 96")
-    config = common.base()
-    common.set_size(config, size)
+    config = recipes.base()
+    recipes.set_size(config, size)
     config.batch_size = 512
     config.epochs = 400.0
     config.model.update(image_size=(pixels, pixels), patch=pixels // 8, dtype="bfloat16")

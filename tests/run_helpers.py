@@ -14,13 +14,11 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TINY = """
-import sys
-sys.path.insert(0, {root!r})
-from configs import common
+from mae_jax.train import recipes
 
 
 def get_config():
-    config = common.base()
+    config = recipes.base()
     config.batch_size = 8
     config.steps = 24
     config.model.update(image_size=(16, 24), patch=8, width=16, depth=2, heads=2)
@@ -45,7 +43,7 @@ def write_tiny(folder):
                 pixels = rng.integers(low, low + 128, (20, 30, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     config = folder / "tiny.py"
-    config.write_text(TINY.format(root=str(ROOT), folder=str(folder)))
+    config.write_text(TINY.format(folder=str(folder)))
     return config
 
 

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from test_tfds import TFRECORDS
 
-from configs import common, finetune, knn, linprobe, pretrain
+from configs import finetune, knn, linprobe, pretrain
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import DataError
 from mae_jax.distributed.sharding import make_mesh
 from mae_jax.tasks.optimizer import adamw, lars
 from mae_jax.tasks.train_step import init_state
-from mae_jax.train import build_data, build_evaluators, build_model
+from mae_jax.train import build_data, build_evaluators, build_model, recipes
 from mae_jax.train.config import from_config_dict
 from mae_jax.train.init_state import split_rng
 from mae_jax.train.loop import make_prefetcher
@@ -512,7 +512,7 @@ def test_no_key_is_forgotten():
     assert not tabled & SEEN.keys()
     keys = {
         key
-        for key in flatten(common.base().to_dict(), sep=".")
+        for key in flatten(recipes.base().to_dict(), sep=".")
         if not key.startswith(NOTHING_COMPUTED)
     }
     assert tabled | SEEN.keys() == keys

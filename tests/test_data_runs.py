@@ -9,12 +9,11 @@ from image_helpers import photograph
 from PIL import Image
 
 import mae_jax
-from configs import common
 from mae_jax import features, reconstruct
 from mae_jax.convert import weights
 from mae_jax.data.sources import DataError
 from mae_jax.distributed.checkpoint_reader import CheckpointError
-from mae_jax.train import trainer
+from mae_jax.train import recipes, trainer
 from mae_jax.train.config import from_config_dict
 from mae_jax.utils.errors import UserError
 
@@ -33,7 +32,7 @@ BANDS = dict(
 
 
 def config_of(path, **overrides):
-    config = common.base()
+    config = recipes.base()
     values = TINY | dict(data__source="folder", data__path=str(path)) | overrides
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
     return from_config_dict(config)

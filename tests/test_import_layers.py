@@ -22,7 +22,9 @@ FENCES = {  # package -> the only places that may import it
     "orbax": ["distributed/checkpointer.py", "distributed/checkpoint_reader.py"],
     "grain": ["data/loader.py", "data/worker_processes.py"],
     "tensorflow_datasets": ["data/tfds.py", "data/demo_dataset.py", "data/downscale.py"],
-    "tensorboardX": ["train/metrics_writer.py"],
+    "tensorboardX": ["train/loggers.py"],
+    "wandb": ["train/loggers.py"],
+    "mlflow": ["train/loggers.py"],
     "rich": ["train/progress.py", "utils/console.py"],
     "safetensors": ["convert/io.py", "convert/weight_files.py"],
     "ml_collections": [
@@ -30,6 +32,7 @@ FENCES = {  # package -> the only places that may import it
         "train/config.py",
         "train/config_schema.py",
         "train/overrides.py",
+        "train/recipes.py",
     ],
     "huggingface_hub": ["convert/hub.py"],
     "tensorflow": [],

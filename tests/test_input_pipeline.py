@@ -4,7 +4,7 @@ import pytest
 from image_helpers import encoded, noise_image
 
 from benchmarks import input_pipeline, loaders
-from configs import common
+from mae_jax.train import recipes
 from mae_jax.utils.errors import UserError
 
 
@@ -29,7 +29,7 @@ def test_loaders_are_timed_in_subprocesses(folder, monkeypatch):
 def test_too_few_images_are_refused(folder, tmp_path):
     args = input_pipeline.parse(["--folder", str(folder), "--batch", "96"])
     with pytest.raises(UserError, match="64 images, fewer than a batch of 96"):
-        input_pipeline.make_report(args, common.base(), tmp_path)
+        input_pipeline.make_report(args, recipes.base(), tmp_path)
 
 
 def test_bottleneck():

@@ -61,11 +61,11 @@ def test_keys_that_earlier_versions_lack_have_their_implied_value():
 
 
 EARLIER = """
-from configs import common
+from mae_jax.train import recipes
 
 
 def get_config():
-    config = common.base()
+    config = recipes.base()
     config.batch_size = 4
     config.steps = 12
     config.model.update(image_size=(16, 16), patch=8, width=8, depth=2, heads=2)

@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.tuple_parser import TupleParser
 
+from mae_jax.train import recipes
 from mae_jax.utils.paths import expand_path
 
 
@@ -51,12 +52,12 @@ def register_parsers() -> None:
 
 
 def keep_last_config(argv: list[str]) -> list[str]:
-    """Return the arguments with the last --config only, and its path expanded.
+    """Return the arguments with the last --config only, as the path of a file.
 
     Wrapper scripts give a default before "$@"; ml_collections fails for a config file given twice.
 
     Raises:
-      UserError: it is not a local path.
+      UserError: it is not a local path, or neither a file nor a recipe.
     """
     config, others, arguments = None, [], iter(argv)
     for argument in arguments:
@@ -67,4 +68,5 @@ def keep_last_config(argv: list[str]) -> list[str]:
             others.append(argument)
     if config is None:
         return argv
-    return [*others[:1], f"--config={expand_path(config)}", *others[1:]]
+    config = recipes.find_config(expand_path(config))
+    return [*others[:1], f"--config={config}", *others[1:]]

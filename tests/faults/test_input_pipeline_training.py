@@ -5,14 +5,14 @@ import json
 from image_helpers import encoded, noise_image
 
 from benchmarks import input_pipeline
-from configs import common
+from mae_jax.train import recipes
 
 
 def test_loader_step_and_both_are_timed(tmp_path, monkeypatch):
     for number in range(24):
         (tmp_path / f"{number}.jpg").write_bytes(encoded(noise_image(number, (30, 40)), "JPEG"))
     monkeypatch.setattr(input_pipeline, "RESIZERS", ("host",))
-    config = common.base()
+    config = recipes.base()
     config.batch_size = 8
     config.model.update(image_size=(16, 16), patch=8, width=8, depth=1, heads=1)
     config.model.update(decoder_width=8, decoder_depth=1, decoder_heads=1)
