@@ -1,6 +1,8 @@
 """Train what a config describes, or resume it: the same command does both.
 
-    python train.py --config configs/pretrain.py:vit_b16 --workdir runs/x [--config.key=value ...]
+    mae-jax train --config pretrain:vit_b16 --workdir runs/x [--config.key=value ...]
+
+`mae-jax demo` stands for `mae-jax train --config demo --workdir runs/demo`.
 
 Exit codes: 0 finished, or stopped on request with everything saved; 2 bad config or input;
 3 aborted on NaN/Inf loss; 1 any other error.
@@ -9,6 +11,7 @@ With --distributed, or if JAX_COORDINATOR_ADDRESS, SLURM or Open MPI are set up,
 of a multi-process run (docs/distributed.md).
 """
 
+import argparse
 import sys
 import traceback
 from typing import NoReturn
@@ -16,13 +19,19 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from mae_jax.train import overrides
+from mae_jax.train import overrides, recipes
+from mae_jax.utils import cli
 from mae_jax.utils.errors import UserError
 
 overrides.register_parsers()
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as in configs/pretrain.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and figures.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a run.")
+HELP = {
+    "config": "a recipe, as pretrain:vit_b16, or a config file, as my.py:ARGUMENT",
+    "workdir": "folder for checkpoints, metrics and figures",
+    "distributed": "join the other processes of a run",
+}
+CONFIG = config_flags.DEFINE_config_file("config", None, HELP["config"])
+WORKDIR = flags.DEFINE_string("workdir", None, HELP["workdir"])
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, HELP["distributed"])
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -74,6 +83,9 @@ def main(argv: list[str]) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the flags; bad ones print one sentence and exit with code 2."""
+    if {"--help", "-h", "-help"} & set(argv):
+        build_parser().print_help()
+        sys.exit(0)
     try:
         rest = flags.FLAGS(overrides.keep_last_config(argv))
         _ = CONFIG.value.items()  # raises for a missing config file
@@ -82,6 +94,25 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, UserError, IndexError, TypeError, ValueError, OSError) as error:
         _fail(_reason(error))
     return rest
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return a parser of all flags, for help and for shell completion; absl parses them."""
+    from mae_jax.train.config import Config
+    from mae_jax.train.config_schema import declared_keys
+
+    parser = cli.make_parser("mae_jax.train", __doc__)
+    parser.description, parser.usage = __doc__, "%(prog)s --config CONFIG --workdir WORKDIR [...]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", metavar="CONFIG", choices=recipes.names(), help=HELP["config"])
+    parser.add_argument("--workdir", type=cli.path_argument, help=HELP["workdir"])
+    parser.add_argument("--distributed", action="store_true", help=HELP["distributed"])
+    keys = parser.add_argument_group("config keys")
+    for name, key in declared_keys(Config()).items():
+        meaning = str(key["meaning"]).replace("%", "%%")
+        choices = key["choices"] or None
+        keys.add_argument(f"--config.{name}", metavar="VALUE", choices=choices, help=meaning)
+    return parser
 
 
 def _reason(error: BaseException) -> str:

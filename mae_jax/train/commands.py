@@ -6,17 +6,22 @@ mae-jax SUBCOMMAND ARGUMENTS... does the same as python -m MODULE ARGUMENTS...
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mae_jax
 
 
 class Command(NamedTuple):
-    """A subcommand: its module, one line of help, and the module's function that takes `argv`."""
+    """A subcommand: its module, one line of help, and the names of two functions of the module.
+
+    `function` takes `argv`, and `parser` returns an argparse parser without running anything.
+    """
 
     module: str
     help: str
     function: str = "main"
+    parser: str = "build_parser"
 
 
 COMMANDS = {
@@ -28,18 +33,30 @@ COMMANDS = {
     "convert": Command(
         "mae_jax.convert.__main__", "convert weights: mae_jax, official, Hugging Face, timm"
     ),
-    "inspect": Command("mae_jax.convert.__main__", "describe a checkpoint", "inspect"),
+    "inspect": Command(
+        "mae_jax.convert.__main__", "describe a checkpoint", "inspect", "build_inspect_parser"
+    ),
     "data": Command("mae_jax.data.__main__", "check, stats, prepare or cache a dataset"),
+    "demo": Command("mae_jax.train.__main__", "pretrain on a few photographs, in minutes"),
+    "completion": Command(
+        "mae_jax.train.commands",
+        "print a script for shell completion",
+        "print_completion",
+        "build_completion_parser",
+    ),
 }
+DEMO_FLAGS = ["--config=demo", "--workdir=runs/demo"]
 
 
 def main() -> None:
     """Run the subcommand that the command line names."""
-    arguments = _parser().parse_args(sys.argv[1:2])
-    name, rest = arguments.command, sys.argv[2:]
-    sys.argv = [f"mae-jax {name}", *rest]  # the name of the program in usage and errors
+    arguments = _make_parser().parse_args(sys.argv[1:2])
+    name, flags = arguments.command, sys.argv[2:]
+    if name == "demo":
+        flags = [*DEMO_FLAGS, *flags]
+    sys.argv = [f"mae-jax {name}", *flags]  # the name of the program in usage and errors
     module = importlib.import_module(COMMANDS[name].module)
-    if name == "train":
+    if name in ("train", "demo"):
         module.run()
     else:
         from mae_jax.utils import cli  # imports jax, which `mae-jax --help` can do without
@@ -47,8 +64,10 @@ def main() -> None:
         cli.run_command(getattr(module, COMMANDS[name].function))
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Return the parser of the first argument."""
+def _make_parser(
+    parents: Callable[[Command], list[argparse.ArgumentParser]] = lambda command: [],
+) -> argparse.ArgumentParser:
+    """Return the parser of the subcommands, each with the flags of its parents."""
     parser = argparse.ArgumentParser(
         prog="mae-jax",
         usage="mae-jax SUBCOMMAND ...",
@@ -59,5 +78,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mae_jax {mae_jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
+        commands.add_parser(name, help=command.help, parents=parents(command), add_help=False)
+    return parser
+
+
+def build_completion_parser() -> argparse.ArgumentParser:
+    """Return the parser of `mae-jax completion`."""
+    from mae_jax.utils import cli
+
+    description = "Print a script for shell completion; the README says where it belongs."
+    parser = cli.make_parser("mae_jax.train.commands", description)
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return parser
+
+
+def print_completion(argv: list[str]) -> None:
+    """Print the script that completes subcommands, flags, config keys and files."""
+    import shtab
+
+    shell = build_completion_parser().parse_args(argv).shell
+    parser = _make_parser(lambda command: [_with_files(_build_parser(command))])
+    print(shtab.complete(parser, shell))
+
+
+def _build_parser(command: Command) -> argparse.ArgumentParser:
+    return getattr(importlib.import_module(command.module), command.parser)()
+
+
+def _with_files(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Return a parser whose paths are completed as files."""
+    import shtab
+
+    from mae_jax.utils import cli
+
+    for action in parser._actions:
+        if action.type in (cli.path_argument, cli.path_text):
+            action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                _with_files(subparser)
     return parser
