@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from image_helpers import encoded, noise_image, saved
 from PIL import Image
-from test_data_runs import config_of
+from test_data_runs import QUICK, config_of
 
 import mae_jax
 from mae_jax.data import __main__ as data
@@ -203,7 +203,7 @@ def test_the_log_says_once_what_a_run_loses(depth, folder, tmp_path, caplog):
 
 
 def test_the_model_of_a_run_reads_images_as_the_run(folder, tmp_path):
-    config = config_of(folder, data__bit_depth=12, **RUN)
+    config = config_of(folder, data__bit_depth=12, **RUN | QUICK)
     trainer.train_and_evaluate(config, tmp_path / "run")
     model, params = mae_jax.load(tmp_path / "run")
     images = model.read_images(folder / "train" / "a")
