@@ -43,6 +43,7 @@ lint: $(VENV)/.dev docs  ## check style, types and documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+	$(BIN)/hadolint Dockerfile
 
 clean:  ## remove the virtual environments and the demo's workdir
 	rm -rf .venv .venv-py* .venv-torch .venv-compile .venv-docs site runs/demo

@@ -2,9 +2,13 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+
+import mae_jax
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -86,6 +90,19 @@ def test_committed_notebook_ran_from_start_to_end():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_badges_and_citation_say_what_the_package_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    badges = re.findall(r"!\[([^]]*)\]\(\S+/badge/(\S+)-\w+\)", (ROOT / "README.md").read_text())
+    expected = {
+        f"version {mae_jax.__version__}": f"version-{mae_jax.__version__}",
+        "Python 3.11 or newer": f"python-{quote(project['requires-python'].replace('>=', '≥'))}",
+        f"license {project['license']}": f"license-{project['license'].replace('-', '--')}",
+    }
+    assert dict(badges) == expected
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {mae_jax.__version__}\nlicense: {project['license']}\n" in citation
 
 
 def test_every_page_is_linked_from_the_readme():
