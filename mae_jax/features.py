@@ -1,6 +1,6 @@
 """Write the encoder's features of images, without masking, to a .npz file.
 
-python -m mae_jax.features IMAGE_OR_DIR... --checkpoint ANY --out features.npz
+mae-jax features IMAGE_OR_DIR... --checkpoint ANY --out features.npz
 """
 
 import argparse

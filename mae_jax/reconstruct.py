@@ -1,6 +1,6 @@
 """Draw the reconstructions of images by a checkpoint (paper figure 2).
 
-python -m mae_jax.reconstruct IMAGE_OR_DIR... --checkpoint ANY --out grid.png
+mae-jax reconstruct IMAGE_OR_DIR... --checkpoint ANY --out grid.png
 """
 
 import argparse

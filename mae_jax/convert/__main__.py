@@ -1,7 +1,7 @@
 """Convert MAE weights between mae_jax, the official code, Hugging Face and timm.
 
-python -m mae_jax.convert SRC DST --to {mae_jax,official,hf,timm}
-python -m mae_jax.convert inspect SRC
+mae-jax convert SRC DST --to {mae_jax,official,hf,timm}
+mae-jax inspect SRC
 """
 
 import argparse
@@ -10,7 +10,8 @@ from collections import Counter
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert import weights
 from mae_jax.convert.key_maps import DIALECTS
-from mae_jax.convert.locate import checkpoint_argument
+from mae_jax.convert.locate import checkpoint_argument, locate
+from mae_jax.convert.model_card import model_card, run_facts, write_card
 from mae_jax.utils import cli
 from mae_jax.utils.console import print_summary_table
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, as shell completion reads it."""
     parser = cli.make_parser("mae_jax.convert", __doc__)
-    parser.epilog = "`python -m mae_jax.convert inspect SRC` describes a checkpoint."
+    parser.epilog = "`mae-jax inspect SRC` describes a checkpoint."
     parser.add_argument("src", type=checkpoint_argument, help=SOURCE)
     parser.add_argument(
         "dst",
@@ -65,13 +66,18 @@ def convert(argv: list[str]) -> None:
     """Convert a checkpoint."""
     arguments = build_parser().parse_args(argv)
     weights.check_destination(arguments.dst, arguments.to, overwrite=arguments.overwrite)
-    checkpoint = weights.read(arguments.src, **convert_cli.format_kwargs(arguments))
+    source = locate(arguments.src).path
+    checkpoint = weights.read(source, **convert_cli.format_kwargs(arguments))
     if arguments.encoder_only:
         checkpoint = weights.encoder_only(checkpoint)
     checkpoint = weights.adapt(
         checkpoint, channels=arguments.channels, image_size=arguments.image_size
     )
     weights.write(checkpoint, arguments.dst, arguments.to, overwrite=arguments.overwrite)
+    if arguments.to == "hf" and arguments.dst.is_dir():
+        facts = run_facts(source.absolute())
+        card = model_card(checkpoint.info, "hf", facts, repo=arguments.dst.absolute().name)
+        write_card(arguments.dst, card)
 
 
 def inspect(argv: list[str]) -> None:

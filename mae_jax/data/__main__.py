@@ -1,9 +1,9 @@
 """Validate images, compute channel statistics, prepare TFDS datasets, write a downscaled copy.
 
-python -m mae_jax.data check DIR_OR_TFDS_NAME         list bad images
-python -m mae_jax.data stats DIR_OR_TFDS_NAME         compute mean and std per channel
-python -m mae_jax.data prepare TFDS_NAME              download and prepare as array_record
-python -m mae_jax.data cache DIR_OR_TFDS_NAME DST     write a downscaled copy, faster to read
+mae-jax data check DIR_OR_TFDS_NAME         list bad images
+mae-jax data stats DIR_OR_TFDS_NAME         compute mean and std per channel
+mae-jax data prepare TFDS_NAME              download and prepare as array_record
+mae-jax data cache DIR_OR_TFDS_NAME DST     write a downscaled copy, faster to read
 """
 
 import argparse

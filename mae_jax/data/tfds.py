@@ -156,7 +156,7 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     if name in DEMO_DATASETS:
         return prepare(name, data_dir)
     builder = _registered_builder(name, data_dir)
-    command = f"python -m mae_jax.data prepare {name}"
+    command = f"mae-jax data prepare {name}"
     raise DataError(
         f"{name} is not prepared in {builder.data_dir}. Set data.path to its directory, or prepare "
         f"it once: {command} --data-dir DIR"

@@ -1,6 +1,6 @@
 """Evaluate the features of a checkpoint on a dataset: k-NN, linear and other probes.
 
-python -m mae_jax.evaluate --checkpoint ANY --data DIR_OR_TFDS_NAME [--suite knn,linear,...]
+mae-jax evaluate --checkpoint ANY --data DIR_OR_TFDS_NAME [--suite knn,linear,...]
 """
 
 import argparse
@@ -8,12 +8,10 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jaxtyping import Array
 
-import mae_jax
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert.pretrained import Params, PretrainedModel
 from mae_jax.data.factory import detect_dataset, has_split
@@ -23,15 +21,16 @@ from mae_jax.distributed import sharding
 from mae_jax.distributed.inference import EvalBatches, with_sharded_inputs
 from mae_jax.evaluate.metrics import top_k
 from mae_jax.evaluate.probe import ProbeRecipe
+from mae_jax.evaluate.rankme import MAX_IMAGES
+from mae_jax.evaluate.results import make_report, print_results
 from mae_jax.evaluate.suite import (
     SUITE,
     SplitFeatures,
     SuiteOptions,
-    SuiteResult,
     extract_splits,
     measure,
 )
-from mae_jax.utils import cli, console
+from mae_jax.utils import cli
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.errors import UserError
 
@@ -47,8 +46,9 @@ def main(argv: list[str]) -> None:
     train, test = _open_splits(arguments, measures)
     model, params = convert_cli.load_model(arguments)
     if "head" in measures:
+        assert test is not None
         _check_head(model, test.classes)
-    _check_memory(model, measures, len(train or ()) + len(test), arguments.max_gb)
+    _check_memory(model, measures, len(train or ()) + len(test or ()), arguments.max_gb)
 
     splits = _extract(model, params, measures, train, test, arguments.batch_size)
     seconds = time.perf_counter() - begin
@@ -56,11 +56,12 @@ def main(argv: list[str]) -> None:
     recipe = ProbeRecipe(
         epochs=arguments.epochs, learning_rate=arguments.learning_rate, seed=arguments.seed
     )
-    options = SuiteOptions(recipe, model.info.heads, arguments.shots, test.classes)
+    classes = test.classes if test else ()
+    options = SuiteOptions(recipe, model.info.heads, arguments.shots, classes)
     results = [result for name in measures for result in measure(name, splits, options)]
-    _print(results, f"{arguments.checkpoint} on {arguments.data}")
+    print_results(results, f"{arguments.checkpoint} on {arguments.data}")
     if arguments.out:
-        report = _report(arguments, splits, results)
+        report = make_report(arguments, splits, results)
         report |= {"features_seconds": round(seconds, 2)}
         write_json(arguments.out, report | {"seconds": round(time.perf_counter() - begin, 2)})
         print(arguments.out)
@@ -124,12 +125,15 @@ def _parse_suite(text: str) -> list[str]:
 
 def _open_splits(
     arguments: argparse.Namespace, measures: Sequence[str]
-) -> tuple[Source | None, Source]:
-    """Return the images to train on, None if nothing is trained, and those to evaluate on."""
+) -> tuple[Source | None, Source | None]:
+    """Return the images to train on, and to evaluate on; None for those that nothing needs."""
     if measures == ["head"]:
-        return None, _open_split(arguments, arguments.eval_split)
-    train = _open_split(arguments, arguments.train_split)
-    test = _open_split(arguments, arguments.eval_split, train.classes)
+        return None, _open_labeled(arguments, arguments.eval_split)
+    if measures == ["rankme"]:
+        train = _open_split(arguments, arguments.train_split)
+        return evenly_spaced(train, arguments.train_images or MAX_IMAGES), None
+    train = _open_labeled(arguments, arguments.train_split)
+    test = _open_labeled(arguments, arguments.eval_split, train.classes)
     if arguments.train_images:
         train = evenly_spaced(train, arguments.train_images)
     if "few_shot" in measures:  # fail before the features are extracted
@@ -138,7 +142,7 @@ def _open_splits(
 
 
 def _open_split(arguments: argparse.Namespace, split: str, classes: tuple[str, ...] = ()) -> Source:
-    """Open a labeled split; raise DataError if it does not exist or has no labels."""
+    """Open a split; raise DataError if it does not exist."""
     data = arguments.data
     if Path(data).is_dir() and not has_split(Path(data), split):
         raise DataError(
@@ -146,11 +150,18 @@ def _open_split(arguments: argparse.Namespace, split: str, classes: tuple[str, .
             "per split, named by --train-split and --eval-split, and in each one folder per class"
         )
     dataset = detect_dataset(data, arguments.data_dir, arguments.image_feature)
-    source = dataset.open(split, classes)
+    return dataset.open(split, classes)
+
+
+def _open_labeled(
+    arguments: argparse.Namespace, split: str, classes: tuple[str, ...] = ()
+) -> Source:
+    """Open a labeled split; raise DataError if it does not exist or has no labels."""
+    source = _open_split(arguments, split, classes)
     if not source.classes:
         raise DataError(
-            f"{data}/{split} has no class labels: evaluation needs one folder per class, or a TFDS "
-            "dataset with a ClassLabel called 'label'"
+            f"{arguments.data}/{split} has no class labels: evaluation needs one folder per class, "
+            "or a TFDS dataset with a ClassLabel called 'label'; --suite rankme needs no labels"
         )
     return source
 
@@ -202,7 +213,7 @@ def _extract(
     params: Params,
     measures: Sequence[str],
     train: Source | None,
-    test: Source,
+    test: Source | None,
     batch_size: int,
 ) -> SplitFeatures:
     """Return all features that the measures need; every image is read once."""
@@ -221,16 +232,16 @@ def _extract(
 
     mesh = sharding.make_mesh()
     params = jax.device_put(params, sharding.state_shardings(params, mesh))
-    size, num_classes = sharding.round_up_batch(batch_size, mesh), len(test.classes)
+    size, num_classes = sharding.round_up_batch(batch_size, mesh), len(test.classes if test else ())
 
     def batches(source: Source) -> EvalBatches:
-        read = lambda: model.batches(source, size, num_classes=num_classes)
+        read = lambda: model.batches(source, size, num_classes=num_classes or None)
         return EvalBatches(len(source), read)
 
     splits = extract_splits(
         with_sharded_inputs(features_fn, mesh, params),
         batches(train) if train else None,
-        batches(test),
+        batches(test) if test else None,
         num_classes,
         show_progress=True,
         report=log.info,
@@ -238,55 +249,6 @@ def _extract(
     for split in (splits.train, splits.test):
         convert_cli.warn_nonfinite(split.features if split else {})
     return splits
-
-
-def _report(
-    arguments: argparse.Namespace, splits: SplitFeatures, results: Sequence[SuiteResult]
-) -> dict[str, Any]:
-    return {
-        "checkpoint": arguments.checkpoint,
-        "data": arguments.data,
-        "train_split": arguments.train_split,
-        "eval_split": arguments.eval_split,
-        "train_images": len(splits.train.labels) if splits.train else 0,
-        "eval_images": len(splits.test.labels),
-        "classes": splits.num_classes,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {"mae_jax": mae_jax.__version__, "jax": jax.__version__},
-        "results": [
-            {
-                "measure": result.measure,
-                "features": result.features,
-                **vars(result.score),
-                "interval": result.score.interval,
-                "spread": result.spread,
-                "seconds": result.seconds,
-            }
-            for result in results
-        ],
-    }
-
-
-def _print(results: Sequence[SuiteResult], title: str) -> None:
-    layers = [result for result in results if "_" in result.features]
-    best = max(layers, key=lambda result: result.score.top1, default=None)
-    rows = []
-    for result in results:
-        low, high = result.score.interval
-        spread = f"±{result.spread:.3f}" if result.spread is not None else ""
-        rows.append(
-            (
-                "best layer" if result is best else result.measure,
-                result.features,
-                f"{result.score.top1:.3f}{spread}",
-                f"{low:.2f}-{high:.2f}",
-                f"{result.score.top5:.3f}",
-                result.score.images,
-                f"{result.seconds:.1f}",
-            )
-        )
-    columns = ("measure", "features", "top-1", "95 %", "top-5", "images", "s")
-    console.print_table(title, columns, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures of frozen features, in runs and in `python -m mae_jax.evaluate`."""
+"""Measures of frozen features, in runs and in `mae-jax evaluate`."""
 
 import dataclasses
 import time
@@ -17,6 +17,7 @@ from mae_jax.distributed.inference import (
 from mae_jax.evaluate.knn import knn_scores
 from mae_jax.evaluate.metrics import Score, accuracy
 from mae_jax.evaluate.probe import ProbeRecipe, probe_scores
+from mae_jax.evaluate.rankme import MAX_IMAGES, rankme
 
 KS = (1, 5, 10, 20, 100, 200)
 DRAWS = 5  # few-shot training sets
@@ -29,6 +30,7 @@ class SplitFeatures:
 
     Args:
       train: None for the measure "head", which trains nothing.
+      test: without features for the measure "rankme", which needs no evaluation.
       report: called with what is being computed.
     """
 
@@ -55,6 +57,15 @@ class SplitFeatures:
                 temperature=temperature,
             )
         return scores
+
+    def rankme(self, names: Sequence[str]) -> dict[str, float]:
+        """Return the effective rank of the training images' features by name of the features."""
+        assert self.train is not None
+        ranks = {}
+        for name in names:
+            self.report(f"RankMe of {name}")
+            ranks[name] = rankme(self.train.features[name])
+        return ranks
 
     def probe(
         self,
@@ -86,7 +97,7 @@ class SplitFeatures:
 def extract_splits(
     features_fn: FeaturesFn,
     train: EvalBatches | None,
-    test: EvalBatches,
+    test: EvalBatches | None,
     num_classes: int,
     *,
     show_progress: bool = False,
@@ -103,7 +114,9 @@ def extract_splits(
         return extract_features(features_fn, images, show_progress=show_progress)
 
     train_features = extract(train, "training") if train else None
-    return SplitFeatures(train_features, extract(test, "evaluation"), num_classes, report)
+    nothing = LabeledFeatures({}, np.zeros(0, np.int32))
+    test_features = extract(test, "evaluation") if test else nothing
+    return SplitFeatures(train_features, test_features, num_classes, report)
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,17 @@ class SuiteResult:
     features: str
     score: Score
     spread: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """Effective rank of the features of `images` training images, a row of the results."""
+
+    measure: str
+    features: str
+    rank: float
+    images: int
     seconds: float = 0.0
 
 
@@ -137,10 +161,12 @@ class Measure:
     """A measure of the suite, and its description for --help."""
 
     description: str
-    run: Callable[[SplitFeatures, SuiteOptions], list[SuiteResult]]
+    run: Callable[[SplitFeatures, SuiteOptions], Sequence[SuiteResult | RankResult]]
 
 
-def measure(name: str, splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
+def measure(
+    name: str, splits: SplitFeatures, options: SuiteOptions
+) -> list[SuiteResult | RankResult]:
     """Return the results of a measure of SUITE, each with its share of the time."""
     begin = time.perf_counter()
     results = SUITE[name].run(splits, options)
@@ -157,6 +183,14 @@ def _knn(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
         for name, scores in splits.knn(["mean", "cls"], ks).items()
         for k, score in scores.items()
     ]
+
+
+def _rankme(splits: SplitFeatures, options: SuiteOptions) -> list[RankResult]:
+    del options
+    assert splits.train is not None
+    images = min(len(splits.train.labels), MAX_IMAGES)
+    ranks = splits.rankme(["mean", "cls"])
+    return [RankResult("RankMe", name, rank, images) for name, rank in ranks.items()]
 
 
 def _linear(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
@@ -207,6 +241,9 @@ def _head(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
 
 SUITE = {
     "knn": Measure("k nearest neighbors, of cls and mean of the patches", _knn),
+    "rankme": Measure(
+        "effective rank of cls and mean; needs no labels and no evaluation split", _rankme
+    ),
     "linear": Measure("linear probe of cls and mean", _linear),
     "attentive": Measure("attentive probe: a learned query over the patches", _attentive),
     "layers": Measure("linear probes of cls and mean after every block", _layers),

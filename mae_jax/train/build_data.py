@@ -125,7 +125,7 @@ def pixel_dtype(config: Config, source: Source) -> np.dtype:
             f"does not fit {source.describe(0)}, whose dtype is {dtype}: for uint8, mean and std "
             "are fractions of 255, and with data.bit_depth of its range; for other types they are "
             "in the units of the values. "
-            "python -m mae_jax.data stats computes them",
+            "mae-jax data stats computes them",
         )
     return dtype
 
@@ -227,7 +227,7 @@ def input_bound_hint(config: Config, on_device: bool) -> str:
         hints.append("data.resize_on=device")
     if not config.data.in_memory:
         hints.append("data.in_memory=True for small images")
-        hints.append("smaller files, by python -m mae_jax.data cache (which changes the data)")
+        hints.append("smaller files, by mae-jax data cache (which changes the data)")
     return "; ".join(hints)
 
 

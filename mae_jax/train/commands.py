@@ -36,6 +36,7 @@ COMMANDS = {
     "inspect": Command(
         "mae_jax.convert.__main__", "describe a checkpoint", "inspect", "build_inspect_parser"
     ),
+    "push": Command("mae_jax.convert.push", "prepare a folder for the Hugging Face hub"),
     "data": Command("mae_jax.data.__main__", "check, stats, prepare or cache a dataset"),
     "demo": Command("mae_jax.train.__main__", "pretrain on a few photographs, in minutes"),
     "completion": Command(
@@ -109,10 +110,11 @@ def _with_files(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return a parser whose paths are completed as files."""
     import shtab
 
+    from mae_jax.convert.locate import checkpoint_argument
     from mae_jax.utils import cli
 
     for action in parser._actions:
-        if action.type in (cli.path_argument, cli.path_text):
+        if action.type in (cli.path_argument, cli.path_text, checkpoint_argument):
             action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(action, argparse._SubParsersAction):
             for subparser in action.choices.values():

@@ -104,7 +104,7 @@ def adapt(
         raise ConvertError(
             "it was fine-tuned with fc_norm, so it has no final norm, which this model needs: "
             "start from the pretrained checkpoint that it came from, or evaluate it with "
-            "python -m mae_jax.evaluate"
+            "mae-jax evaluate"
         )
     if position == "sincos":  # computed, not a parameter
         checkpoint = _without_sincos_tables(checkpoint)
