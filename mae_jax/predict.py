@@ -1,6 +1,6 @@
 """Predict the classes of images with a fine-tuned or probed checkpoint.
 
-python -m mae_jax.predict IMAGE_OR_DIR... --checkpoint FINETUNED [--out predictions.csv]
+mae-jax predict IMAGE_OR_DIR... --checkpoint FINETUNED [--out predictions.csv]
 """
 
 import argparse
@@ -74,11 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--top",
         type=cli.positive_int,
-        help="classes per image at most (5; all of a multi-label head)",
+        help="classes per image (5; all of a multi-label head, and always its positive ones)",
     )
     parser.add_argument(
         "--threshold",
-        type=cli.positive_float,
+        type=cli.fraction,
         help="probability from which a class of a multi-label head is positive (0.5)",
     )
     parser.add_argument(
@@ -93,8 +93,6 @@ def _check_flags(arguments: argparse.Namespace, problem: str) -> None:
     """Raise ConvertError for flags that the head has no use for."""
     if arguments.threshold is not None and problem != "multi_label_classification":
         raise ConvertError(f"--threshold is for multi-label heads; this one is for {problem}")
-    if arguments.threshold is not None and arguments.threshold > 1:
-        raise ConvertError("--threshold is a probability, from 0 to 1")
     if arguments.top is not None and problem == "regression":
         raise ConvertError("--top is for classes; the head of this checkpoint is a regression")
 
@@ -116,6 +114,8 @@ def _rows(
     """Return the rows of `COLUMNS` for the scores of one image."""
     if problem == "regression":
         return [[n, names[n], f"{value:.6g}"] for n, value in enumerate(values)]
+    if problem == "multi_label_classification":
+        top = max(top, int((values >= threshold).sum()))  # an answer is the set of positives
     best = np.argsort(-values, kind="stable")[:top]
     rows = [[n + 1, label, names[label], f"{values[label]:.6f}"] for n, label in enumerate(best)]
     if problem == "multi_label_classification":

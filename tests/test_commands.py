@@ -1,6 +1,7 @@
 """The commands that take a checkpoint and images: their output and their errors."""
 
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors.numpy import load_file
 
 import mae_jax
 from mae_jax import features, predict, reconstruct
+from mae_jax.convert import __main__ as convert
 from mae_jax.convert import weights
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import DataError
 from mae_jax.utils import cli
+from mae_jax.utils.atomic import write_json
 from mae_jax.utils.errors import UserError
 
 
@@ -112,17 +115,60 @@ def test_predict(golden, images, tmp_path, capsys):
         predict.main([*argv, "--class-names", str(names)])
 
 
-def test_output_paths_are_checked_first(golden, images, tmp_path):
+def test_output_paths_are_checked_first(images, tmp_path, subtests):
     argv = [str(images), "--checkpoint", "nowhere", "--out"]
     (tmp_path / "d.npz").mkdir()
     (tmp_path / "file").write_text("")
-    for out, message in (
-        ("d.npz", "is a directory"),
-        ("f.txt", "must end in .npz"),
-        ("file/f.npz", "is a file, not a directory"),
+    for link, target in (
+        ("dangling", "gone"),
+        ("dangling.npz", "gone.npz"),
+        ("loop", "loop"),
+        ("loop.npz", "loop.npz"),
+        ("null.npz", "/dev/null"),
+        ("d_too.npz", "d.npz"),
     ):
-        with pytest.raises(UserError, match=message):
+        (tmp_path / link).symlink_to(target)
+    before = sorted(tmp_path.iterdir())
+    odd = (
+        ("file/f.npz", "is a file, not a directory"),
+        ("dangling.npz", "is a symlink to gone.npz, which is no file"),
+        ("dangling/f.npz", "dangling is a symlink to gone, which"),
+        ("loop.npz", "is a symlink to loop.npz, which"),
+        ("loop/a/f.npz", "loop is a symlink to loop, which"),
+        ("null.npz", "is neither a file nor a folder"),
+        (f"{300 * 'a'}.npz", "cannot be written: File name too long"),
+        (f"new/{100 * 'é£'}.npz", "a name has 404 bytes, more than 255"),
+        ("/proc/f.npz", "cannot be written: "),
+    )
+    files = (
+        ("d.npz", "is a directory"),
+        ("d_too.npz", "is a directory"),
+        ("f.txt", "must end in .npz"),
+        *odd,
+    )
+    for out, message in files:
+        with subtests.test(out=out), pytest.raises(UserError, match=message):
             features.main([*argv, str(tmp_path / out)])
+    for out, message in odd:
+        with subtests.test(converted=out), pytest.raises(UserError, match=message):
+            convert.main(["nowhere", str(tmp_path / out), "--to", "mae_jax"])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_target_of_a_link_is_written(tmp_path):
+    for name in ("there", "here"):
+        (tmp_path / name).mkdir()
+    target, link = tmp_path / "there" / "a.json", tmp_path / "here" / "b.json"
+    target.write_text("old")
+    link.symlink_to("../there/a.json")
+    cli.check_output("--out", link, ".json")
+    with pytest.raises(TypeError):
+        write_json(link, object())
+    assert target.read_text() == "old"
+    write_json(link, "new")
+    assert json.loads(target.read_text()) == "new"
+    assert link.is_symlink()
+    assert len([*target.parent.iterdir(), *link.parent.iterdir()]) == 2
 
 
 @pytest.mark.parametrize(

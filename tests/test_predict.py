@@ -77,6 +77,9 @@ def test_multi_label(classifier, picture, tmp_path, dialect, capsys):
     assert "+ " in capsys.readouterr().out
     strict = rows_of(picture, tmp_path / "model", "--threshold", "0.9999", "--top", "2")
     assert [(row["threshold"], row["positive"]) for row in strict] == [("0.9999", "0")] * 2
+    positives = [row for row in rows if row["positive"] == "1"]
+    assert len(positives) > 1
+    assert rows_of(picture, tmp_path / "model", "--top", "1") == positives
 
 
 @pytest.mark.parametrize(("count", "problem_type"), [(1, ""), (1, "regression"), (3, "regression")])
@@ -99,14 +102,16 @@ def test_single_label_is_a_softmax(classifier, picture, tmp_path):
     assert sum(float(row["probability"]) for row in rows) == pytest.approx(1, abs=1e-5)
 
 
-def test_flags_of_other_heads(classifier, picture, tmp_path):
+def test_flags_of_other_heads(classifier, picture, tmp_path, capsys):
     weights.write(classifier(3), tmp_path / "single", "hf")
     weights.write(classifier(3, problem_type="regression"), tmp_path / "values", "hf")
     with pytest.raises(ConvertError, match="--threshold is for multi-label heads"):
         rows_of(picture, tmp_path / "single", "--threshold", "0.3")
     weights.write(classifier(3, problem_type=MULTI), tmp_path / "multi", "hf")
-    with pytest.raises(ConvertError, match="--threshold is a probability"):
-        rows_of(picture, tmp_path / "multi", "--threshold", "50")
+    for threshold in ("50", "nan", "0", "x"):
+        with pytest.raises(SystemExit):
+            rows_of(picture, tmp_path / "multi", "--threshold", threshold)
+        assert f"'{threshold}' is not a number above 0 and at most 1" in capsys.readouterr().err
     with pytest.raises(ConvertError, match="--top is for classes"):
         rows_of(picture, tmp_path / "values", "--top", "1")
 

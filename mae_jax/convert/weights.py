@@ -19,6 +19,7 @@ from mae_jax.convert.preprocessing import as_crop, as_processor, with_image_size
 from mae_jax.convert.state_dict import Arrays
 from mae_jax.convert.weight_files import TORCH_SUFFIXES
 from mae_jax.models.patches import interpolate_pos_embed, patch_grid
+from mae_jax.utils.atomic import check_writable
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import local_path
 
@@ -143,9 +144,13 @@ def encoder_only(weights: Weights) -> Weights:
 
 
 def check_destination(path: Path, dialect: str, *, overwrite: bool) -> None:
-    """Raise ConvertError if writing to a path would replace something by accident."""
+    """Raise ConvertError if a path cannot be written, or something would be replaced by accident."""
     if dialect not in DIALECTS:
         raise ConvertError(f"must be one of {', '.join(DIALECTS)}", key="dialect", value=dialect)
+    try:
+        check_writable("destination", path)
+    except UserError as error:
+        raise ConvertError(str(error)) from error
     suffix = io.single_file_suffix(path)
     if path.exists() and path.is_file() != bool(suffix):
         kind = "file" if path.is_file() else "directory"

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mae_jax.utils.errors import UserError
 from mae_jax.utils.file_lock import pid_namespace, process_exists
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of disks that cannot sync a folder
@@ -20,12 +22,13 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of disks that cannot sy
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path for a file or folder to write, and rename it to `path` at the end.
 
-    Parent folders are created. If `path` is an existing folder, its files are replaced one by one,
-    and other files in it stay. If the block raises, the temporary file or folder is removed; that
-    of a killed process is removed by the next one. What was written is on the disk before the
-    rename: after a power failure, `path` is old or new, never empty.
+    Parent folders are created; of a symlink, the target is written. If `path` is an existing
+    folder, its files are replaced one by one, and other files in it stay. If the block raises, the
+    temporary file or folder is removed; that of a killed process is removed by the next one. What
+    was written is on the disk before the rename: after a power failure, `path` is old or new,
+    never empty.
     """
-    path = Path(os.path.abspath(path))  # "." has no name
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # With the host name: on a shared disk, processes of other hosts may have the same id.
     namespace = "".join(filter(str.isdecimal, pid_namespace()))
@@ -46,6 +49,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         _remove(part)
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Check before any work is done that a file or folder can be written; leaves nothing behind.
+
+    Args:
+      name: of the flag, for errors.
+
+    Raises:
+      UserError: `path` is a broken symlink, a device or the like, or its folder is not writable.
+    """
+    try:
+        if not path.exists() and (link := next(filter(_is_broken, [path, *path.parents]), None)):
+            raise UserError(
+                f"{name} {path}: {link} is a symlink to {link.readlink()}, which is no file"
+            )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{name} {path} is neither a file nor a folder")
+        target = Path(os.path.realpath(path))
+        parent = next(folder for folder in target.parents if folder.exists())
+        if not parent.is_dir():
+            raise UserError(f"{name} {path}: {parent} is a file, not a directory")
+        longest = max(len(os.fsencode(part)) for part in target.parts)
+        if longest > (limit := os.pathconf(parent, "PC_NAME_MAX")):
+            raise UserError(f"{name} {path}: a name has {longest} bytes, more than {limit}")
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{name} {path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_broken(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,13 +1,13 @@
 """Command-line plumbing that all commands share: argument types, output paths, exit codes."""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from mae_jax.utils import console
+from mae_jax.utils.atomic import check_writable
 from mae_jax.utils.compilation import enable_compilation_cache
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import expand_path
@@ -75,6 +75,17 @@ def index_list(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def fraction(text: str) -> float:
+    """Parse a number above 0 and at most 1, as a probability."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return number
+
+
 def positive_float(text: str) -> float:
     """Parse a finite number > 0."""
     try:
@@ -100,13 +111,9 @@ def check_output(flag: str, path: Path, suffix: str) -> None:
     """Raise UserError, before any work is done, unless a file of that name can be written."""
     if path.suffix != suffix:
         raise UserError(f"{flag} {path} must end in {suffix}")
+    check_writable(flag, path)
     if path.is_dir():
         raise UserError(f"{flag} {path} is a directory")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise UserError(f"{flag} {path}: {parent} is a file, not a directory")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{flag} {path}: no write permission in {parent}")
 
 
 def pluralize(count: int, noun: str) -> str:
