@@ -18,7 +18,7 @@ from mae_jax.train.config import from_config_dict
 from mae_jax.utils.errors import UserError
 
 CHANNELS = 5
-TINY = dict(model__image_size=(16, 24), model__patch=8, model__width=16, model__depth=2)
+TINY = dict(model__image_size=(16, 24), model__patch=8, model__width=16, model__depth=1)
 TINY |= dict(model__heads=2, model__decoder_width=16, model__decoder_depth=1)
 TINY |= dict(model__decoder_heads=2, batch_size=8, steps=6, optim__warmup_steps=2)
 TINY |= dict(log__every_steps=2, checkpoint__every_steps=2, checkpoint__max_to_keep=9)
