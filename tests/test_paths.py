@@ -57,6 +57,7 @@ def test_local_folders_of_such_names_stay_local(name):
 # Every module with a parser, and the arguments that select it.
 COMMANDS = {
     "mae_jax.convert.__main__": ([], ["inspect"]),
+    "mae_jax.convert.push": ([],),
     "mae_jax.data.__main__": ([],),
     "mae_jax.evaluate.__main__": ([],),
     "mae_jax.features": ([],),
