@@ -121,3 +121,18 @@ def test_train_py_takes_defaults_and_then_the_arguments_of_a_wrapper(tmp_path):
     size = ["--config.model.image_size=16,24", "--config.model.image_size=16,20"]
     output = run("nowhere.py", tmp_path / "run", f"--config={config}", *size, code=2)
     assert "error: model.image_size=(16, 20) must be" in output
+
+
+def test_parts_of_values_are_no_keys():
+    for key, problem in (
+        ("data.mean.x", "'data.mean.x'; set all of data.mean: --config.data.mean=VALUE"),
+        ("data.mean.0", "'data.mean.0'; set all of data.mean: --config.data.mean=VALUE"),
+        ("data.mean[0]", "'data.mean[0]'; set all of data.mean: --config.data.mean=VALUE"),
+        ("steps.x", "'steps.x'; set all of steps: --config.steps=VALUE"),
+        ("data..mean", "'data..mean'"),
+        ("", "''"),
+    ):
+        argv = ["train.py", PRETRAIN, f"--config.{key}=1"]
+        assert overrides.explain_bad_key(argv) == f"no such config key: {problem}"
+    for key in ("data.mean", "batch_size", "data", "no_such"):
+        assert overrides.explain_bad_key(["train.py", PRETRAIN, f"--config.{key}=1"]) is None

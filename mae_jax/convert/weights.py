@@ -144,7 +144,7 @@ def encoder_only(weights: Weights) -> Weights:
 
 
 def check_destination(path: Path, dialect: str, *, overwrite: bool) -> None:
-    """Raise ConvertError if a path cannot be written, or something would be replaced by accident."""
+    """Raise ConvertError if a path cannot be written, or would replace something by accident."""
     if dialect not in DIALECTS:
         raise ConvertError(f"must be one of {', '.join(DIALECTS)}", key="dialect", value=dialect)
     try:

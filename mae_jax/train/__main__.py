@@ -90,9 +90,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(overrides.keep_last_config(argv))
         _ = CONFIG.value.items()  # raises for a missing config file
     except (AttributeError, KeyError) as error:
-        _fail(f"no such config key: {_reason(error)}")
+        bad_key = overrides.explain_bad_key(argv)
+        _fail(bad_key or f"no such config key: {_reason(error)}")
     except (flags.Error, UserError, IndexError, TypeError, ValueError, OSError) as error:
-        _fail(_reason(error))
+        _fail(overrides.explain_bad_key(argv) or _reason(error))
     return rest
 
 

@@ -70,3 +70,19 @@ def keep_last_config(argv: list[str]) -> list[str]:
         return argv
     config = recipes.find_config(expand_path(config))
     return [*others[:1], f"--config={config}", *others[1:]]
+
+
+def explain_bad_key(argv: list[str]) -> str | None:
+    """Return what is wrong with the first override of a part of a value, or of no name at all."""
+    from mae_jax.train.config import Config
+    from mae_jax.train.config_schema import declared_keys
+
+    keys = declared_keys(Config())
+    names = (argument.partition("=")[0].lstrip("-") for argument in argv)
+    for key in (name.removeprefix("config.") for name in names if name.startswith("config.")):
+        whole = next((name for name in keys if key.startswith((f"{name}.", f"{name}["))), None)
+        if whole:
+            return f"no such config key: {key!r}; set all of {whole}: --config.{whole}=VALUE"
+        if not all(part.isidentifier() for part in key.split(".")):
+            return f"no such config key: {key!r}"
+    return None
