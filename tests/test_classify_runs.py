@@ -3,10 +3,12 @@
 import json
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hub_helpers import COMMIT, hub_cache, write_cache  # noqa: F401
 from PIL import Image
 
 from configs import attentive, finetune, knn, linprobe
@@ -109,6 +111,26 @@ def test_a_resumed_run_is_bit_identical(finetuned, images, tmp_path):
     ours, theirs = summary_of(tmp_path), summary_of(finetuned)
     same = ("top1", "top1_ema", "final_loss", "init")
     assert [ours[name] for name in same] == [theirs[name] for name in same]
+
+
+def test_a_run_records_which_model_of_the_hub_it_started_from(
+    images,
+    pretrained,
+    tmp_path,
+    hub_cache,  # noqa: F811
+):
+    """A restart before the first checkpoint reads the same revision; later ones need none."""
+    write_cache(hub_cache, "org/model", {"model.safetensors": Path(pretrained).read_bytes()})
+    setup = build(config_of(linprobe, images, init__path="org/model", **LINPROBE), tmp_path)
+    meta = {"config": {}, "data_fingerprint": "", "classes": []}
+    with closing(Checkpointer(tmp_path / "checkpoints", 1)) as checkpointer:
+        args = setup.config, setup.task, setup.tx, setup.layout, checkpointer, meta
+        restore_or_init(*args)
+        first = init_provenance(tmp_path)
+        assert (first["init"]["path"], first["init"]["revision"]) == ("org/model", COMMIT)
+        write_cache(hub_cache, "org/model", {"config.json": b"{}"}, commit="2" * 40)
+        restore_or_init(*args)
+        assert init_provenance(tmp_path) == first
 
 
 def test_evaluation_alone_repeats_the_accuracy(finetuned, images, tmp_path):

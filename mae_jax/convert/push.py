@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _repo(text: str) -> str:
     """Parse org/name."""
     name = parse_name(text)
-    if name is None or str(name) != text:
+    if name is None or name.repo != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form org/name")
     return text
 
