@@ -198,3 +198,16 @@ def test_random_corruption_gives_an_image_or_a_data_error(name):
         except DataError:
             errors += 1
     assert errors > 10
+
+
+def test_palette_with_transparent_colors():
+    """Pillow warns of them if they are converted to RGB at once; warnings are errors here."""
+    colors = noise_image(0).convert("RGB").quantize(32)
+    alphas = bytes(range(0, 256, 8))
+    data = encoded(colors, "PNG", transparency=alphas)
+    expected = np.asarray(colors.convert("RGB"))
+    np.testing.assert_array_equal(decode(data, 3), expected)
+    np.testing.assert_array_equal(decode(data, 1)[..., 0], np.asarray(colors.convert("L")))
+    np.testing.assert_array_equal(decode(data, 4)[..., :3], expected)
+    alpha = np.frombuffer(alphas, np.uint8)[np.asarray(colors)]
+    np.testing.assert_array_equal(decode(data, 4)[..., 3], alpha)

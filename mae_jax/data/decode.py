@@ -133,13 +133,16 @@ def _decode_jpeg(encoded: bytes, channels: int) -> Pixels | None:
 
 
 def _read_with_pillow(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
-    with open_image(encoded) as image:
+    with open_image(encoded) as file:
+        image: Image.Image = file
         if isinstance(image, StubImageFile):  # Pillow knows the name of the format only
             raise UnidentifiedImageError
         if keep_bits and png.has_16_bits(encoded):
             array = png.read_16_bits(encoded, image.size)
             colors = 3 if array.shape[-1] >= 3 else 1
             return Raster(array[..., :colors] if channels in MODES else array, 16)
+        if image.mode == "P":  # colors by number, of which Pillow warns if some are transparent
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if channels not in MODES:
             return Raster(_to_pixels(np.asarray(image), channels), None)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
