@@ -252,6 +252,7 @@ ROWS = {
         ("eval.knn_temperature", 0.5, "features.temperature"),
         ("eval.knn_bank", 6, "features.bank.count"),
         ("eval.knn_queries", 6, "features.queries.count"),
+        ("eval.rankme", False, "features.rankme"),
         ("eval.linear", True, "features.linear"),
         ("eval.baselines", True, "has_baselines"),
         ("eval.pictures_every_epochs", 2.0, "drawn.every", 8),

@@ -78,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         type=cli.path_text,
         required=True,
-        help="a folder with labeled splits (folders or .npz), or the name of a TFDS dataset",
+        help="a folder with labeled splits (folders or .npz), or the name of a TFDS dataset; for "
+        "rankme alone any folder of images",
     )
     parser.add_argument(
         "--data-dir", type=cli.path_text, help="folder of TFDS datasets (TFDS's default)"
@@ -130,7 +131,7 @@ def _open_splits(
     if measures == ["head"]:
         return None, _open_labeled(arguments, arguments.eval_split)
     if measures == ["rankme"]:
-        train = _open_split(arguments, arguments.train_split)
+        train = _open_unlabeled(arguments)
         return evenly_spaced(train, arguments.train_images or MAX_IMAGES), None
     train = _open_labeled(arguments, arguments.train_split)
     test = _open_labeled(arguments, arguments.eval_split, train.classes)
@@ -139,6 +140,14 @@ def _open_splits(
     if "few_shot" in measures:  # fail before the features are extracted
         sample_shots(train.label, len(train), train.classes, arguments.shots, seed=0)
     return train, test
+
+
+def _open_unlabeled(arguments: argparse.Namespace) -> Source:
+    """Open the training split; all images of a folder without splits."""
+    data = arguments.data
+    if Path(data).is_dir() and detect_dataset(data, None).splits() == [""]:
+        return detect_dataset(data, None).open("")
+    return _open_split(arguments, arguments.train_split)
 
 
 def _open_split(arguments: argparse.Namespace, split: str, classes: tuple[str, ...] = ()) -> Source:

@@ -241,12 +241,12 @@ def _head(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
 
 SUITE = {
     "knn": Measure("k nearest neighbors, of cls and mean of the patches", _knn),
-    "rankme": Measure(
-        "effective rank of cls and mean; needs no labels and no evaluation split", _rankme
-    ),
     "linear": Measure("linear probe of cls and mean", _linear),
     "attentive": Measure("attentive probe: a learned query over the patches", _attentive),
     "layers": Measure("linear probes of cls and mean after every block", _layers),
     "few_shot": Measure("linear probes on a few images per class, mean of 5 samples", _few_shot),
+    "rankme": Measure(
+        "effective rank of cls and mean; needs no labels and no evaluation split", _rankme
+    ),
     "head": Measure("the checkpoint's own head", _head),
 }

@@ -12,6 +12,7 @@ from mae_jax.data.loader import eval_batches
 from mae_jax.data.sources import Source
 from mae_jax.data.subsets import evenly_spaced
 from mae_jax.evaluate.figures import ReconstructionFigure, check_display_channels
+from mae_jax.evaluate.rankme import MAX_IMAGES
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.train.build_data import make_eval_batches, make_eval_transform
@@ -59,22 +60,27 @@ def make_evaluators(
     elif task.model.num_classes and eval_source is not None:
         batches = images(eval_source, num_classes=task.model.num_classes)
         evaluators.append(AccuracyEvaluator(task, batches, mesh, every["accuracy"]))
-    if features_enabled(config, train_source, eval_source):
-        assert eval_source is not None
-        num_classes = len(train_source.classes)
-        bank = evenly_spaced(train_source, config.eval.knn_bank)
-        queries = evenly_spaced(eval_source, config.eval.knn_queries)
+    labeled = has_labels(train_source, eval_source)
+    if config.eval.knn_every_epochs >= 0 and (labeled or config.eval.rankme):
+        num_classes = len(train_source.classes) if labeled else None
+        bank_size = config.eval.knn_bank if labeled else min(config.eval.knn_bank, MAX_IMAGES)
+        queries = None
+        if labeled:
+            assert eval_source is not None
+            shown = evenly_spaced(eval_source, config.eval.knn_queries)
+            queries = images(shown, num_classes=num_classes)
         evaluators.append(
             FeatureEvaluator(
                 task=task,
-                bank=images(bank, num_classes=num_classes),
-                queries=images(queries, num_classes=num_classes),
-                num_classes=num_classes,
+                bank=images(evenly_spaced(train_source, bank_size), num_classes=num_classes),
+                queries=queries,
+                num_classes=num_classes or 0,
                 ks=tuple(config.eval.knn_k),
                 temperature=config.eval.knn_temperature,
                 mesh=mesh,
                 every=every["knn"],
                 linear=config.eval.linear,
+                rankme=config.eval.rankme,
                 baseline_key=init_key if config.eval.baselines else None,
                 heartbeat=heartbeat,
             )
@@ -82,10 +88,9 @@ def make_evaluators(
     return evaluators
 
 
-def features_enabled(config: Config, train_source: Source, eval_source: Source | None) -> bool:
-    """Return whether k-NN is on, and there are labeled images for it."""
-    labeled = bool(train_source.classes and eval_source is not None and eval_source.classes)
-    return config.eval.knn_every_epochs >= 0 and labeled
+def has_labels(train_source: Source, eval_source: Source | None) -> bool:
+    """Return whether there are labeled images to train on and to evaluate on, as k-NN needs."""
+    return bool(train_source.classes and eval_source is not None and eval_source.classes)
 
 
 def _make_figure(config: Config, task: Pretrain, source: Source) -> ReconstructionFigure:

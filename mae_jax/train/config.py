@@ -335,6 +335,12 @@ class EvalConfig(Group):
     knn_temperature: float = key(0.07, "of the softmax over similarities", above=0)
     knn_bank: int = key(50_000, "training images at most, evenly spaced", low=1)
     knn_queries: int = key(10_000, "evaluation images at most", low=1)
+    rankme: bool = key(
+        True,
+        "with k-NN, and at its intervals also without labels: RankMe, the effective rank of the"
+        " encoder's features of training images",
+        implied=False,
+    )
     linear: bool = key(False, "at the end, also a linear probe on the same images")
     baselines: bool = key(
         False,

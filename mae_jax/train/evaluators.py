@@ -121,36 +121,38 @@ class AccuracyEvaluator:
 
 @dataclass(frozen=True)
 class FeatureEvaluator:
-    """Computes k-NN accuracy of the encoder's features; at the end also a linear probe.
+    """Computes k-NN accuracy and RankMe of the encoder's features; at the end also a linear probe.
 
     Args:
-      bank: training images of k-NN and probe; queries: evaluation images.
+      bank: training images of k-NN, RankMe and probe.
+      queries: evaluation images; None, without labels, computes RankMe alone.
       ks: numbers of neighbors, of which the first is used during training.
-      linear: whether to train a linear probe at the end.
+      linear: whether to train a linear probe at the end; rankme: whether to compute RankMe.
       baseline_key: PRNG key of random encoders, whose mean accuracy is a baseline at the end, like
         that of raw pixels; None computes no baselines.
     """
 
     task: Pretrain | Classify
     bank: EvalBatches
-    queries: EvalBatches
+    queries: EvalBatches | None
     num_classes: int
     ks: tuple[int, ...]
     temperature: float
     mesh: jax.sharding.Mesh
     every: int | None
     linear: bool = False
+    rankme: bool = False
     baseline_key: Key[Array, ""] | None = None
     heartbeat: Callable[[str], None] = lambda _: None
 
     def run(self, step: int, state: TrainState) -> Results:
-        """Return the k-NN accuracy of the encoder."""
+        """Return the k-NN accuracy and RankMe of the encoder."""
         del step
         splits = self._extract({"encoder": state.params})
-        return self._accuracies(splits, self.ks[:1], linear=False)
+        return self._measure(splits, self.ks[:1], linear=False)
 
     def finish(self, step: int, state: TrainState) -> Results:
-        """Return all accuracies, of the encoder and of the baselines."""
+        """Return all measures, of the encoder and of the baselines."""
         del step
         encoders = {"encoder": state.params}
         if self.baseline_key is not None:
@@ -164,8 +166,9 @@ class FeatureEvaluator:
             self.heartbeat(text)
             log.info("evaluating: %s", text)
 
-        splits = self._extract(encoders, with_pixels=len(encoders) > 1, report=report)
-        return self._accuracies(splits, self.ks, linear=self.linear)
+        with_pixels = len(encoders) > 1 and self.queries is not None
+        splits = self._extract(encoders, with_pixels=with_pixels, report=report)
+        return self._measure(splits, self.ks, linear=self.linear)
 
     def _extract(
         self,
@@ -190,13 +193,19 @@ class FeatureEvaluator:
             report=report or self.heartbeat,
         )
 
-    def _accuracies(self, splits: SplitFeatures, ks: tuple[int, ...], *, linear: bool) -> Results:
-        suffixes = {name: "" if name == "encoder" else f"_{name}" for name in splits.test.features}
+    def _measure(self, splits: SplitFeatures, ks: tuple[int, ...], *, linear: bool) -> Results:
+        assert splits.train is not None
+        suffixes = {name: "" if name == "encoder" else f"_{name}" for name in splits.train.features}
         results: Results = {}
-        for name, scores in splits.knn(list(suffixes), ks, self.temperature).items():
-            results[f"knn_top1{suffixes[name]}"] = scores[ks[0]].top1
-            results |= {f"knn_top1_k{k}{suffixes[name]}": scores[k].top1 for k in ks[1:]}
-        if linear:
+        if self.queries is not None:
+            for name, scores in splits.knn(list(suffixes), ks, self.temperature).items():
+                results[f"knn_top1{suffixes[name]}"] = scores[ks[0]].top1
+                results |= {f"knn_top1_k{k}{suffixes[name]}": scores[k].top1 for k in ks[1:]}
+        if self.rankme:
+            names = [name for name in suffixes if name != "pixels"]
+            ranks = splits.rankme(names)
+            results |= {f"rankme{suffixes[name]}": rank for name, rank in ranks.items()}
+        if linear and self.queries is not None:
             for name, suffix in suffixes.items():  # one by one: together, rounding would differ
                 results[f"linear_top1{suffix}"] = splits.probe([name])[name].top1
         return _average_random_encoders(results)

@@ -68,6 +68,8 @@ def log_knn_off(config: Config, eval_source: Source | None) -> None:
     if eval_source is None:
         reason = f"data.eval_split={config.data.eval_split!r} does not exist"
     log.info("k-NN is off: it needs labels and an evaluation split, and %s", reason)
+    if config.eval.rankme:
+        log.info("RankMe, which needs neither, is measured at the same intervals")
 
 
 def _describe_parameters(task: Pretrain | Classify) -> str:
@@ -123,7 +125,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "_pixels": "raw pixels",
     }
     names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, EMA parameters"}
-    measures = {"knn_top1": "k-NN top-1", "linear_top1": "linear probe top-1"}
+    measures = {"knn_top1": "k-NN top-1", "linear_top1": "linear probe top-1", "rankme": "RankMe"}
     of_k = [name for name in summary if re.fullmatch(r"knn_top1_k\d+", name)]
     measures |= {name: f"k-NN top-1, k = {name.removeprefix('knn_top1_k')}" for name in of_k}
     for measure, label in measures.items():

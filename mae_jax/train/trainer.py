@@ -17,7 +17,7 @@ from mae_jax.models import flops
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.train_step import TrainState
 from mae_jax.train import build_data, build_model, report
-from mae_jax.train.build_evaluators import features_enabled, make_evaluators
+from mae_jax.train.build_evaluators import has_labels, make_evaluators
 from mae_jax.train.config import Config
 from mae_jax.train.config_schema import as_json
 from mae_jax.train.evaluators import Evaluation
@@ -136,7 +136,7 @@ def _log_start(setup: RunSetup, start_step: int) -> None:
     num_images = len(setup.train_source)
     report.log_run_summary(config, setup.task, setup.layout, setup.length, num_images, start_step)
     wanted = config.eval.knn_every_epochs >= 0
-    if wanted and not features_enabled(config, setup.train_source, setup.eval_source):
+    if wanted and not has_labels(setup.train_source, setup.eval_source):
         report.log_knn_off(config, setup.eval_source)
     if setup.length.total_steps:
         report.warn_low_disk_space(setup.workdir, setup.layout, config.checkpoint.max_to_keep)
