@@ -17,14 +17,13 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import StubImageFile
 
 from mae_jax.data import png
-from mae_jax.data.file_kinds import why_not_an_image
+from mae_jax.data.file_kinds import JPEG, NUMPY, PNG, TIFF, UPRIGHT, why_not_an_image
 from mae_jax.data.sources import DataError
-from mae_jax.data.tiff import MODES, TIFF, Raster, read_tiff
+from mae_jax.data.tiff import MODES, Raster, read_tiff
 
 Encoded = bytes | np.ndarray  # the bytes of a file, or an array that needs no decoding
 Pixels = Shaped[np.ndarray, "h w c"]  # uint8 in 0..255; else uint16 or float32 in their own units
 
-JPEG, NPY, ZIP = b"\xff\xd8\xff", b"\x93NUMPY", b"PK\x03\x04"
 # libjpeg's messages about lost pixels; a few extraneous bytes before the end marker lose none.
 CORRUPT = re.compile(r"Premature end|Corrupt JPEG data: (?!\d extraneous bytes before marker 0xd9)")
 ORIENTATION = 0x0112  # EXIF tag
@@ -58,9 +57,9 @@ def used_bits(encoded: Encoded, channels: int) -> tuple[int, int] | None:
     Raises:
       DataError: as in `decode`.
     """
-    if isinstance(encoded, np.ndarray) or encoded.startswith((JPEG, NPY, ZIP)):
+    if isinstance(encoded, np.ndarray) or encoded.startswith((JPEG, *NUMPY)):
         return None
-    if encoded.startswith(png.PNG) and not png.has_16_bits(encoded):
+    if encoded.startswith(PNG) and not png.has_16_bits(encoded):
         return None
     array, bits, _ = _read(encoded, channels, exif=False, keep_bits=True)
     if bits is None or bits <= 8:
@@ -79,7 +78,7 @@ def _read(encoded: Encoded, channels: int, exif: bool, keep_bits: bool) -> Raste
     try:
         array, bits, orientation = _read_bytes(encoded, channels, keep_bits)
         # Of a TIFF, the orientation is always applied, as by Pillow.
-        if exif and not encoded.startswith((*TIFF, NPY, ZIP)):
+        if exif and not encoded.startswith(UPRIGHT):
             orientation = exif_orientation(encoded)
         return Raster(apply_orientation(array, orientation), bits)
     except DataError:
@@ -93,7 +92,7 @@ def _read(encoded: Encoded, channels: int, exif: bool, keep_bits: bool) -> Raste
 
 
 def _read_bytes(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
-    if encoded.startswith((NPY, ZIP)):
+    if encoded.startswith(NUMPY):
         return Raster(_to_pixels(decode_numpy(encoded), channels), None)
     if encoded.startswith(TIFF):
         array, bits, orientation = read_tiff(encoded, channels)

@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mae_jax.data.decode import JPEG, NPY, ORIENTATION, TIFF, ZIP, Encoded, decode, exif_orientation
+from mae_jax.data.decode import ORIENTATION, Encoded, decode, exif_orientation
+from mae_jax.data.file_kinds import JPEG, UPRIGHT
 from mae_jax.data.loader import ordered_parallel_map
 from mae_jax.data.sources import DERIVED_PREFIX, DataError, Source, bad_image_error
 from mae_jax.data.transforms import resize
@@ -56,7 +57,7 @@ class DownscaleJpeg:
             height, width = (max(1, round(side * scale)) for side in image.shape[:2])
             image = resize(image, (height, width))
         exif = Image.Exif()
-        if isinstance(encoded, bytes) and not encoded.startswith((NPY, ZIP, *TIFF)):
+        if isinstance(encoded, bytes) and not encoded.startswith(UPRIGHT):
             exif[ORIENTATION] = exif_orientation(encoded)  # for data.exif=True
         buffer = io.BytesIO()
         pil_image = Image.fromarray(image.squeeze(-1) if self.channels == 1 else image)

@@ -1,4 +1,9 @@
-"""Names of files that are not images, or that nothing here reads, by their first bytes."""
+"""Kinds of files by their first bytes: those that are read here, and names of others."""
+
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NUMPY = (b"\x93NUMPY", b"PK\x03\x04")  # .npy, .npz
+UPRIGHT = (*TIFF, *NUMPY)  # always decoded upright: EXIF has no say
 
 # Offset, bytes there, and the kind.
 PICTURES = (
@@ -39,7 +44,7 @@ OTHERS = (
     (0, b"version https://git-lfs", "a Git LFS pointer to a file: git lfs pull gets the file"),
 )
 DAMAGED = (
-    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, PNG, "PNG"),
     (0, b"BM", "BMP"),
     (0, b"GIF8", "GIF"),
     (8, b"WEBP", "WebP"),

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from mae_jax.data.decode import NPY, ZIP, Encoded, apply_orientation, decode, decode_numpy
-from mae_jax.data.tiff import TIFF, nodata_value, read_tiff
+from mae_jax.data.decode import Encoded, apply_orientation, decode, decode_numpy
+from mae_jax.data.file_kinds import NUMPY, TIFF
+from mae_jax.data.tiff import nodata_value, read_tiff
 from mae_jax.utils.cli import pluralize
 
 
@@ -53,7 +54,7 @@ def _samples(encoded: Encoded, channels: int, value: float | None) -> np.ndarray
     """Return the samples that may be missing, before any conversion; None if none may be."""
     if isinstance(encoded, np.ndarray):
         return encoded if encoded.dtype.kind == "f" else None
-    if encoded.startswith((NPY, ZIP)):
+    if encoded.startswith(NUMPY):
         array = decode_numpy(encoded)
         return array if array.dtype.kind == "f" else None
     if not encoded.startswith(TIFF):

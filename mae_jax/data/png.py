@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-PNG = b"\x89PNG\r\n\x1a\n"
+from mae_jax.data.file_kinds import PNG
+
 # Never needed for the pixels. Pillow decompresses them, and rejects images with more than 1 MiB.
 UNUSED_CHUNKS = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
 

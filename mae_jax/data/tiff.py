@@ -14,9 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from tifffile import PHOTOMETRIC
 
 from mae_jax.data import tiff_codecs
+from mae_jax.data.file_kinds import TIFF
 from mae_jax.data.sources import DataError
 
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BIG_ENDIAN_BIGTIFF = b"MM\0+"  # of which Pillow cannot read the EXIF tags
 GDAL_NODATA = 42113  # tag
 REDUCED, MASK = 1, 4  # flags of NewSubfileType
