@@ -23,7 +23,7 @@ from mae_jax.data.sources import DataError
 from mae_jax.models.variants import VARIANTS
 from mae_jax.train import recipes, report
 from mae_jax.train.build_data import make_eval_transform
-from mae_jax.train.build_evaluators import features_enabled
+from mae_jax.train.build_evaluators import has_labels
 from mae_jax.train.build_model import flops_per_image
 from mae_jax.train.config import Config, MaskConfig, from_config_dict
 from mae_jax.train.config_schema import as_json, declared_keys, to_config_dict
@@ -159,7 +159,7 @@ def config_of(folder, **overrides) -> Config:
 
 def test_a_folder_without_labels_has_no_knn(folder):
     run = build(config_of(folder), folder / "run")
-    assert not features_enabled(run.config, run.train_source, run.eval_source)
+    assert not has_labels(run.train_source, run.eval_source)
     assert len(run.train_source) == 8
     assert run.length.total_steps == 1000
 

@@ -37,6 +37,7 @@ COMMANDS = {
         "mae_jax.convert.__main__", "describe a checkpoint", "inspect", "build_inspect_parser"
     ),
     "push": Command("mae_jax.convert.push", "prepare a folder for the Hugging Face hub"),
+    "compare": Command("mae_jax.train.compare", "compare the results and curves of runs"),
     "data": Command("mae_jax.data.__main__", "check, stats, prepare or cache a dataset"),
     "demo": Command("mae_jax.train.__main__", "pretrain on a few photographs, in minutes"),
     "completion": Command(
