@@ -60,7 +60,11 @@ class Hub(BaseHTTPRequestHandler):
                 for name, content in files.items()
             ]
             self._send(json.dumps(entries).encode())
-        elif path in (f"api/models/{self.repo}", f"api/models/{self.repo}/revision/main"):
+        elif path in (
+            f"api/models/{self.repo}",
+            f"api/models/{self.repo}/revision/main",
+            f"api/models/{self.repo}/revision/{commit}",
+        ):
             siblings = [{"rfilename": name} for name in files]
             body = {"id": self.repo, "sha": commit, "siblings": siblings}
             self._send(json.dumps(body).encode())
