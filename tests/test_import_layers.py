@@ -20,6 +20,7 @@ LAYERS = [  # a module may import its own folder and those on lower layers
 FENCES = {  # package -> the only places that may import it
     "flax": ["models/"],
     "orbax": ["distributed/checkpointer.py", "distributed/checkpoint_reader.py"],
+    "matplotlib": ["train/compare.py"],
     "grain": ["data/loader.py", "data/worker_processes.py"],
     "tensorflow_datasets": ["data/tfds.py", "data/demo_dataset.py", "data/downscale.py"],
     "tensorboardX": ["train/loggers.py"],
