@@ -44,6 +44,19 @@ def test_the_folder_is_read_back_and_its_card_is_valid(golden, tmp_path, capsys)
         push.main([str(golden / OFFICIAL), "me/vit", "--out", str(out), *FLAGS])
 
 
+def test_a_card_of_timm_has_no_decoder(golden, tmp_path):
+    out = tmp_path / "out"
+    push.main([str(golden / OFFICIAL), "me/vit", "--out", str(out), "--to", "timm", *FLAGS])
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+    text = (out / "README.md").read_text()
+    assert "decoder" not in text
+    assert 'timm.create_model("hf-hub:me/vit", pretrained=True)' in text
+
+
 def test_a_card_says_what_is_known_of_the_run(info):
     init = {"path": "hf://facebook/vit-mae-base@v1", "revision": "1" * 40}
     text = model_card(info, "hf", facts(init), repo="me/vit", license_id="cc-by-nc-4.0")

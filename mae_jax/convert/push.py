@@ -4,6 +4,7 @@ python -m mae_jax.convert.push RUN org/name [--out DIR] [--to FORMAT] [--license
 """
 
 import argparse
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,8 @@ from mae_jax.convert.locate import checkpoint_argument, locate
 from mae_jax.convert.model_card import model_card, run_facts, write_card
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.utils import cli
+
+log = logging.getLogger("mae_jax")
 
 FORMATS = ("hf", "timm", "mae_jax")  # in the order of preference
 
@@ -29,6 +32,9 @@ def main(argv: list[str]) -> None:
     dialect = arguments.to or next(
         each for each in FORMATS if each in weights.compatible_formats(checkpoint.info)
     )
+    if dialect == "timm" and checkpoint.info.decoder_depth:
+        log.warning("timm has no decoder: it is left out")
+        checkpoint = weights.encoder_only(checkpoint)
     text = model_card(
         checkpoint.info,
         dialect,
