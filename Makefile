@@ -68,7 +68,7 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 # separate folder, which only the timm tests use.
 .venv-torch/.peers: pyproject.toml
 	$(PYTHON) -m venv .venv-torch
-	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 transformers --editable '.[demo,dev]'
+	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 transformers --editable '.[demo,dev,mlflow,wandb]'
 	.venv-torch/bin/python -m pip install --quiet --no-deps --upgrade --target .venv-torch/timm \
 		timm==1.0.31 torchvision==0.28.0
 	touch $@

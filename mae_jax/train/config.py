@@ -1,6 +1,6 @@
 """The config of a run: every key with its type, default, bounds, unit and meaning.
 
-Recipes (`configs/`) set values on the ConfigDict of `configs.common.base()`, and the command line
+Recipes (`configs/`) set values on the ConfigDict of `recipes.base()`, and the command line
 overrides them: `--config.optim.base_lr=1e-4`. `from_config_dict` turns that back into a `Config`,
 once, when a run starts; everything below reads typed attributes.
 
@@ -24,6 +24,7 @@ from mae_jax.models.vit import POS_EMBEDS
 from mae_jax.tasks.masking import SAMPLERS
 from mae_jax.tasks.mixup import MODES
 from mae_jax.train.config_schema import Group, group_from_dict, key
+from mae_jax.train.loggers import NAMES
 
 _B = get_variant("vit_b16")
 
@@ -372,6 +373,14 @@ class LogConfig(Group):
     prefix: ClassVar[str] = "log."
     resumable: ClassVar[bool] = True
     every_steps: int = key(50, "steps between lines of metrics.jsonl", low=1)
+    to: tuple[str, ...] = key(
+        ("jsonl", "tensorboard"),
+        "loggers: 'jsonl' (metrics.jsonl), 'tensorboard', 'wandb' (Weights & Biases), 'mlflow'",
+        choices=NAMES,
+        implied=["jsonl", "tensorboard"],
+    )
+    project: str = key("mae_jax", "W&B project, MLflow experiment", implied="mae_jax")
+    run_name: str | None = key(None, "name of the run in W&B and MLflow; None: of the workdir")
     profile_from: int | None = key(
         None, "first step of a profile, written to WORKDIR/profile", low=1
     )
@@ -484,7 +493,7 @@ class Config(Group):
             raise self.data.error(
                 name,
                 f"needs a value for each of {channels} channels (model.channels), and no more: "
-                "python -m mae_jax.data stats computes them",
+                "mae-jax data stats computes them",
             )
 
     def _check_classify(self) -> None:

@@ -18,7 +18,7 @@ from mae_jax.models import attention_selection
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.train_step import jit_step, make_train_step
-from mae_jax.train import build_data, build_model
+from mae_jax.train import build_data, build_model, loggers
 from mae_jax.train.build_model import RunLength
 from mae_jax.train.config import Config
 from mae_jax.train.init_state import StateLayout, make_state_layout, split_rng
@@ -50,6 +50,7 @@ def build(config: Config, workdir: Path) -> RunSetup:
     Raises:
       UserError: a config value, a file or a folder is invalid.
     """
+    loggers.check_installed(config.log.to)
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.accumulate, mesh)
     index_dir = Path(os.path.abspath(workdir)).parent / ".indices"

@@ -27,6 +27,7 @@ from mae_jax.train.init_state import (
     restore_or_init,
     split_rng,
 )
+from mae_jax.train.loggers import RunInfo
 from mae_jax.train.loop import Trainer
 from mae_jax.train.metrics_writer import MetricsWriter
 from mae_jax.train.progress import MetricsLogger, Profiler
@@ -151,6 +152,13 @@ def make_logger(setup: RunSetup, start_step: int, watchdog: Watchdog) -> Metrics
         start_step=start_step,
         steps_per_epoch=setup.length.steps_per_epoch,
         enabled=is_main,
+        to=config.log.to,
+        run=RunInfo(
+            setup.workdir,
+            project=config.log.project,
+            name=config.log.run_name or setup.workdir.absolute().name,
+            config=as_json(config),
+        ),
     )
     first = config.log.profile_from if is_main else None
     return MetricsLogger(
