@@ -1,4 +1,4 @@
-"""Inference on CPUs: batches are computed in slices, by as many threads as there are cores."""
+"""Inference on CPUs: batches are computed in chunks, by as many threads as there are cores."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from mae_jax.distributed import sharding
-from mae_jax.distributed.inference import SLICE_ROWS, with_sharded_inputs
+from mae_jax.distributed.inference import CHUNK_ROWS, SLICE_ROWS, with_sharded_inputs
 
 
 @pytest.mark.parametrize(
-    ("rows", "slice_rows"),
-    [(1, 1), (SLICE_ROWS, SLICE_ROWS), (3 * SLICE_ROWS, SLICE_ROWS), (SLICE_ROWS + 1,) * 2],
+    ("rows", "chunk_rows"),
+    [(1, 1), (SLICE_ROWS, CHUNK_ROWS), (3 * SLICE_ROWS, CHUNK_ROWS), (SLICE_ROWS + 1,) * 2],
 )
-def test_slices_are_of_one_size_and_joined_in_order(rows, slice_rows):
+def test_chunks_are_of_one_size_and_joined_in_order(rows, chunk_rows):
     shapes = []
 
     @jax.jit
@@ -26,4 +26,4 @@ def test_slices_are_of_one_size_and_joined_in_order(rows, slice_rows):
     outputs = with_sharded_inputs(function, mesh, jnp.ones(()))(images)
     np.testing.assert_array_equal(outputs["images"], images)
     np.testing.assert_array_equal(outputs["sum"], 1 + images.sum(axis=(1, 2, 3)))
-    assert shapes == [(slice_rows, 2, 2, 3)]
+    assert shapes == [(chunk_rows, 2, 2, 3)]

@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from einops import rearrange
+from jaxtyping import Array, Int, Shaped
 
 from mae_jax.distributed import sharding
 from mae_jax.utils import console
 from mae_jax.utils.cpus import available_cpus
 
-SLICE_ROWS = 64  # images that a CPU core computes at a time
+SLICE_ROWS = 64  # images that a thread of a CPU computes ...
+CHUNK_ROWS = 8  # ... so many at a time, whose activations fit in the core's cache
 
 FeaturesFn = Callable[[np.ndarray], Mapping[str, Any]]  # images [b, h, w, c] -> [b, ...] by name
 
@@ -49,21 +51,30 @@ def with_sharded_inputs(
       function: jitted, of a state and a batch of images.
     """
     if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
-        return partial(_in_slices, partial(function, *state))
+        return partial(_in_slices, function, state)
     return lambda images: function(*state, sharding.shard_batch({"image": images}, mesh)["image"])
 
 
-def _in_slices(function: Callable[[np.ndarray], Any], images: np.ndarray) -> Any:
+def _in_slices(function: Callable[..., Any], state: tuple[Any, ...], images: np.ndarray) -> Any:
     """Apply a function to slices of images, one per core at a time; return all rows on the host.
 
-    Faster than all cores computing every layer of all images together, with the same results.
-    Batches of other sizes than multiples of SLICE_ROWS are not sliced: each shape is compiled.
+    Faster than all cores computing every layer of all images together. Batches of other sizes than
+    multiples of SLICE_ROWS are not sliced: each shape is compiled.
     """
-    count = len(images) // SLICE_ROWS if len(images) % SLICE_ROWS == 0 else 1
-    slices = np.split(images, count)
+    if len(images) % SLICE_ROWS:
+        return function(*state, images)
+    slices = np.split(images, len(images) // SLICE_ROWS)
     with ThreadPoolExecutor(available_cpus()) as pool:
-        parts = list(pool.map(lambda rows: jax.device_get(function(rows)), slices))
+        compute = lambda rows: jax.device_get(_in_chunks(function, state, rows))
+        parts = list(pool.map(compute, slices))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+@partial(jax.jit, static_argnums=0)
+def _in_chunks(function: Callable[..., Any], state: tuple[Any, ...], images: Array) -> Any:
+    chunks = rearrange(images, "(n b) ... -> n b ...", b=CHUNK_ROWS)
+    outputs = jax.lax.map(lambda chunk: function(*state, chunk), chunks)
+    return jax.tree.map(lambda x: rearrange(x, "n b ... -> (n b) ..."), outputs)
 
 
 def extract_features(

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from mae_jax.evaluate.metrics import Score, accuracy, top_k
 
@@ -16,9 +16,9 @@ BANK_TILE = 65_536  # ... a tile of the bank: 268 MB of similarities
 
 
 def knn_scores(
-    bank: Float[np.ndarray, "n d"],
+    bank: Num[np.ndarray, "n d"],
     bank_labels: Int[np.ndarray, " n"],
-    queries: Float[np.ndarray, "q d"],
+    queries: Num[np.ndarray, "q d"],
     labels: Int[np.ndarray, " q"],
     *,
     num_classes: int,

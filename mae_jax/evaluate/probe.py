@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from mae_jax.evaluate.metrics import Score, accuracy, top_k
 from mae_jax.models.classifier import Probe
@@ -44,9 +44,9 @@ def batch_size_for(count: int) -> int:
 
 
 def probe_scores(
-    train: Mapping[str, Float[np.ndarray, "n *t d"]],
+    train: Mapping[str, Num[np.ndarray, "n *t d"]],
     labels: Int[np.ndarray, " n"],
-    test: Mapping[str, Float[np.ndarray, "m *t d"]],
+    test: Mapping[str, Num[np.ndarray, "m *t d"]],
     test_labels: Int[np.ndarray, " m"],
     *,
     num_classes: int,
@@ -76,7 +76,7 @@ def probe_scores(
 
 @partial(jax.jit, static_argnames="task")
 def _rank(task: ProbeTask, params: Any, stats: Any, features: Array) -> Array:
-    return top_k(task.logits(params, stats, features))
+    return top_k(task.logits(params, stats, features.astype(jnp.float32)))
 
 
 @partial(jax.jit, static_argnames=("task", "recipe"))
@@ -107,7 +107,8 @@ def _train(
             lambda: order,
         )
         rows = jax.lax.dynamic_slice(order, (position * size,), (size,))
-        batch = {"pooled": jnp.stack([x[rows] for x in features]), "label": labels[rows]}
+        pooled = jnp.stack([x[rows] for x in features]).astype(jnp.float32)
+        batch = {"pooled": pooled, "label": labels[rows]}
         states, _ = jax.vmap(step, in_axes=(0, {"pooled": 0, "label": None}))(states, batch)
         return (states, order), None
 

@@ -216,7 +216,7 @@ class FeatureEvaluator:
 
 
 def _flatten_pixels(images: np.ndarray) -> np.ndarray:
-    return np.float32(images).reshape(len(images), -1)
+    return images.reshape(len(images), -1)
 
 
 def _average_random_encoders(results: Results) -> Results:
