@@ -38,10 +38,10 @@ def test_padded_blocks_compute_the_same(kept):
     attentions = AttentionImpl(), AttentionImpl(frozenset([shape]), kernel="xla")
     assert attentions[1].padding(shape) == kept % 2 ^ 1
     encoders = [
-        Encoder(16, 3, 2, (3, 4), execution=ExecutionConfig(attention=attention))
+        Encoder(16, 2, 2, (3, 4), execution=ExecutionConfig(attention=attention))
         for attention in attentions
     ]
-    params = encoders[0].init(jax.random.key(0), patches)["params"]
+    params = jax.jit(encoders[0].init)(jax.random.key(0), patches)["params"]
     gradient = jnp.asarray(rng.normal(size=(3, 1 + kept, 16)), jnp.float32)
 
     def run(encoder):
