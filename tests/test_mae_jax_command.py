@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import mae_jax
+from mae_jax.data.demo_dataset import photograph
 from mae_jax.train import __main__ as train_command
 from mae_jax.train import commands, recipes
 from mae_jax.utils.errors import UserError
@@ -86,3 +87,9 @@ def test_a_file_of_the_user_wins_over_a_recipe(tmp_path, monkeypatch):
 def test_neither_a_file_nor_a_recipe_is_an_error_that_lists_the_recipes():
     with pytest.raises(UserError, match=r"nope.py is neither a file .* knn, linprobe, pretrain"):
         recipes.find_config("nope.py:vit_b16")
+
+
+def test_the_demo_without_its_photographs_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install matplotlib scikit-image scikit-learn"):
+        photograph("astronaut")

@@ -14,6 +14,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from mae_jax.utils.errors import UserError
+
 # Class name -> package and file; the packages are those of the "demo" extra.
 PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png"),
@@ -47,8 +49,9 @@ def photograph(name: str) -> Image.Image:
     package, file = PHOTOGRAPHS[name]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"the demo dataset contains a photograph of {package}", name=package
+        raise UserError(
+            f"the demo dataset contains a photograph of {package}, which is not installed: "
+            "pip install matplotlib scikit-image scikit-learn, as the extra [demo] does"
         )
     with Image.open(Path(spec.submodule_search_locations[0]) / file) as image:
         image = image.convert("RGB")
