@@ -38,6 +38,12 @@ def _refuse(text: str) -> None:
     raise ValueError(text)
 
 
+def _parse_tuple(text: str) -> tuple[Any, ...]:
+    """Return the values between commas; names need no quotes, as in jsonl,wandb."""
+    names = tuple(name.strip() for name in text.strip("() ").split(","))
+    return names if all(map(str.isidentifier, names)) else TupleParser().parse(text)
+
+
 def register_parsers() -> None:
     """Replace the parsers of ml_collections, which append tuples given twice and refuse None."""
     for kind, parse_text, expected in (
@@ -45,7 +51,7 @@ def register_parsers() -> None:
         (float, flags.FloatParser().parse, "a number, as in 0.5 or 1e-4"),
         (bool, flags.BooleanParser().parse, "True or False"),
         (str, str, "text"),
-        (tuple, TupleParser().parse, "one or more values with commas between them, as in 32,48"),
+        (tuple, _parse_tuple, "one or more values with commas between them, as in 32,48"),
         (ConfigDict, _refuse, "set key by key, as in --config.model.width=64: it is a group"),
     ):
         config_flags.register_flag_parser_for_type(kind, _ValueParser(parse_text, expected))
