@@ -61,11 +61,12 @@ class LossCheck:
             self.warned_at = step
             self.save()
             log.warning(
-                "after warm-up and an epoch the loss, %.3f up to step %d, beats no yardstick: %s. "
-                "The model has learned nothing yet: check optim.base_lr, data.mean and data.std, "
-                "and the images (docs/evaluation.md)",
+                "after warm-up and an epoch the loss, %.3f up to step %d, beats no yardstick up to "
+                "%.3f: %s. The model has learned nothing yet: check optim.base_lr, data.mean, "
+                "data.std and the images (docs/evaluation.md)",
                 loss,
                 step,
+                self.to_beat,
                 describe(self.values),
             )
 
