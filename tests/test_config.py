@@ -45,7 +45,7 @@ def test_every_key_can_be_overridden():
         int: lambda v: v + 1,
         float: lambda v: v + 0.5,
         str: lambda v: v + "x",
-        tuple: lambda v: tuple(x + type(x)(1) for x in v),
+        tuple: lambda v: tuple(x + type(x)("1") for x in v),
     }
     for key, value in flat(recipes.base()).items():
         config = recipes.base()
