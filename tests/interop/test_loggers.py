@@ -9,6 +9,8 @@ from run_helpers import lines, run, start, wait_for, write_tiny
 wandb = pytest.importorskip("wandb")
 mlflow = pytest.importorskip("mlflow")
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's SQLAlchemy
+
 BLOCK = 32768  # bytes of a block of a .wandb file, which is a LevelDB log
 HEADER = 7  # bytes, of the file and of each chunk: checksum, length and type
 FIRST = (1, 2)  # types of chunks that begin a record: the whole of it, or its first part
@@ -41,6 +43,13 @@ def last_sent(workdir, name):
 
 def expected(workdir, name):
     return [(row["step"], row[name]) for row in lines(workdir) if name in row]
+
+
+def assert_at_most_one_is_missing(steps, workdir, name):
+    """Assert that all steps were logged but the one that was being sent when the run was killed."""
+    wanted = {step for step, _ in expected(workdir, name)}
+    assert set(steps) <= wanted
+    assert len(wanted - set(steps)) <= 1
 
 
 def wandb_records(path):
@@ -80,7 +89,7 @@ def test_wandb_has_every_step_once(workdir, name):
     rows = [(row["step"], row[name]) for row in wandb_rows(workdir) if name in row]
     steps = [step for step, _ in rows]
     assert steps == sorted(set(steps))
-    assert set(steps) == {step for step, _ in expected(workdir, name)}
+    assert_at_most_one_is_missing(steps, workdir, name)
 
 
 def test_wandb_has_pictures_and_config(workdir):
@@ -106,7 +115,8 @@ def mlflow_run(workdir):
 def test_mlflow_has_every_step_once(workdir, mlflow_run, name):
     client, found = mlflow_run
     steps = [metric.step for metric in client.get_metric_history(found.info.run_id, name)]
-    assert sorted(steps) == sorted({step for step, _ in expected(workdir, name)})
+    assert len(steps) == len(set(steps))
+    assert_at_most_one_is_missing(steps, workdir, name)
 
 
 def test_mlflow_has_pictures_and_config(mlflow_run):
