@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from mae_jax.distributed import processes
@@ -33,6 +34,9 @@ from mae_jax.distributed.glob_safe import glob_safe
 from mae_jax.utils.pytree import diff
 
 log = logging.getLogger("mae_jax.run")
+
+# orbax collects these for its debug log at every save, and tensorstore never frees them: 80 kB.
+tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
 class CheckpointSaveError(Exception):
