@@ -55,6 +55,14 @@ def save(checkpointer, state, *steps):
         checkpointer.wait()
 
 
+def test_nothing_is_saved_where_a_deleted_folder_was(checkpointer):
+    save(checkpointer, STATE, 1)
+    shutil.rmtree(checkpointer.directory)
+    with pytest.raises(CheckpointSaveError, match="was deleted, moved or unmounted"):
+        save(checkpointer, STATE, 2)
+    assert not checkpointer.directory.exists()
+
+
 def restore(checkpointer, state=STATE):
     return checkpointer.restore_latest(*shapes_and_shardings(state), lambda meta: None)
 

@@ -41,7 +41,8 @@ def get(name: str, *arguments: str) -> ConfigDict:
 
 def names() -> list[str]:
     """Return the names of all recipes, sorted."""
-    return sorted(path.stem for path in _folder().glob("*.py") if path.stem != "__init__")
+    files = {path.stem for path in _folder().glob("*.py")}
+    return sorted(files - {"__init__", "common"})
 
 
 def find_config(text: str) -> str:
