@@ -4,7 +4,7 @@ A logger gets the config of a run when it is made, then scalars and pictures. To
 class with the methods of `Logger`, add it to `LOGGERS`, and its package to pyproject.toml.
 """
 
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -211,12 +211,19 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, 
 NAMES = ("jsonl", *LOGGERS)
 
 
-def check_installed(names: Sequence[str]) -> None:
-    """Raise UserError unless the packages of loggers are installed."""
-    for name in {"wandb", "mlflow"} & set(names):
-        if importlib.util.find_spec(name) is None:
-            problem = f"needs {name}, which is not installed: pip install 'mae_jax[{name}]'"
-            raise UserError(problem, key="log.to", value=tuple(names))
+def import_packages(names: Sequence[str]) -> None:
+    """Import the packages of loggers; raise UserError if one is not installed.
+
+    In the main thread: on Python 3.11, imports in several threads may fail (CPython issue 106905).
+    """
+    for name in ("wandb", "mlflow"):
+        if name in names:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                problem = f"needs {error.name}, which is not installed"
+                remedy = f"pip install 'mae_jax[{name}]'"
+                raise UserError(f"{problem}: {remedy}", key="log.to", value=tuple(names)) from error
 
 
 def describe(error: BaseException) -> str:

@@ -50,7 +50,7 @@ def build(config: Config, workdir: Path) -> RunSetup:
     Raises:
       UserError: a config value, a file or a folder is invalid.
     """
-    loggers.check_installed(config.log.to)
+    loggers.import_packages(config.log.to)
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.accumulate, mesh)
     index_dir = Path(os.path.abspath(workdir)).parent / ".indices"
