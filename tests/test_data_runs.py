@@ -145,7 +145,11 @@ def test_many_channels_in_the_commands_and_conversion(trained_on_bands, bands, t
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        (dict(data__mean=(0.5,) * 3), UserError, "a value for each of 5 channels .*: python -m"),
+        (
+            dict(data__mean=(0.5,) * 3),
+            UserError,
+            "a value for each of 5 channels .*: mae-jax data stats",
+        ),
         (dict(eval__show_channels=(0, 1)), UserError, "eval.show_channels=.0, 1."),
         (dict(data__augment="randaugment"), UserError, "needs gray or RGB images"),
         (dict(data__resize_on="device"), UserError, "data.resize_on='device' needs"),

@@ -14,6 +14,7 @@ from mae_jax.data import demo_dataset
 from mae_jax.data.decode import decode
 from mae_jax.data.sources import DataError
 from mae_jax.data.tfds import TfdsSource
+from mae_jax.utils.errors import UserError
 
 TFRECORDS = Path(__file__).parent / "tfrecord"
 
@@ -43,7 +44,7 @@ class TestTfdsSource:
     def test_missing_package_of_the_demo_dataset(self, monkeypatch, tmp_path):
         photographs = {"cat": ("not_installed", "cat.png")}
         monkeypatch.setattr(demo_dataset, "PHOTOGRAPHS", photographs)
-        with pytest.raises(DataError, match=r"photo_crops needs not_installed: .*mae_jax\[demo\]"):
+        with pytest.raises(UserError, match=r"not_installed, which is not installed: .*\[demo\]"):
             TfdsSource("photo_crops", "train", str(tmp_path))
 
     @pytest.mark.parametrize(
