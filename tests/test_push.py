@@ -78,7 +78,10 @@ def test_a_card_says_what_is_known_of_the_run(info):
 
 
 def test_a_card_shows_no_private_paths(info):
-    text = model_card(info, "timm", facts({"path": "/home/me/secret/base.pth"}))
+    known = facts({"path": "/home/me/secret/base.pth"})
+    known["config"]["data"] |= {"source": "folder", "path": "/home/me/secret/birds"}
+    text = model_card(info, "timm", known)
+    assert "| data | birds, split train |" in text
     assert "| started from | base.pth |" in text
     assert "secret" not in text
     assert "base_model" not in ModelCard(text).data.to_dict()

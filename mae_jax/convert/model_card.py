@@ -123,10 +123,10 @@ def _training(info: ModelInfo, facts: Mapping[str, Any]) -> dict[str, Any]:
         return {"weights from": info.source}
     data, optim, summary = config["data"], config["optim"], facts["summary"]
     steps = summary.get("steps") or config["steps"]
+    dataset = data["name"] if data["source"] == "tfds" else Path(data["path"]).name
     rows = {
         "recipe": "pretraining" if config["task"] == "pretrain" else "classification",
-        "data": f"{Path(data['name'] or data['path'] or data['source']).name}, "
-        f"split {data['train_split']}",
+        "data": f"{dataset}, split {data['train_split']}",
         "length": f"{steps} steps" if steps else f"{config['epochs']:g} epochs",
         "batch size": config["batch_size"],
         "optimizer": f"{optim['name']}, base learning rate {optim['base_lr']:g} per 256 images, "
@@ -164,14 +164,14 @@ def _table(rows: Mapping[str, Any]) -> str:
 def _usage(info: ModelInfo, dialect: str, repo: str) -> str:
     """Return one line of code for each library, after a conversion where it needs one."""
     auto = "AutoModelForImageClassification" if info.num_classes else "AutoModel"
-    transformers = f'transformers.{auto}.from_pretrained("{repo}")'
-    timm = f'timm.create_model("hf-hub:{repo}", pretrained=True)'
+    transformers = f'import transformers; transformers.{auto}.from_pretrained("{repo}")'
+    timm = f'import timm; timm.create_model("hf-hub:{repo}", pretrained=True)'
     if dialect != "hf":
         transformers = f"mae-jax convert {repo} DIR --to hf, then {auto}.from_pretrained"
         transformers = f"# transformers: {transformers}"
     if dialect != "timm":
         timm = f"# timm: mae-jax convert {repo} DIR --to timm, then create_model('local-dir:DIR')"
-    ours = f'model, params = mae_jax.load("{repo}")'
+    ours = f'import mae_jax; model, params = mae_jax.load("{repo}")'
     return "\n".join(["```python", transformers, timm, ours, "```"])
 
 
