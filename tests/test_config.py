@@ -136,7 +136,7 @@ def test_resumable_keys_do_not_change_the_result():
 def test_docstrings_of_recipes_have_their_command():
     for path in CONFIGS.glob("*.py"):
         text = ast.get_docstring(ast.parse(path.read_text()))
-        if path.name != "__init__.py":
+        if path.stem not in ("__init__", "common"):
             assert "mae-jax train" in text, path
 
 
