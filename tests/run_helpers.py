@@ -117,6 +117,19 @@ def wait_for(process, condition, pause=0.01):
         assert time.monotonic() < deadline, "hangs"
 
 
+def save_first_state(config, workdir):
+    """Write the checkpoint of a run before its first step, without training; return its state."""
+    from mae_jax.distributed.checkpointer import Checkpointer
+    from mae_jax.train.init_state import restore_or_init
+    from mae_jax.train.setup import build
+
+    setup = build(config, workdir)
+    with Checkpointer(workdir / "checkpoints", 1) as checkpointer:
+        state = restore_or_init(config, setup.task, setup.layout, checkpointer, setup.meta)
+        checkpointer.save(0, vars(state), setup.meta)
+    return state
+
+
 def final_arrays(workdir, step):
     """Return all arrays of the last checkpoint, read by orbax alone."""
     import jax

@@ -9,7 +9,8 @@ import pytest
 import tifffile
 from image_helpers import encoded, noise_image, saved
 from PIL import Image
-from test_data_runs import QUICK, config_of
+from run_helpers import save_first_state
+from test_data_runs import config_of
 
 import mae_jax
 from mae_jax.data import __main__ as data
@@ -19,7 +20,6 @@ from mae_jax.data.factory import DatasetSpec
 from mae_jax.data.in_memory import InMemory
 from mae_jax.data.sources import DataError, FileSource
 from mae_jax.data.validation import channel_stats
-from mae_jax.train import trainer
 from mae_jax.train.build_data import make_train_source
 
 SIZE = 64, 65
@@ -203,8 +203,8 @@ def test_the_log_says_once_what_a_run_loses(depth, folder, tmp_path, caplog):
 
 
 def test_the_model_of_a_run_reads_images_as_the_run(folder, tmp_path):
-    config = config_of(folder, data__bit_depth=12, **RUN | QUICK)
-    trainer.train_and_evaluate(config, tmp_path / "run")
+    config = config_of(folder, data__bit_depth=12)
+    save_first_state(config, tmp_path / "run")
     model, params = mae_jax.load(tmp_path / "run")
     images = model.read_images(folder / "train" / "a")
     assert images.dtype == np.float32

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hub_helpers import COMMIT, hub_cache, write_cache  # noqa: F401
 from PIL import Image
+from run_helpers import save_first_state
 
 from configs import attentive, finetune, knn, linprobe
 from mae_jax import predict
@@ -122,9 +123,8 @@ def test_a_run_records_which_model_of_the_hub_it_started_from(
     """A restart before the first checkpoint reads the same revision; later ones need none."""
     write_cache(hub_cache, "org/model", {"model.safetensors": Path(pretrained).read_bytes()})
     setup = build(config_of(linprobe, images, init__path="org/model", **LINPROBE), tmp_path)
-    meta = {"config": {}, "data_fingerprint": "", "classes": []}
     with closing(Checkpointer(tmp_path / "checkpoints", 1)) as checkpointer:
-        args = setup.config, setup.task, setup.tx, setup.layout, checkpointer, meta
+        args = setup.config, setup.task, setup.layout, checkpointer, setup.meta
         restore_or_init(*args)
         first = init_provenance(tmp_path)
         assert (first["init"]["path"], first["init"]["revision"]) == ("org/model", COMMIT)
@@ -212,6 +212,17 @@ def test_knn_needs_no_head_and_no_training(images, pretrained, tmp_path):
     assert "top1" not in summary
 
 
+def test_knn_of_arrays(pretrained, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("validation", 8)):
+        labels = np.arange(count) % 2
+        images = rng.integers(0, 128, (count, 32, 32, 3)) + 120 * labels[:, None, None, None]
+        np.savez(tmp_path / f"{split}.npz", image=images.astype(np.uint8), label=labels)
+    config = config_of(knn, tmp_path, data__source="arrays", init__path=pretrained)
+    trainer.train_and_evaluate(config, tmp_path / "run")
+    assert summary_of(tmp_path / "run")["knn_top1"] > 0.9
+
+
 def refused(message, config, workdir):
     with pytest.raises(UserError, match=message):
         trainer.train_and_evaluate(config, workdir)
@@ -221,11 +232,7 @@ def refused(message, config, workdir):
 def test_random_features_only_when_asked_for(images, tmp_path, caplog):
     config = config_of(linprobe, images, **LINPROBE)
     refused("init.path is not set, so the encoder would be random", config, tmp_path / "a")
-    setup = build(config_of(linprobe, images, init__path="random", **LINPROBE), tmp_path)
-    with closing(Checkpointer(tmp_path / "checkpoints", 1)) as checkpointer:
-        meta = {"config": {}, "data_fingerprint": "", "classes": []}
-        args = setup.config, setup.task, setup.tx, setup.layout
-        restore_or_init(*args, checkpointer, meta)
+    save_first_state(config_of(linprobe, images, init__path="random", **LINPROBE), tmp_path)
     assert "init.path=random: the encoder starts from random weights" in caplog.text
     assert init_provenance(tmp_path) == {"init": {"path": "random"}}
 
@@ -245,10 +252,8 @@ def test_another_head_is_replaced_only_when_asked(images, golden, tmp_path):
         config_of(linprobe, images, **plain),
         tmp_path,
     )
-    trainer.train_and_evaluate(
-        config_of(linprobe, images, init__new_head=True, **overrides), tmp_path / "new"
-    )
-    fresh = summary_of(tmp_path / "new")["init"]["fresh"]
+    save_first_state(config_of(linprobe, images, init__new_head=True, **overrides), tmp_path)
+    fresh = init_provenance(tmp_path)["init"]["fresh"]
     assert {"head/bias", "head/kernel", "head_norm/mean"} <= set(fresh)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from image_helpers import photograph
 from PIL import Image
+from run_helpers import save_first_state
 
 import mae_jax
 from mae_jax import features, reconstruct
@@ -23,8 +24,8 @@ TINY |= dict(model__heads=2, model__decoder_width=16, model__decoder_depth=1)
 TINY |= dict(model__decoder_heads=2, batch_size=8, steps=6, optim__warmup_steps=2)
 TINY |= dict(log__every_steps=2, checkpoint__every_steps=2, checkpoint__max_to_keep=9)
 TINY |= dict(eval__pictures_every_epochs=0.0, eval__knn_every_epochs=0.0, eval__pictures=2)
-NO_FIGURES = dict(eval__pictures_every_epochs=-1.0)
-QUICK = NO_FIGURES | dict(steps=1, optim__warmup_steps=0, eval__knn_every_epochs=-1.0)
+RESIZING = dict(steps=3, log__every_steps=1, checkpoint__every_steps=3)
+RESIZING |= dict(eval__pictures_every_epochs=-1.0, eval__knn_every_epochs=-1.0)
 BANDS = dict(
     model__image_size=(16, 16),
     model__channels=CHANNELS,
@@ -185,8 +186,8 @@ def test_a_run_with_exif_orientation_makes_a_model_that_applies_it(tmp_path):
     (tmp_path / "data").mkdir()
     for number in range(8):
         photograph().save(tmp_path / "data" / f"{number}.jpg", exif=exif)
-    config = config_of(tmp_path / "data", data__exif=True, **QUICK)
-    trainer.train_and_evaluate(config, tmp_path / "run")
+    config = config_of(tmp_path / "data", data__exif=True)
+    save_first_state(config, tmp_path / "run")
     model, _ = mae_jax.load(tmp_path / "run")
     upright = photograph().rotate(270, expand=True)
     upright.save(tmp_path / "upright.png")
@@ -198,14 +199,14 @@ def test_a_run_with_exif_orientation_makes_a_model_that_applies_it(tmp_path):
 @pytest.fixture(scope="module")
 def on_host(photographs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("on_host")
-    config = config_of(photographs, data__resize_on="host", **NO_FIGURES)
+    config = config_of(photographs, data__resize_on="host", **RESIZING)
     trainer.train_and_evaluate(config, workdir)
     return workdir
 
 
 def test_resizing_on_the_device_gives_the_same_losses(photographs, on_host, tmp_path):
     """Of crops of up to 150 pixels, the larger ones by the host."""
-    config = config_of(photographs, data__resize_on="device", data__canvas=100, **NO_FIGURES)
+    config = config_of(photographs, data__resize_on="device", data__canvas=100, **RESIZING)
     trainer.train_and_evaluate(config, tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(on_host), rtol=2e-3)
     assert (tmp_path / "summary.json").exists()
@@ -214,14 +215,3 @@ def test_resizing_on_the_device_gives_the_same_losses(photographs, on_host, tmp_
 def test_resuming_with_another_batch_size_is_an_error(on_host, photographs):
     with pytest.raises(CheckpointError, match="batch_size"):
         trainer.train_and_evaluate(config_of(photographs, batch_size=4, steps=8), on_host)
-
-
-def test_arrays(tmp_path):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("validation", 8)):
-        labels = np.arange(count) % 2
-        images = rng.integers(0, 128, (count, 20, 30, 3)) + 120 * labels[:, None, None, None]
-        np.savez(tmp_path / f"{split}.npz", image=images.astype(np.uint8), label=labels)
-    config = config_of(tmp_path, data__source="arrays")
-    trainer.train_and_evaluate(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn_top1"] > 0.9

@@ -9,7 +9,6 @@ import pytest
 from mae_jax.models.layers import ExecutionConfig, fold_norms
 from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VARIANTS, VitVariant, get_variant
-from mae_jax.tasks.masking import Mask
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import diff, flatten
@@ -59,7 +58,6 @@ def expected(params, batch):
 @pytest.mark.parametrize(
     "execution",
     [
-        ExecutionConfig(remat="full"),
         ExecutionConfig(remat="dots", scan_unroll=2),
         ExecutionConfig(remat="full", scan_unroll=100),
     ],
@@ -87,30 +85,17 @@ def test_mixed_precision_is_close_and_keeps_float32_where_needed(params, batch, 
             assert "bf16" not in line, line
 
 
-def test_folded_norms_do_not_change_results(params, batch, expected):
-    """As on accelerators; with norms that are not at their initial scale of 1 and bias of 0."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_the_form_for_tpus_computes_the_same(dtype, tolerance, params, batch, monkeypatch):
+    """Its norms, which are folded, GELU and bias gradients; relative to the norm of all gradients.
+
+    The norms are not at their initial scale of 1 and bias of 0.
+    """
     noisy = lambda path, x: x + 0.1 * jax.random.normal(jax.random.key(len(str(path))), x.shape)
     params = jax.tree_util.tree_map_with_path(noisy, params)
-
-    def folded(params):
-        patches = TASK.to_patches(batch["image"])
-        mask = Mask(batch["ids_keep"], batch["ids_masked"])
-        return TASK.loss_of_patches(fold_norms(params), patches, mask)
-
     norms = flatten(fold_norms(params))
     assert (norms["encoder/blocks/norm1/scale"] == 1).all()
     assert (norms["decoder/blocks/norm2/bias"] == 0).all()
-    loss, grads = jax.jit(jax.value_and_grad(folded))(params)
-    expected_loss, expected_grads = loss_and_grads(TASK, params, batch)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads
-    )
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
-def test_the_form_for_tpus_computes_the_same(dtype, tolerance, params, batch, monkeypatch):
-    """Its norms, GELU and bias gradients; errors relative to the norm of all gradients."""
     execution = ExecutionConfig(dtype=dtype)
     expected_loss, expected = loss_and_grads(make_task(execution=execution), params, batch)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")

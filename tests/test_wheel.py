@@ -1,5 +1,6 @@
 """The wheel and the sdist: complete, and able to train where there is no checkout."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ import pytest
 from image_helpers import encoded, noise_image
 
 import mae_jax
+from mae_jax.distributed.checkpoint_reader import load_run_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -20,16 +22,21 @@ TINY = [
     *(f"--config.model.{key}=1" for key in ("depth", "heads", "decoder_depth", "decoder_heads")),
     "--config.model.dtype=float32",
     "--config.batch_size=4",
-    "--config.steps=5",
-    "--config.optim.warmup_steps=1",
+    "--config.steps=1",
+    "--config.optim.warmup_steps=0",
     "--config.data.workers=0",
-    "--config.eval.knn_every_epochs=0",
-    "--config.eval.pictures_every_epochs=0",
+    "--config.eval.pictures_every_epochs=-1",
 ]
 
 
-def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -71,14 +78,17 @@ def test_the_sdist_and_the_wheel_are_complete(dist):
 
 
 def test_the_wheel_trains_a_recipe_and_reads_a_copy_of_one(installed, tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
+    """Paths start with the home directory, whose name and whose folders have brackets."""
+    home = tmp_path / "home[1]"
+    images = home / "images[2]"
+    images.mkdir(parents=True)
     for number in range(8):
         (images / f"{number}.png").write_bytes(encoded(noise_image(number, (20, 20)), "PNG"))
-    data = ["--config.data.source=folder", f"--config.data.path={images}"]
-    flags = ["--workdir", "run", "--config", "pretrain:vit_ti16", *data, *TINY]
-    run(installed / "mae-jax", "train", *flags, cwd=tmp_path)
-    assert (tmp_path / "run" / "summary.json").is_file()
+    data = ["--config.data.source=folder", "--config.data.path=~/images[2]"]
+    flags = ["--workdir=~/lr[1e-4]", "--config", "pretrain:vit_ti16", *data, *TINY]
+    run(installed / "mae-jax", "train", *flags, cwd=tmp_path, HOME=str(home))
+    assert load_run_checkpoint(home / "lr[1e-4]" / "checkpoints")[0] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["home[1]"]
 
     (tmp_path / "mine.py").write_text((ROOT / "configs" / "scratch.py").read_text())
     code = "import mae_jax, mine; print(mae_jax.__file__, mine.get_config().model.width)"

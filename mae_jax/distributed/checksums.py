@@ -22,19 +22,15 @@ def checksums(state: Mapping[str, Any]) -> dict[str, str]:
     """Return the checksum of every jax or numpy array of a state, 16 hex digits, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(state))
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-    on_devices = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
-    sums = jax.device_get(_sums_on_devices(on_devices)) if on_devices else {}
-    for name, leaf in named.items():
-        if name not in sums:
-            sums[name] = _sums_of_numpy(np.asarray(leaf))
+    sums = {
+        name: _sums_on_device(leaf) if isinstance(leaf, jax.Array) else _sums_of_numpy(leaf)
+        for name, leaf in named.items()
+    }
+    sums = jax.device_get(sums)
     return {name: "".join(f"{int(number):08x}" for number in sums[name]) for name in named}
 
 
 @jax.jit
-def _sums_on_devices(arrays: dict[str, Array]) -> dict[str, list[Array]]:
-    return {name: _sums_on_device(array) for name, array in arrays.items()}
-
-
 def _sums_on_device(array: Array) -> list[Array]:
     dtype = _uint_dtype(array)
     if array.dtype == jnp.bool_:

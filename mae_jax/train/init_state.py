@@ -41,8 +41,9 @@ def split_rng(seed: int) -> tuple[jax.Array, jax.Array]:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Shapes and shardings of the train state."""
+    """Shapes and shardings of the train state, and the jitted function of a key that makes one."""
 
+    init: Callable[[jax.Array], TrainState]
     shapes: TrainState
     shardings: TrainState
 
@@ -59,22 +60,17 @@ def make_state_layout(
       UserError: mesh.fsdp would leave too much of it replicated.
     """
     limits = config.mesh
-    shapes = jax.eval_shape(_init_function(config, task, tx), split_rng(config.seed)[0])
+    with_ema = config.optim.ema is not None
+    init = jax.jit(lambda key: init_state(task, tx, key, with_ema=with_ema))
+    shapes = init.eval_shape(split_rng(config.seed)[0])
     shardings = sharding.state_shardings(shapes, mesh, limits.min_split_bytes)
     sharding.check_sharded(shapes, shardings, mesh, limits.max_whole)
-    return StateLayout(shapes, shardings)
-
-
-def _init_function(
-    config: Config, task: Pretrain | Classify, tx: optax.GradientTransformation
-) -> Callable[[jax.Array], TrainState]:
-    return lambda key: init_state(task, tx, key, with_ema=config.optim.ema is not None)
+    return StateLayout(init, shapes, shardings)
 
 
 def restore_or_init(
     config: Config,
     task: Pretrain | Classify,
-    tx: optax.GradientTransformation,
     layout: StateLayout,
     checkpointer: Checkpointer,
     meta: dict[str, Any],
@@ -106,8 +102,7 @@ def restore_or_init(
                 "starts from random ones"
             )
     # Each device initializes only its own part of the state.
-    init = jax.jit(_init_function(config, task, tx), out_shardings=layout.shardings)
-    state = init(split_rng(config.seed)[0])
+    state = jax.jit(layout.init, out_shardings=layout.shardings)(split_rng(config.seed)[0])
     if path not in (None, "random"):
         return _init_from_checkpoint(config, task, state, layout, meta, checkpointer.directory)
     if config.task == "classify":

@@ -33,7 +33,7 @@ def log_run_summary(
     start_step: int,
 ) -> None:
     """Log the size of the model, of the data and of the run."""
-    log.info("parameters: %s", _describe_parameters(task))
+    log.info("parameters: %s", _describe_parameters(task, layout.shapes.params))
     if config.mesh.fsdp > 1:
         split, replicated = sharding.bytes_per_device(layout.shapes, layout.shardings)
         log.info(
@@ -72,8 +72,7 @@ def log_knn_off(config: Config, eval_source: Source | None) -> None:
         log.info("RankMe, which needs neither, is measured at the same intervals")
 
 
-def _describe_parameters(task: Pretrain | Classify) -> str:
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
+def _describe_parameters(task: Pretrain | Classify, shapes: Mapping[str, Any]) -> str:
     sizes = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in shapes.items()}
     text = ", ".join(f"{_count(size)} in {part}" for part, size in sizes.items())
     if isinstance(task, Pretrain):

@@ -21,6 +21,7 @@ from mae_jax.tasks.train_step import jit_step, make_train_step
 from mae_jax.train import build_data, build_model, loggers
 from mae_jax.train.build_model import RunLength
 from mae_jax.train.config import Config
+from mae_jax.train.config_schema import as_json
 from mae_jax.train.init_state import StateLayout, make_state_layout, split_rng
 
 
@@ -42,6 +43,17 @@ class RunSetup:
     learning_rate: optax.Schedule
     tx: optax.GradientTransformation
     layout: StateLayout
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Metadata of the run's checkpoints, which a run that resumes them must match."""
+        return {
+            "config": as_json(self.config),
+            "data_fingerprint": self.fingerprint,
+            "classes": list(self.train_source.classes),
+            "pixel_dtype": self.pixel_dtype,
+            "jax": jax.__version__,
+        }
 
 
 def build(config: Config, workdir: Path) -> RunSetup:

@@ -64,16 +64,9 @@ def train_and_evaluate(config: Config, workdir: str | Path) -> None:
 def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> None:
     """Resume or start, train to the end, save and evaluate."""
     config, workdir, total = setup.config, setup.workdir, setup.length.total_steps
-    meta = {
-        "config": as_json(config),
-        "data_fingerprint": setup.fingerprint,
-        "classes": list(setup.train_source.classes),
-        "pixel_dtype": setup.pixel_dtype,
-        "jax": jax.__version__,
-    }
     with Checkpointer(workdir / "checkpoints", config.checkpoint.max_to_keep) as checkpointer:
         restore = partial(
-            restore_or_init, config, setup.task, setup.tx, setup.layout, checkpointer, meta
+            restore_or_init, config, setup.task, setup.layout, checkpointer, setup.meta
         )
         state = restore()
         start_step = int(state.step)
@@ -93,20 +86,13 @@ def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> N
             check = make_loss_check(setup, logger, start_step)
             if setup.loader:
                 trainer = make_trainer(
-                    setup,
-                    state,
-                    logger,
-                    checkpointer,
-                    meta,
-                    evaluation,
-                    preemption,
-                    check.step_done,
+                    setup, state, logger, checkpointer, evaluation, preemption, check.step_done
                 )
                 state = trainer.train(state, restore)
             step = int(state.step)
             watchdog.heartbeat(f"saving after step {step}")
             if total:
-                checkpointer.save(step, vars(state), meta)
+                checkpointer.save(step, vars(state), setup.meta)
                 checkpointer.wait()
             if step == total:
                 extra = init_provenance(workdir) | check.summary()
@@ -200,7 +186,6 @@ def make_trainer(
     state: TrainState,
     logger: MetricsLogger,
     checkpointer: Checkpointer,
-    meta: dict[str, Any],
     evaluation: Evaluation,
     preemption: PreemptionHandler,
     on_step: Callable[[int, Mapping[str, float]], None],
@@ -221,7 +206,7 @@ def make_trainer(
         logger=logger,
         checkpointer=checkpointer,
         checkpoint_every=config.checkpoint.every_steps,
-        meta=meta,
+        meta=setup.meta,
         should_stop=preemption,
         max_bad_steps=health.max_bad_steps,
         spike_sigmas=health.spike_sigmas,
