@@ -26,14 +26,14 @@ def get_config():
     config.optim.warmup_steps = 4
     config.optim.ema = 0.9
     config.data.update(source="folder", path={folder!r}, workers=0, eval_split="val")
-    config.eval.update(knn_every_epochs=3.0, pictures_every_epochs=3.0, pictures=2)
+    config.eval.update(knn_every_epochs={every}, pictures_every_epochs={every}, pictures=2)
     config.log.every_steps = 2
     config.checkpoint.every_steps = 5
     return config
 """
 
 
-def write_tiny(folder):
+def write_tiny(folder, evaluate_every_epochs=3.0):
     """Write a folder of noise in two classes, and a config file that trains on it."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 3)):
@@ -43,7 +43,7 @@ def write_tiny(folder):
                 pixels = rng.integers(low, low + 128, (20, 30, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     config = folder / "tiny.py"
-    config.write_text(TINY.format(folder=str(folder)))
+    config.write_text(TINY.format(folder=str(folder), every=evaluate_every_epochs))
     return config
 
 

@@ -6,7 +6,7 @@ from run_helpers import run, write_tiny
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("images"))
+    return write_tiny(tmp_path_factory.mktemp("images"), evaluate_every_epochs=-1.0)
 
 
 @pytest.fixture(scope="session")

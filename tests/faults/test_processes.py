@@ -42,6 +42,7 @@ def test_two_processes_fine_tune_and_evaluate(tiny, tmp_path):
     flags += ["--config.classify.mixup=0.8", "--config.classify.cutmix=1.0"]
     flags += ["--config.classify.erase=0.25", "--config.classify.drop_path=0.2"]
     flags += ["--config.data.eval_split=train", "--config.eval.batch_size=7"]
+    flags += ["--config.eval.knn_every_epochs=0.0"]
     summaries = []
     for processes in (1, 2):
         workdir = tmp_path / str(processes)

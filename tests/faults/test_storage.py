@@ -7,8 +7,7 @@ import subprocess
 import pytest
 from run_helpers import assert_same_end, command, environment, run, start, wait_for
 
-SMALL = ["--config.eval.pictures_every_epochs=-1.0", "--config.model.width=64"]
-SMALL += ["--config.eval.knn_every_epochs=-1.0"]
+SMALL = ["--config.model.width=64"]
 
 
 def steps(workdir):
