@@ -116,6 +116,8 @@ def _load_weights(path: Path) -> RawCheckpoint:
     if (path / "checkpoints").is_dir():
         raise ConvertError(f"{path} is a workdir without a checkpoint yet")
     hint = f" ({', '.join(files[:5])}): choose one" if files else ": choose a weights file"
+    if not files and not path.is_absolute() and len(path.parts) == 2:
+        hint += f"; hf://{path} is the model of the hub, which this folder hides"
     raise ConvertError(f"{path} is not a workdir and has {len(files) or 'no'} weights files{hint}")
 
 

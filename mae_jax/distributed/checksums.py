@@ -22,15 +22,18 @@ def checksums(state: Mapping[str, Any]) -> dict[str, str]:
     """Return the checksum of every jax or numpy array of a state, 16 hex digits, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(state))
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-    sums = {
-        name: _sums_on_device(leaf) if isinstance(leaf, jax.Array) else _sums_of_numpy(leaf)
-        for name, leaf in named.items()
-    }
-    sums = jax.device_get(sums)
+    sums = {name: _sums(leaf) for name, leaf in named.items()}
     return {name: "".join(f"{int(number):08x}" for number in sums[name]) for name in named}
 
 
-@jax.jit
+def _sums(leaf: Array | np.ndarray) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return _sums_of_numpy(np.asarray(leaf))
+    # One after the other: the collectives of several programs at once can deadlock on CPU devices.
+    return jax.device_get(_sums_on_device(leaf))
+
+
+@jax.jit  # for each array, since many have the same shape, which is compiled once
 def _sums_on_device(array: Array) -> list[Array]:
     dtype = _uint_dtype(array)
     if array.dtype == jnp.bool_:

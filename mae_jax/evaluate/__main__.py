@@ -156,7 +156,8 @@ def _open_split(arguments: argparse.Namespace, split: str, classes: tuple[str, .
     if Path(data).is_dir() and not has_split(Path(data), split):
         raise DataError(
             f"{Path(data) / split} does not exist: --data is a folder with one folder, or .npz, "
-            "per split, named by --train-split and --eval-split, and in each one folder per class"
+            "per split, named by --train-split and --eval-split, and in each one folder per class; "
+            "--suite rankme needs neither labels nor splits"
         )
     dataset = detect_dataset(data, arguments.data_dir, arguments.image_feature)
     return dataset.open(split, classes)

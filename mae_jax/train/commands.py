@@ -55,6 +55,8 @@ def main() -> None:
     arguments = _make_parser().parse_args(sys.argv[1:2])
     name, flags = arguments.command, sys.argv[2:]
     if name == "demo":
+        if {"--help", "-h"} & set(flags):
+            print(f"mae-jax demo runs mae-jax train {' '.join(DEMO_FLAGS)}; later flags override\n")
         flags = [*DEMO_FLAGS, *flags]
     sys.argv = [f"mae-jax {name}", *flags]  # the name of the program in usage and errors
     module = importlib.import_module(COMMANDS[name].module)

@@ -30,6 +30,7 @@ PANELS = {  # of the figure: title by metric
     "top1": "top-1",
     "images_per_second": "images per second",
 }
+LINE_STYLES = (":", "--", "-.")  # of the yardsticks
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,17 @@ def draw_curves(runs: Sequence[Run], out: Path) -> None:
         raise UserError(f"--out {out}: no run has metrics to draw yet")
     figure = Figure(figsize=(4.2 * len(metrics), 3.6), layout="constrained")
     for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics):
+        curves = []
         for number, run in enumerate(runs):
             epochs, values = run.curve(metric)
             marker = "." if len(epochs) < 30 else ""
-            axis.plot(epochs, values, color=f"C{number}", marker=marker, label=run.name)
+            curves += axis.plot(epochs, values, color=f"C{number}", marker=marker, label=run.name)
         axis.set_title(PANELS[metric], fontsize=10)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         if metric == "loss":
             _draw_yardsticks(axis, runs)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles=curves, loc="outside lower center", ncols=4, fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
 
@@ -178,17 +179,11 @@ def _draw_yardsticks(axis: Any, runs: Sequence[Run]) -> None:
     known = [run.yardsticks for run in runs if run.yardsticks]
     if not known or any(other != known[0] for other in known):
         return
-    for name, loss in known[0].items():
-        axis.axhline(loss, color="gray", linestyle=":", linewidth=1)
-        label = name.replace("_", " ")
-        axis.annotate(
-            label,
-            (1, loss),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize=7,
-        )
+    lines = [
+        axis.axhline(loss, color="gray", linestyle=style, linewidth=1, label=name.replace("_", " "))
+        for (name, loss), style in zip(known[0].items(), LINE_STYLES)
+    ]
+    axis.legend(handles=lines, title="without a network", fontsize=7, title_fontsize=7)
 
 
 def main(argv: list[str]) -> None:

@@ -134,7 +134,7 @@ class WandB:
         except wandb.errors.CommError as error:
             log.warning("W&B cannot be reached (%s)", describe(error))
             self._run = init("offline")
-        self._run.define_metric("*", step_metric="step")  # W&B's own step counts rows
+        self._run.define_metric("*", step_metric="step")  # W&B's own also grows after a rollback
         self._run.config.update(dict(run.config), allow_val_change=True)
         if self._run.offline:
             files = run.workdir / "wandb" / "offline-run-*"
@@ -144,11 +144,16 @@ class WandB:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Hand numbers to the process that uploads them."""
-        self._run.log({"step": step, **values})
+        self._log(step, values)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Hand an image to the process that uploads it."""
-        self._run.log({"step": step, name: self._image(image)})
+        self._log(step, {name: self._image(image)})
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        # W&B's own step must grow, also over the files of an offline run that was resumed.
+        own = max(step, self._run.step)
+        self._run.log({"step": step, **values}, step=own, commit=True)
 
     def close(self) -> None:
         """Wait for the uploads."""

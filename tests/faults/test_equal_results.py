@@ -1,5 +1,7 @@
 """Losses and samples do not depend on devices, sharding, rematerialization or accumulation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,10 +82,9 @@ def train(name, mesh, grad_accum_steps=1, **execution):
     return losses, first
 
 
-@pytest.fixture(scope="module", params=TASKS)
-def plain(request):
-    """Return the task, and the results on one device."""
-    return request.param, *train(request.param, one_device())
+@functools.cache
+def train_on_one_device(name):
+    return train(name, one_device())
 
 
 def one_device():
@@ -91,17 +92,23 @@ def one_device():
     return jax.sharding.Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
 
 
+REMAT = dict(remat="full", grad_accum_steps=4)
+UNROLL = dict(scan_unroll=2, remat="dots", grad_accum_steps=2)
+
+
 @pytest.mark.parametrize(
-    ("fsdp", "options"),
+    ("name", "fsdp", "options"),
     [
-        (1, {}),
-        (2, dict(remat="full", grad_accum_steps=4)),
-        (4, dict(scan_unroll=2, remat="dots", grad_accum_steps=2)),
+        ("pretrain", 1, {}),
+        ("pretrain", 2, REMAT),
+        ("pretrain_some", 4, UNROLL),
+        ("finetune", 2, REMAT),
+        ("finetune", 4, UNROLL),
     ],
     ids=str,
 )
-def test_the_same_losses(plain, fsdp, options):
-    name, losses, first = plain
+def test_the_same_losses(name, fsdp, options):
+    losses, first = train_on_one_device(name)
     sharded_losses, sharded_first = train(name, sharding.make_mesh(fsdp), **options)
     assert sharded_first == first, "the first state is bit-identical"
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)

@@ -32,16 +32,16 @@ def roomy(tiny, tmp_path_factory):
 
 
 def test_a_failed_save_aborts_the_run(tiny, roomy, tmp_path):
-    run(tiny, tmp_path, *SMALL, "--config.steps=5", "--config.resume.allow=steps")
-    output = run(tiny, tmp_path, *SMALL, "--config.resume.allow=steps", code=1, before=LIMIT)
+    shutil.copytree(roomy / "checkpoints" / "15", tmp_path / "checkpoints" / "15")
+    output = run(tiny, tmp_path, *SMALL, code=1, before=LIMIT)
     last = output.splitlines()[-1]
     assert "Traceback" not in output, "all pending writes have failed, too"
-    assert f"error: the checkpoint of step 10 could not be written to {tmp_path}/check" in last
-    assert "(File too large); the last complete one is of step 5" in last
-    assert complete_steps(tmp_path) == {"5"}
-    # Step 5 ended a run of 5 steps, with the learning rates of that run.
-    run(tiny, tmp_path, *SMALL, "--config.resume.allow=steps")
+    assert f"error: the checkpoint of step 20 could not be written to {tmp_path}/check" in last
+    assert "(File too large); the last complete one is of step 15" in last
+    assert complete_steps(tmp_path) == {"15"}
+    run(tiny, tmp_path, *SMALL)
     assert steps(tmp_path) == {"15", "20", "24"}, "partial checkpoints are removed"
+    assert_same_end(tmp_path, roomy)
 
 
 def test_a_failed_last_save_is_an_error(tiny, tmp_path):

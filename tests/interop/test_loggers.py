@@ -103,6 +103,13 @@ def test_wandb_has_every_step_once(workdir, name):
     assert max(missing(steps, workdir, name), default=0) <= killed_at(workdir, "wandb")
 
 
+def test_the_own_step_of_wandb_grows_over_its_files(workdir):
+    """Else the server would drop the rows of the resumed run."""
+    steps = [row["_step"] for row in wandb_rows(workdir)]
+    assert steps == sorted(set(steps))
+    assert all(row["_step"] >= row["step"] for row in wandb_rows(workdir))
+
+
 def test_wandb_has_pictures_and_config(workdir):
     pictures = [row for row in wandb_rows(workdir) if "reconstruction/height" in row]
     assert pictures
