@@ -37,8 +37,9 @@ def run_steps(logger, steps, clock=None, wait=0.0, compute=0.0):
         with logger.waiting(step):
             if clock:
                 clock.now += wait
-        if clock:
-            clock.now += compute
+        with logger.computing(step):
+            if clock:
+                clock.now += compute
         metrics = {"loss": float(step), "grad_norm": 1.0, "learning_rate": 0.1 * step}
         logger.step_done(step, metrics)
 
@@ -75,6 +76,29 @@ def test_pauses_do_not_count(tmp_path):
     run_steps(logger, [4], clock, compute=1.0)
     logger.close()
     assert rows(tmp_path)[1]["images_per_second"] == 4.0
+
+
+@pytest.mark.parametrize("dispatch", [0.0, 1.0], ids=["asynchronous", "synchronous"])
+def test_every_step_has_its_own_time_also_around_pauses(tmp_path, dispatch):
+    """The loop sees steps one late, but before a pause; the devices take a second for each."""
+    clock = Clock()
+    logger = make_logger(tmp_path, clock=clock, every=1)
+
+    def done(step):  # waits for the devices where the dispatch did not
+        clock.now += 1.0 - dispatch
+        logger.step_done(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1})
+
+    for step in range(1, 8):
+        with logger.computing(step):
+            clock.now += dispatch
+            if step not in (1, 4):  # the step before was seen
+                done(step - 1)
+        if step == 3:
+            done(step)
+            with logger.paused(step):
+                clock.now += 100.0
+    logger.close()
+    assert [row.get("images_per_second") for row in rows(tmp_path)] == [None, *[4.0] * 5]
 
 
 def test_no_mfu_if_the_peak_is_unknown(tmp_path):

@@ -22,8 +22,8 @@ TINY = [
     *(f"--config.model.{key}=1" for key in ("depth", "heads", "decoder_depth", "decoder_heads")),
     "--config.model.dtype=float32",
     "--config.batch_size=4",
-    "--config.steps=1",
-    "--config.optim.warmup_steps=0",
+    "--config.steps=5",
+    "--config.optim.warmup_steps=1",
     "--config.data.workers=0",
     "--config.eval.pictures_every_epochs=-1",
 ]
@@ -87,7 +87,7 @@ def test_the_wheel_trains_a_recipe_and_reads_a_copy_of_one(installed, tmp_path):
     data = ["--config.data.source=folder", "--config.data.path=~/images[2]"]
     flags = ["--workdir=~/lr[1e-4]", "--config", "pretrain:vit_ti16", *data, *TINY]
     run(installed / "mae-jax", "train", *flags, cwd=tmp_path, HOME=str(home))
-    assert load_run_checkpoint(home / "lr[1e-4]" / "checkpoints")[0] == 1
+    assert load_run_checkpoint(home / "lr[1e-4]" / "checkpoints")[0] == 5
     assert [path.name for path in tmp_path.iterdir()] == ["home[1]"]
 
     (tmp_path / "mine.py").write_text((ROOT / "configs" / "scratch.py").read_text())

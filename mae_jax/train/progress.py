@@ -25,7 +25,9 @@ MAX_DATA_WAIT = 0.1  # fraction of the time above which, and above a second, a w
 class StepTimer:
     """Measures throughput and the time spent waiting for data, over a window of steps.
 
-    Compilation (everything before the first step has finished) and pauses do not count.
+    A step lasts from the end of one dispatch to the end of the next, each with the wait for the
+    step before. This is the time of one computation, whether a dispatch returns at once or, as for
+    small steps on a CPU, computes. Compilation (the first dispatch) and pauses do not count.
 
     Args:
       clock: returns seconds.
@@ -33,50 +35,46 @@ class StepTimer:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
-        self._begin: float | None = None
-        self.steps, self.waited, self._paused = 0, 0.0, 0.0
+        self._last: float | None = None  # end of the last dispatch
+        self._wait, self._pause = 0.0, 0.0  # since then
+        self.restart()
 
-    def step_done(self) -> None:
-        """Count a finished step; the first one starts the clock."""
-        if self._begin is None:
-            self.restart()
-        else:
+    def dispatched(self) -> None:
+        """Count a step; the first one starts the clock."""
+        now = self._clock()
+        if self._last is not None:
             self.steps += 1
+            self.seconds += now - self._last - self._pause
+            self.waited += self._wait
+        self._last, self._wait, self._pause = now, 0.0, 0.0
 
     def restart(self) -> None:
         """Start a new window."""
-        self._begin = self._clock()
-        self.steps, self.waited, self._paused = 0, 0.0, 0.0
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
 
     def reset(self) -> None:
-        """Forget everything until the next finished step."""
-        self._begin = None
+        """Forget everything until the next step."""
+        self._last = None
+        self.restart()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time of the block as waiting for data."""
         begin = self._clock()
         yield
-        self.waited += self._clock() - begin
+        self._wait += self._clock() - begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of the block out."""
         begin = self._clock()
         yield
-        self._paused += self._clock() - begin
-
-    @property
-    def seconds(self) -> float:
-        """Return the length of the window without pauses."""
-        if self._begin is None:
-            return 0.0
-        return max(self._clock() - self._begin - self._paused, 1e-9)
+        self._pause += self._clock() - begin
 
     @property
     def steps_per_second(self) -> float:
         """Return the throughput; 0 before the second step."""
-        return self.steps / self.seconds if self.steps else 0.0
+        return self.steps / max(self.seconds, 1e-9) if self.steps else 0.0
 
     @property
     def wait_fraction(self) -> float:
@@ -189,10 +187,11 @@ class MetricsLogger:
 
     @contextmanager
     def computing(self, step: int) -> Iterator[None]:
-        """Annotate a step in the profile."""
+        """Time a step, and annotate it in the profile."""
         self.heartbeat(f"waiting for the devices, which compute steps {step - 1} and {step}")
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
+        self._timer.dispatched()
 
     @contextmanager
     def paused(self, step: int) -> Iterator[None]:
@@ -204,7 +203,6 @@ class MetricsLogger:
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step, and write a row of metrics if one is due."""
         self._window.append(metrics)
-        self._timer.step_done()
         rate = self._batch_size * self._timer.steps_per_second
         self._describe(step, rate)
         if step % self._every == 0 or step == self._total:
