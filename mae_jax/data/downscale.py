@@ -140,7 +140,7 @@ def write_dataset(dataset: DownscaledDataset) -> Any:
     """Write the dataset as array_record; return its builder.
 
     Raises:
-      DataError: a dataset of that name exists, or an image is bad.
+      DataError: a dataset of that name exists, an image is bad, or the disk is.
     """
     if dataset.is_prepared():
         raise DataError(f"{dataset.data_dir} exists: remove it, or choose another --name")
@@ -148,9 +148,11 @@ def write_dataset(dataset: DownscaledDataset) -> Any:
     try:
         with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
             dataset.download_and_prepare(file_format="array_record", download_dir=downloads)
-    except BaseException:
+    except BaseException as error:
         for folder in Path(dataset.data_dir).parents[:2]:  # of the dataset, and the data_dir
             with contextlib.suppress(OSError):
                 folder.rmdir()  # if it is empty
+        if isinstance(error, RuntimeError):  # of array_record, which writes the files
+            raise DataError(f"{dataset.data_dir} could not be written: {error}") from error
         raise
     return dataset

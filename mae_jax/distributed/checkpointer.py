@@ -1,5 +1,6 @@
 """Orbax checkpoints with integrity verification."""
 
+import copy
 import itertools
 import logging
 import os
@@ -37,6 +38,25 @@ log = logging.getLogger("mae_jax.run")
 
 # orbax collects these for its debug log at every save, and tensorstore never frees them: 80 kB.
 tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
+
+# Nor does tensorstore (0.1.86) free the texts of this, which orbax asks for at every save of every
+# array, with the same folder for all of them.
+_to_json = tensorstore.KvStore.Spec.to_json
+_json_by_text: dict[str, Any] = {}  # of the last specs
+
+
+def _to_json_once(self: Any, include_defaults: bool = False) -> Any:
+    text = repr((self, include_defaults))
+    json = _json_by_text.get(text)
+    if json is None:
+        json = _to_json(self, include_defaults)
+        if len(_json_by_text) > 8:
+            _json_by_text.clear()
+        _json_by_text[text] = json
+    return copy.deepcopy(json)
+
+
+tensorstore.KvStore.Spec.to_json = _to_json_once
 
 
 class CheckpointSaveError(Exception):
