@@ -51,33 +51,34 @@ clean:  ## remove the virtual environments and the demo's workdir
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# --no-compile: only the modules that are imported are compiled, when they are, which is faster.
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[demo$(CUDA)]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo$(CUDA)]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev$(CUDA)]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,dev$(CUDA)]'
 	touch $@
 
 .venv-docs/.docs: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --editable '.[demo,docs]'
+	.venv-docs/bin/python -m pip install --quiet --no-compile --editable '.[demo,docs]'
 	touch $@
 
 # timm requires torchvision, which breaks transformers with the CPU build of torch: both go into a
 # separate folder, which only the timm tests use.
 .venv-torch/.peers: pyproject.toml
 	$(PYTHON) -m venv .venv-torch
-	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 transformers --editable '.[demo,dev,mlflow,wandb]'
-	.venv-torch/bin/python -m pip install --quiet --no-deps --upgrade --target .venv-torch/timm \
+	.venv-torch/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers --editable '.[demo,dev,mlflow,wandb]'
+	.venv-torch/bin/python -m pip install --quiet --no-compile --no-deps --upgrade --target .venv-torch/timm \
 		timm==1.0.31 torchvision==0.28.0
 	touch $@
 
 .venv-compile/.tpu: pyproject.toml
 	$(PYTHON) -m venv .venv-compile
-	.venv-compile/bin/python -m pip install --quiet --editable '.[dev]' 'jax[tpu]'
+	.venv-compile/bin/python -m pip install --quiet --no-compile --editable '.[dev]' 'jax[tpu]'
 	touch $@
 
 .venv-compile/.gpu: .venv-compile/.tpu
-	.venv-compile/bin/python -m pip install --quiet --editable '.[dev,compile]'
+	.venv-compile/bin/python -m pip install --quiet --no-compile --editable '.[dev,compile]'
 	touch $@
