@@ -208,7 +208,7 @@ def test_resizing_on_the_device_gives_the_same_losses(photographs, on_host, tmp_
     """Of crops of up to 150 pixels, the larger ones by the host."""
     config = config_of(photographs, data__resize_on="device", data__canvas=100, **RESIZING)
     trainer.train_and_evaluate(config, tmp_path)
-    np.testing.assert_allclose(losses(tmp_path), losses(on_host), rtol=2e-3)
+    np.testing.assert_allclose(losses(tmp_path), losses(on_host), rtol=5e-3)
     assert (tmp_path / "summary.json").exists()
 
 
