@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
 from mae_jax.evaluate.metrics import Score, accuracy, top_k
 
@@ -30,38 +30,64 @@ def knn_scores(
     """Return the scores of weighted k-NN classification for each k (at most the bank's size).
 
     The k nearest by cosine similarity vote with weight exp(cosine / temperature) (Wu et al. 2018).
-    The device holds the bank, 4 n d bytes, and one tile of similarities.
 
     Args:
       bank, bank_labels: features and labels of the training images.
       queries, labels: those of the images to classify.
     """
+    if (bank_labels < 0).any():  # without label
+        bank, bank_labels = bank[bank_labels >= 0], bank_labels[bank_labels >= 0]
+    neighbors = NearestNeighbors(bank, bank_tile)
     max_k = min(max(ks), len(bank))
-    tiles = [
-        (_unit(vectors), jnp.asarray(tile_labels))
-        for vectors, tile_labels in _tiles(bank_tile, bank, bank_labels)
-    ]
     rankings: dict[int, list[np.ndarray]] = {k: [] for k in ks}
-    for rows, _ in _tiles(query_tile, queries, labels):
-        vectors = _unit(rows)
-        nearest = jnp.full((len(rows), max_k), -jnp.inf), jnp.zeros((len(rows), max_k), jnp.int32)
-        for tile in tiles:
-            nearest = _merge_nearest(vectors, *tile, *nearest)
+    for _, rows in _tiles(query_tile, queries):
+        cosines, index = neighbors.search(rows, max_k)
+        nearest_labels = bank_labels[index]
         for k in ks:
-            ranking = _vote(*nearest, temperature, k=min(k, max_k), num_classes=num_classes)
-            rankings[k].append(np.asarray(ranking))
+            vote = partial(_vote, k=min(k, max_k), num_classes=num_classes)
+            rankings[k].append(np.asarray(vote(cosines, nearest_labels, temperature)))
     return {k: accuracy(np.concatenate(r)[: len(labels)], labels) for k, r in rankings.items()}
 
 
-def _tiles(
-    max_size: int, vectors: np.ndarray, labels: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield rows in as few tiles of one size as possible; the last has zeros of label -1 to pad."""
+class NearestNeighbors:
+    """Exact nearest neighbors by cosine similarity.
+
+    The device holds the bank, 4 n d bytes, and one tile of similarities.
+
+    Args:
+      bank: vectors to search.
+      tile: number of them that are compared at a time.
+    """
+
+    def __init__(self, bank: Num[np.ndarray, "n d"], tile: int = BANK_TILE):
+        self._bank = [
+            (_unit(rows), start + np.arange(len(rows), dtype=np.int32))
+            for start, rows in _tiles(tile, bank)
+        ]
+        self._count = len(bank)
+
+    def search(
+        self, queries: Num[np.ndarray, "q d"], k: int
+    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+        """Return cosines and indices of the k nearest (at most all), nearest first.
+
+        Queries of as many rows each time are compiled once.
+        """
+        k = min(k, self._count)
+        vectors = _unit(queries)
+        nearest = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
+        for rows, index in self._bank:
+            nearest = _merge_nearest(vectors, rows, index, self._count, *nearest)
+        cosines, index = jax.device_get(nearest)
+        return cosines, index
+
+
+def _tiles(max_size: int, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield starts and rows of as few tiles of one size as possible, the last with zeros to pad."""
     size = math.ceil(len(vectors) / math.ceil(len(vectors) / max_size))  # the least padding
     for start in range(0, len(vectors), size):
-        tile, tile_labels = vectors[start : start + size], labels[start : start + size]
-        padding = (0, size - len(tile))
-        yield np.pad(tile, (padding, (0, 0))), np.pad(tile_labels, padding, constant_values=-1)
+        tile = vectors[start : start + size]
+        yield start, np.pad(tile, ((0, size - len(tile)), (0, 0)))
 
 
 @jax.jit
@@ -72,16 +98,19 @@ def _unit(vectors: Array) -> Array:
 
 @jax.jit
 def _merge_nearest(
-    queries: Array, bank: Array, bank_labels: Array, nearest: Array, nearest_labels: Array
+    queries: Array, bank: Array, index: Array, count: int, nearest: Array, nearest_index: Array
 ) -> tuple[Array, Array]:
-    """Merge the nearest so far (cosines and labels, best first) with another tile of the bank."""
+    """Merge the nearest so far (cosines and indices, best first) with another tile of the bank.
+
+    Rows of the bank from `count` on are padding.
+    """
     cosines = jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
-    cosines = jnp.where(bank_labels >= 0, cosines, -jnp.inf)
-    in_tile, index = jax.lax.top_k(cosines, min(nearest.shape[1], len(bank)))
+    cosines = jnp.where(index < count, cosines, -jnp.inf)
+    in_tile, position = jax.lax.top_k(cosines, min(nearest.shape[1], len(bank)))
     cosines = jnp.concatenate([nearest, in_tile], axis=1)
-    labels = jnp.concatenate([nearest_labels, bank_labels[index]], axis=1)
-    nearest, index = jax.lax.top_k(cosines, nearest.shape[1])
-    return nearest, jnp.take_along_axis(labels, index, axis=1)
+    indices = jnp.concatenate([nearest_index, index[position]], axis=1)
+    nearest, position = jax.lax.top_k(cosines, nearest.shape[1])
+    return nearest, jnp.take_along_axis(indices, position, axis=1)
 
 
 @partial(jax.jit, static_argnames=("k", "num_classes"))
