@@ -171,6 +171,13 @@ class PretrainedModel:
             features["attention"] = self._as_grid(weights)[..., 0]
         return features
 
+    def random_params(self, seed: int) -> Params:
+        """Return the parameters of an untrained encoder, as a baseline of its features."""
+        rows, columns = self.info.grid
+        patches = jnp.zeros((1, rows * columns, self.info.patch**2 * self.info.channels))
+        variables: Any = make_classifier(self.info).init(jax.random.key(seed), patches)
+        return {**variables["params"], **variables.get("batch_stats", {})}
+
     def _pool_tokens(self, tokens: Array, suffix: str, grid: bool) -> dict[str, Array]:
         tokens = tokens.astype(jnp.float32)
         features = {f"cls{suffix}": tokens[:, 0], f"mean{suffix}": tokens[:, 1:].mean(axis=1)}

@@ -86,7 +86,7 @@ def read_arrays(path: str, split: str, classes: tuple[str, ...] = ()) -> ArraySo
     file = next((file for file in candidates if file.exists()), None)
     if file is None:
         raise DataError(f"neither {candidates[0]} nor {candidates[1].name} exists")
-    arrays = _load_arrays(file)
+    arrays = load_arrays(file, ("image", "label", "classes"))
     images, labels = arrays.get("image"), arrays.get("label")
     if images is None or images.ndim not in (3, 4):
         problem = "is missing" if images is None else f"has shape {list(images.shape)}"
@@ -101,13 +101,17 @@ def read_arrays(path: str, split: str, classes: tuple[str, ...] = ()) -> ArraySo
     return ArraySource(str(file), images, labels, names)
 
 
-def _load_arrays(file: Path) -> dict[str, np.ndarray]:
+def load_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return those arrays of a .npz that exist, or the array of a .npy as "image".
+
+    Raises:
+      DataError: the file cannot be read.
+    """
     try:
         with file.open("rb") as opened:
             loaded: Any = np.load(opened, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return {"image": loaded}
-            names = ("image", "label", "classes")
             return {name: loaded[name] for name in names if name in loaded}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}") from error

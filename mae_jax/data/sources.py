@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -27,10 +27,14 @@ class DataError(UserError):
 
 
 class Record(TypedDict):
-    """image: encoded file, or pixels [height, width, channels]; label: class index or -1."""
+    """image: encoded file, or pixels [height, width, channels]; label: class index or -1.
+
+    mask: encoded file, or class numbers [height, width]; only of segmentation.
+    """
 
     image: bytes | np.ndarray
     label: int
+    mask: NotRequired[bytes | np.ndarray]
 
 
 class Source(Protocol):

@@ -35,8 +35,12 @@ class Subset:
 
 def evenly_spaced(source: Source, count: int) -> Subset:
     """Return `count` evenly spaced records, or all if there are fewer."""
-    indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    return Subset(source, indices)
+    return Subset(source, evenly_spaced_indices(len(source), count))
+
+
+def evenly_spaced_indices(size: int, count: int) -> np.ndarray:
+    """Return `count` evenly spaced indices from 0 to size - 1, or all if there are fewer."""
+    return np.linspace(0, size - 1, min(count, size)).round().astype(int)
 
 
 def few_shot(source: Source, shots: int, seed: int) -> Subset:

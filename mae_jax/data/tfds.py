@@ -18,7 +18,7 @@ from mae_jax.utils.paths import expand_path
 
 log = logging.getLogger("mae_jax")
 
-DEMO_DATASETS = ("photo_crops",)
+DEMO_DATASETS = {"photo_crops": "PhotoCrops", "photo_mosaics": "PhotoMosaics"}  # builders
 
 
 class TfdsSource:
@@ -55,6 +55,8 @@ class TfdsSource:
         # An integer feature without class names is not used as a label.
         has_labels = "label" in features and hasattr(features["label"], "names")
         self.classes = tuple(features["label"].names) if has_labels else ()
+        # Of a mask whose feature is a LabeledImage.
+        self.pixel_classes = tuple(getattr(features[image_feature], "names", None) or ())
         files = _split_files(builder, name, split)
         description = builder.info.description or ""
         if description.startswith(DERIVED_PREFIX):
@@ -173,7 +175,8 @@ def prepare(name: str, data_dir: str | None) -> Any:
     if name in DEMO_DATASETS:
         from mae_jax.data import demo_dataset
 
-        builder: Any = demo_dataset.PhotoCrops(data_dir=data_dir, file_format="array_record")
+        make_builder = getattr(demo_dataset, DEMO_DATASETS[name])
+        builder: Any = make_builder(data_dir=data_dir, file_format="array_record")
     else:
         builder = _registered_builder(name, data_dir)
     try:

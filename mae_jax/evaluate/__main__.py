@@ -19,6 +19,7 @@ from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import evenly_spaced, sample_shots
 from mae_jax.distributed import sharding
 from mae_jax.distributed.inference import EvalBatches, with_sharded_inputs
+from mae_jax.evaluate import segmentation_command
 from mae_jax.evaluate.metrics import top_k
 from mae_jax.evaluate.probe import ProbeRecipe
 from mae_jax.evaluate.rankme import MAX_IMAGES
@@ -42,6 +43,9 @@ def main(argv: list[str]) -> None:
     measures = _parse_suite(arguments.suite)
     if arguments.out:
         cli.check_output("--out", arguments.out, ".json")
+    if set(measures) & set(segmentation_command.SUITE):
+        segmentation_command.run(arguments, measures)
+        return
     begin = time.perf_counter()
     train, test = _open_splits(arguments, measures)
     model, params = convert_cli.load_model(arguments)
@@ -54,7 +58,9 @@ def main(argv: list[str]) -> None:
     seconds = time.perf_counter() - begin
     log.info("extracted the features of all images in %.1f s", seconds)
     recipe = ProbeRecipe(
-        epochs=arguments.epochs, learning_rate=arguments.learning_rate, seed=arguments.seed
+        epochs=arguments.epochs or ProbeRecipe.epochs,
+        learning_rate=arguments.learning_rate or ProbeRecipe.learning_rate,
+        seed=arguments.seed,
     )
     classes = test.classes if test else ()
     options = SuiteOptions(recipe, model.info.heads, arguments.shots, classes)
@@ -71,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, as shell completion reads it."""
     parser = cli.make_parser("mae_jax.evaluate", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    descriptions = [f"  {name:10} {item.description}" for name, item in SUITE.items()]
+    descriptions = [f"  {name:14} {text}" for name, text in _DESCRIPTIONS.items()]
     parser.epilog = "suites:\n" + "\n".join(descriptions)
     convert_cli.add_checkpoint(parser)
     parser.add_argument(
@@ -99,12 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="maximum number of training images, evenly spaced (all)",
     )
     parser.add_argument("--batch-size", type=cli.positive_int, default=256, help="images (256)")
-    parser.add_argument("--epochs", type=cli.positive_float, default=90.0, help="of probes (90)")
+    parser.add_argument(
+        "--epochs", type=cli.positive_float, help="of probes (90; 60 of segment_linear)"
+    )
     parser.add_argument(
         "--learning-rate",
         type=cli.positive_float,
-        default=ProbeRecipe.learning_rate,
-        help="peak learning rate of probes (6.4, the paper's)",
+        help="peak of probes (6.4, the paper's, by LARS; 0.001 of segment_linear, by AdamW)",
     )
     parser.add_argument(
         "--shots", type=cli.positive_int, default=10, help="images per class for few_shot (10)"
@@ -113,14 +120,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-gb", type=cli.positive_float, default=16.0, help="of features in memory (16)"
     )
+    segmentation_command.add_flags(parser)
     return parser
+
+
+_DESCRIPTIONS = {
+    name: item.description for name, item in SUITE.items()
+} | segmentation_command.SUITE
 
 
 def _parse_suite(text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in SUITE:
-            raise UserError(f"--suite: there is no {name!r}; use some of {', '.join(SUITE)}")
+        if name not in _DESCRIPTIONS:
+            raise UserError(
+                f"--suite: there is no {name!r}; use some of {', '.join(_DESCRIPTIONS)}"
+            )
     return names
 
 

@@ -1,0 +1,306 @@
+"""Images with a mask each: the class number of every pixel, for semantic segmentation."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from mae_jax.data.decode import NUMPY, Encoded, decode_numpy, open_image
+from mae_jax.data.factory import detect_dataset
+from mae_jax.data.in_memory import ArraySource, load_arrays
+from mae_jax.data.loader import ordered_parallel_map
+from mae_jax.data.sources import DataError, FolderSource, Record, Source, hash_lines
+from mae_jax.data.subsets import Subset, evenly_spaced
+from mae_jax.utils import console
+
+CLASS_NAMES = "classes.txt"  # one name per line, from class 0 on, beside the splits
+MAX_LISTED = 5  # files without partner in an error
+LAYOUT = (
+    "segmentation needs DIR/SPLIT/images and DIR/SPLIT/masks with files of the same names, "
+    "DIR/SPLIT.npz with the arrays image and mask, or a TFDS dataset with --mask-feature"
+)
+
+Mask = Int[np.ndarray, "h w"]
+
+
+@dataclass(frozen=True)
+class SegmentationSource:
+    """A split of images with masks.
+
+    Args:
+      images: encoded images, or pixels.
+      masks: encoded masks, or class numbers [height, width, 1], by the index of the image.
+      class_names: may be empty.
+      ignore: class number of pixels that do not count.
+    """
+
+    images: Source
+    masks: Source
+    class_names: tuple[str, ...]
+    ignore: int
+
+    classes: tuple[str, ...] = field(default=(), init=False)  # images have no labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.images[index]
+        return {"image": record["image"], "label": -1, "mask": self.masks[index]["image"]}
+
+    def label(self, index: int) -> int:
+        return -1
+
+    def describe(self, index: int) -> str:
+        return self.images.describe(index)
+
+    def fingerprint(self) -> str:
+        return hash_lines([self.images.fingerprint(), self.masks.fingerprint()])
+
+    def evenly_spaced(self, count: int) -> "SegmentationSource":
+        """Return `count` evenly spaced images with their masks, or all if there are fewer."""
+        images, masks = (evenly_spaced(source, count) for source in (self.images, self.masks))
+        return dataclasses.replace(self, images=images, masks=masks)
+
+    def mask(self, index: int) -> Mask:
+        """Return the class numbers of an image.
+
+        Raises:
+          DataError: the mask cannot be read; names its file.
+        """
+        try:
+            return decode_mask(self.masks[index]["image"])
+        except DataError as error:
+            raise DataError(f"{self.masks.describe(index)} is bad: {error}") from error
+
+
+def decode_mask(encoded: Encoded) -> Mask:
+    """Return the class numbers of a mask: PNG (palettes by index), TIFF or .npy.
+
+    Raises:
+      DataError: it is a JPEG, has colors instead of numbers, or cannot be decoded.
+    """
+    try:
+        array = _decode(encoded)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise all kinds of errors for corrupt bytes
+        raise DataError(str(error) or type(error).__name__) from error
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim == 3 and (array == array[..., :1]).all():
+        array = array[..., 0]  # numbers saved as gray RGB
+    if array.ndim != 2:
+        raise DataError(
+            f"its shape is {list(array.shape)}, but a mask has one class number per pixel: save "
+            "colors as a palette PNG, or as their class numbers"
+        )
+    if array.dtype.kind not in "iub":
+        raise DataError(f"its dtype is {array.dtype}, but class numbers are integers")
+    return array.astype(np.int32)
+
+
+def _decode(encoded: Encoded) -> np.ndarray:
+    if isinstance(encoded, np.ndarray):
+        return encoded
+    if encoded.startswith(NUMPY):
+        return decode_numpy(encoded)
+    with open_image(encoded) as image:
+        if image.format == "JPEG":
+            raise DataError("it is a JPEG, which changes class numbers: save masks as PNG")
+        return np.asarray(image)
+
+
+def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
+    """Resize class numbers to height and width by nearest neighbor, at the pixels' centers."""
+    resized = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return np.asarray(resized)
+
+
+def open_segmentation(
+    data: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    image_feature: str = "image",
+    mask_feature: str = "segmentation_mask",
+    ignore: int = 255,
+) -> SegmentationSource:
+    """Open a split of a folder, or of a TFDS dataset.
+
+    Args:
+      data, data_dir, image_feature: as in `detect_dataset`.
+      mask_feature: name of the mask feature of a TFDS dataset.
+
+    Raises:
+      DataError: it does not exist or has another layout, or an image or a mask is missing.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        images = detect_dataset(data, data_dir, image_feature).open(split)
+        masks = detect_dataset(data, data_dir, mask_feature).open(split)
+        return SegmentationSource(images, masks, getattr(masks, "pixel_classes", ()), ignore)
+    if (folder / f"{split}.npz").exists():
+        return _open_arrays(folder / f"{split}.npz", ignore)
+    images, masks = _open_folders(folder / split)
+    pairs = match_files(images, masks)
+    if pairs.problems:
+        raise DataError(f"{folder / split}: {_listed(pairs.problems)}")
+    return SegmentationSource(
+        Subset(images, pairs.images), Subset(masks, pairs.masks), _read_class_names(folder), ignore
+    )
+
+
+def _open_folders(root: Path) -> tuple[FolderSource, FolderSource]:
+    images, masks = root / "images", root / "masks"
+    if not images.is_dir() or not masks.is_dir():
+        problem = "does not exist" if not root.is_dir() else "has no folders images and masks"
+        raise DataError(f"{root} {problem}: {LAYOUT}")
+    return FolderSource(str(images), ""), FolderSource(str(masks), "")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Indices of images and of their masks, and what has no partner, a line each."""
+
+    images: Sequence[int]
+    masks: Sequence[int]
+    problems: Sequence[str]
+
+
+def match_files(images: FolderSource, masks: FolderSource) -> Pairs:
+    """Match images with masks of the same name, apart from its suffix."""
+    index_of_mask: dict[str, int] = {}
+    problems, pairs = [], {}
+    for index, file in enumerate(masks.files):
+        other = index_of_mask.setdefault(os.path.splitext(file)[0], index)
+        if other != index:
+            problems.append(f"masks/{masks.files[other]} and masks/{file} have the same name")
+    for index, file in enumerate(images.files):
+        name = os.path.splitext(file)[0]
+        if name not in index_of_mask:
+            problems.append(f"images/{file} has no mask")
+        elif name in pairs:
+            problems.append(f"images/{images.files[pairs[name]]} and images/{file} have one mask")
+        else:
+            pairs[name] = index
+    problems += [
+        f"masks/{masks.files[index]} has no image"
+        for name, index in index_of_mask.items()
+        if name not in pairs
+    ]
+    return Pairs(list(pairs.values()), [index_of_mask[name] for name in pairs], problems)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return "; ".join(problems[:MAX_LISTED]) + more
+
+
+def _open_arrays(file: Path, ignore: int) -> SegmentationSource:
+    arrays = load_arrays(file, ("image", "mask", "classes"))
+    for name, dimensions in (("image", (3, 4)), ("mask", (3, 4))):
+        if name not in arrays or arrays[name].ndim not in dimensions:
+            problem = f"has shape {list(arrays[name].shape)}" if name in arrays else "is missing"
+            raise DataError(f"{file}: the array {name!r} {problem}: {LAYOUT}")
+    images, masks = arrays["image"], arrays["mask"]
+    if len(images) != len(masks):
+        raise DataError(f"{file} has {len(images)} images, but {len(masks)} masks")
+    names = tuple(str(name) for name in arrays.get("classes", ()))
+    return SegmentationSource(
+        ArraySource(str(file), images), ArraySource(f"the masks of {file}", masks), names, ignore
+    )
+
+
+def _read_class_names(folder: Path) -> tuple[str, ...]:
+    file = folder / CLASS_NAMES
+    if not file.exists():
+        return ()
+    try:
+        names = tuple(line.strip() for line in file.read_text().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    if not names or not all(names):
+        raise DataError(f"{file} must have one class name per line, without empty lines")
+    return names
+
+
+@dataclass
+class MaskReport:
+    """Summary of the masks of a source.
+
+    Attributes:
+      bad: what is wrong by name of the image: an unreadable mask, another size, a class number
+        that does not exist.
+      pixels: number of pixels by class number, with those that are ignored.
+    """
+
+    bad: dict[str, str] = field(default_factory=dict)
+    pixels: dict[int, int] = field(default_factory=dict)
+
+    def num_classes(self, ignore: int) -> int:
+        """Return the number of classes, if the largest number is that of a class."""
+        return 1 + max((number for number in self.pixels if number != ignore), default=-1)
+
+
+def check_masks(
+    source: SegmentationSource, image_sizes: Sequence[tuple[int, int]] | None, threads: int
+) -> MaskReport:
+    """Decode every mask, with a progress bar.
+
+    Args:
+      image_sizes: height and width of the images; None does not compare them.
+    """
+
+    def read(index: int) -> Mask | DataError:
+        try:
+            return source.mask(index)
+        except DataError as error:
+            return error
+
+    report, names = MaskReport(), source.class_names
+    results = ordered_parallel_map(read, len(source), threads)
+    for index, mask in enumerate(console.progress(results, len(source))):
+        name = source.describe(index)
+        if isinstance(mask, DataError):
+            report.bad[name] = str(mask)
+            continue
+        if image_sizes is not None and mask.shape != image_sizes[index]:
+            report.bad[name] = size_problem(image_sizes[index], mask)
+        numbers, counts = np.unique(mask, return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist()):
+            report.pixels[number] = report.pixels.get(number, 0) + count
+        if problem := class_problem(numbers, len(names), source.ignore):
+            report.bad[name] = problem
+    return report
+
+
+def size_problem(image_size: tuple[int, int], mask: Mask) -> str:
+    """Return the message about a mask of another size than its image."""
+    rows, columns = mask.shape
+    return (
+        f"its mask has {rows} x {columns} pixels, the image {image_size[0]} x {image_size[1]} "
+        "(without its EXIF orientation)"
+    )
+
+
+def class_problem(numbers: np.ndarray, num_classes: int, ignore: int) -> str | None:
+    """Return the message about class numbers that do not exist, if there are any.
+
+    Args:
+      num_classes: 0 if unknown.
+    """
+    counted = numbers[numbers != ignore]
+    wrong = counted[(counted < 0) | (counted >= (num_classes or np.inf))]
+    if not wrong.size:
+        return None
+    limit = f"0 to {num_classes - 1}" if num_classes else "0 or larger"
+    return (
+        f"its mask has the class {wrong[0]}, but classes are {limit}, and {ignore} is ignored: "
+        f"correct it, {CLASS_NAMES} or --ignore"
+    )

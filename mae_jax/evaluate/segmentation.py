@@ -1,0 +1,479 @@
+"""Segmentation probes on a frozen encoder: patch k-NN, and a linear head on the patches.
+
+Every image is seen in one or several views of the model's size: the whole image, resized together
+with its mask, or windows of the unresized image. Predictions of all views are interpolated to the
+mask's own size, where every labeled pixel counts once.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from einops import rearrange
+from jaxtyping import Array, Float, Int, Shaped
+
+from mae_jax.data.decode import decode
+from mae_jax.data.loader import ordered_parallel_map
+from mae_jax.data.segmentation import (
+    Mask,
+    SegmentationSource,
+    class_problem,
+    resize_mask,
+    size_problem,
+)
+from mae_jax.data.sources import DataError
+from mae_jax.data.transforms import resize
+from mae_jax.evaluate.knn import NearestNeighbors
+from mae_jax.evaluate.segmentation_metrics import (
+    SegmentationScore,
+    count_pixels,
+    segmentation_score,
+)
+from mae_jax.models.segmentation import LinearHead, bilinear_weights
+from mae_jax.tasks.segment import SegmentationProbe
+from mae_jax.tasks.train_step import TrainState, init_state, make_train_step
+from mae_jax.utils import console
+from mae_jax.utils.cpus import available_cpus
+
+Grids = dict[str, np.ndarray]  # features [..., rows, columns, d] by name
+GridFn = Callable[[np.ndarray], Mapping[str, Any]]  # images [b, h, w, c] -> features by name
+POWER = 0.9  # of the polynomial decay of the learning rate
+
+
+@dataclass(frozen=True)
+class Views:
+    """How images become inputs of the model.
+
+    Args:
+      size: height and width of the model's images.
+      stride: of windows, rows and columns; None resizes the whole image instead.
+      overhang: the last window sticks out of the image, as in pixio's evaluation; otherwise it
+        ends with the image.
+      interpolation: filter of Pillow, for images.
+      fill: value per channel beyond the image.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    fill: tuple[float, ...]
+    stride: tuple[int, int] | None = None
+    overhang: bool = False
+    interpolation: str = "bicubic"
+    bit_depth: int | None = None
+
+    def boxes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Return top, left, height and width of the views of an image, some beyond its border."""
+        if self.stride is None:
+            return [(0, 0, height, width)]
+        starts = [
+            window_starts(full, size, stride, self.overhang)
+            for full, size, stride in zip((height, width), self.size, self.stride)
+        ]
+        return [(top, left, *self.size) for top in starts[0] for left in starts[1]]
+
+    def read(self, source: SegmentationSource, index: int, num_classes: int) -> "Example":
+        """Read an image, cut into views, and its mask.
+
+        Raises:
+          DataError: one of them is bad, or they do not fit; names the image.
+        """
+        try:
+            image = decode(source[index]["image"], self.channels, bit_depth=self.bit_depth)
+        except DataError as error:
+            raise DataError(f"{source.describe(index)} is bad: {error}") from error
+        mask = source.mask(index)
+        problem = class_problem(np.unique(mask), num_classes, source.ignore)
+        if mask.shape != image.shape[:2]:
+            problem = size_problem((image.shape[0], image.shape[1]), mask)
+        if problem:
+            raise DataError(f"{source.describe(index)}: {problem}")
+        boxes = self.boxes(*mask.shape)
+        if self.stride is None:
+            views = [resize(image, self.size, self.interpolation)]
+            masks = [resize_mask(mask, self.size)]
+        else:
+            fill = np.array(self.fill, image.dtype)
+            views = [_cut(image, box, fill) for box in boxes]
+            masks = [_cut(mask, box, np.array(source.ignore, mask.dtype)) for box in boxes]
+        return Example(np.stack(views), np.stack(masks), mask, boxes)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Views [v, h, w, c] of an image with their masks [v, h, w], the whole mask, and boxes."""
+
+    views: Shaped[np.ndarray, "v h w c"]
+    view_masks: Int[np.ndarray, "v h w"]
+    mask: Mask
+    boxes: Sequence[tuple[int, int, int, int]]
+
+
+def window_starts(full: int, size: int, stride: int, overhang: bool) -> list[int]:
+    """Return where windows of `size` begin that cover `full` pixels."""
+    if overhang:
+        return list(range(0, full, stride))
+    last = max(full - size, 0)
+    return [*range(0, last, stride), last]
+
+
+def _cut(array: np.ndarray, box: tuple[int, int, int, int], fill: np.ndarray) -> np.ndarray:
+    top, left, height, width = box
+    inside = array[top : top + height, left : left + width]
+    if inside.shape[:2] == (height, width):
+        return inside
+    cut = np.empty((height, width, *array.shape[2:]), array.dtype)
+    cut[:] = fill
+    cut[: inside.shape[0], : inside.shape[1]] = inside
+    return cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSetup:
+    """How images are read and predictions compared, the same for all probes.
+
+    Args:
+      grids: returns the features [b, rows, columns, d] of images, by name.
+      batch_size: views that `grids` takes at a time.
+      patch: side of a patch, pixels.
+      ignore: class number of pixels without label.
+      align_corners: of upsampling, see `bilinear_weights`.
+      convention: of the metrics, see `segmentation_score`.
+    """
+
+    grids: GridFn
+    views: Views
+    batch_size: int
+    patch: int
+    num_classes: int
+    ignore: int
+    align_corners: bool = False
+    convention: str = "standard"
+    report: Callable[[str], None] = lambda _: None
+
+    @property
+    def patch_axes(self) -> dict[str, int]:
+        """Return the sides of a patch as axes p and q."""
+        return {"p": self.patch, "q": self.patch}
+
+    def features(self, source: SegmentationSource) -> Iterator[tuple[Example, Grids]]:
+        """Yield every image with the features of its views, by name; with a progress bar."""
+        waiting: deque[Example] = deque()
+
+        def views() -> Iterator[np.ndarray]:
+            read = lambda index: self.views.read(source, index, self.num_classes)
+            examples = ordered_parallel_map(read, len(source), available_cpus())
+            for example in console.progress(examples, len(source)):
+                waiting.append(example)
+                yield from example.views
+
+        rows: list[Grids] = []
+        for row in self._map_batches(views()):
+            rows.append(row)
+            if len(rows) == len(waiting[0].views):
+                yield waiting.popleft(), {n: np.stack([r[n] for r in rows]) for n in rows[0]}
+                rows = []
+
+    def _map_batches(self, views: Iterator[np.ndarray]) -> Iterator[Grids]:
+        """Yield the features of every view."""
+        while batch := list(islice(views, self.batch_size)):
+            images = np.stack(batch + [batch[-1]] * (self.batch_size - len(batch)))
+            grids = jax.device_get(dict(self.grids(images)))
+            for row in range(len(batch)):
+                yield {name: x[row] for name, x in grids.items()}
+
+
+@dataclass(frozen=True)
+class KnnOptions:
+    """Settings of segment_knn.
+
+    bank: maximum number of training patches, the same number of every view.
+    """
+
+    k: int = 30
+    temperature: float = 0.07
+    bank: int = 200_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Settings of segment_linear; the learning rate decays polynomially."""
+
+    epochs: float = 60.0
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    batch_size: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainPatches:
+    """Features of training images, with masks at the resolution of the model.
+
+    grids: [n, rows, columns, d] of all views by name, or {} if not kept; masks: of the views.
+    bank: [m, d] by name, a sample of the patches; bank_masks: the class numbers of their pixels.
+    """
+
+    grids: Mapping[str, Float[np.ndarray, "n y x d"]]
+    masks: Int[np.ndarray, "n h w"]
+    bank: Mapping[str, Float[np.ndarray, "m d"]]
+    bank_masks: Int[np.ndarray, "m p"]
+
+
+def extract_patches(
+    setup: SegmentationSetup,
+    source: SegmentationSource,
+    *,
+    keep_grids: bool,
+    bank_per_view: int,
+    seed: int = 0,
+) -> TrainPatches:
+    """Compute the features of training images; every image is read once.
+
+    Args:
+      keep_grids: keep the features of all patches.
+      bank_per_view: patches of every view to sample for the bank.
+    """
+    rng = np.random.default_rng(seed)
+    small = 0 <= setup.ignore < 256 and setup.num_classes <= 256
+    to_dtype = lambda mask: mask.astype(np.uint8 if small else np.int32)
+    grids: dict[str, list[np.ndarray]] = defaultdict(list)
+    bank: dict[str, list[np.ndarray]] = defaultdict(list)
+    masks, bank_masks = [], []
+    for example, features in setup.features(source):
+        for number, mask in enumerate(example.view_masks):
+            if keep_grids:
+                masks.append(to_dtype(mask))
+                for name, x in features.items():
+                    grids[name].append(x[number])
+            if bank_per_view:
+                pixels = rearrange(to_dtype(mask), "(y p) (x q) -> (y x) (p q)", **setup.patch_axes)
+                count = min(bank_per_view, len(pixels))
+                rows = np.sort(rng.choice(len(pixels), count, replace=False))
+                bank_masks.append(pixels[rows])
+                for name, x in features.items():
+                    bank[name].append(x[number].reshape(-1, x.shape[-1])[rows])
+    return TrainPatches(
+        {name: np.stack(x) for name, x in grids.items()},
+        np.stack(masks) if masks else np.zeros((0, *setup.views.size), np.uint8),
+        {name: np.concatenate(x) for name, x in bank.items()},
+        np.concatenate(bank_masks) if bank_masks else np.zeros((0, setup.patch**2), np.uint8),
+    )
+
+
+# A probe: returns scores of the classes for features of views, of any resolution.
+Probe = Callable[[Float[np.ndarray, "v y x d"]], Float[np.ndarray, "v h w classes"]]
+
+
+def knn_probe(
+    bank: Float[np.ndarray, "m d"],
+    masks: Int[np.ndarray, "m p"],
+    setup: SegmentationSetup,
+    options: KnnOptions,
+) -> Probe:
+    """Return a probe by the votes of the k nearest patches of a bank, by cosine similarity.
+
+    A neighbor votes with weight exp(cosine / temperature), as in `knn_scores`: for each class in
+    proportion to its labeled pixels, or, by the convention "capi", see `pixel_knn_probe`.
+
+    Raises:
+      DataError: no patch has a labeled pixel.
+    """
+    if setup.convention == "capi":
+        return pixel_knn_probe(bank, masks, setup, options.k)
+    fractions = class_fractions(masks, setup.num_classes, setup.ignore)
+    labeled = fractions.any(axis=1)
+    if not labeled.any():
+        raise DataError("no training image has a labeled pixel: check the masks and --ignore")
+    neighbors, fractions = NearestNeighbors(bank[labeled]), fractions[labeled]
+
+    def probe(grid: Float[np.ndarray, "v y x d"]) -> Float[np.ndarray, "v y x classes"]:
+        cosines, index = neighbors.search(grid.reshape(-1, grid.shape[-1]), options.k)
+        weights = np.exp((cosines - cosines[:, :1]) / options.temperature)
+        weights /= weights.sum(axis=1, keepdims=True)
+        votes = np.einsum("qk,qkc->qc", weights, fractions[index])
+        return votes.reshape(*grid.shape[:-1], -1)
+
+    return probe
+
+
+def class_fractions(
+    masks: Int[np.ndarray, "m p"], num_classes: int, ignore: int
+) -> Float[np.ndarray, "m classes"]:
+    """Return the fraction of each class in the labeled pixels of patches; 0 without any."""
+    counts = _count_classes(masks, num_classes, ignore)[:, :-1]
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def _count_classes(
+    masks: Int[np.ndarray, "m p"], num_classes: int, ignore: int
+) -> Float[np.ndarray, "m classes1"]:
+    """Return the number of pixels of each class, and of those that are ignored, by patch."""
+    columns = np.where(masks == ignore, num_classes, masks).astype(int)
+    cells = np.arange(len(masks))[:, None] * (num_classes + 1) + columns
+    counts = np.bincount(cells.ravel(), minlength=len(masks) * (num_classes + 1))
+    return counts.reshape(len(masks), -1).astype(np.float32)
+
+
+def pixel_knn_probe(
+    bank: Float[np.ndarray, "m d"], masks: Int[np.ndarray, "m p"], setup: SegmentationSetup, k: int
+) -> Probe:
+    """Return the k-NN probe of CAPI (Darcet et al. 2025), which predicts pixels.
+
+    Features are standardized. Each pixel takes the most frequent class of that pixel in the k
+    nearest patches; of several the smallest number, and ignored pixels vote for the last column.
+    Training patches that are mostly ignored are left out.
+    """
+    mean, std = bank.mean(axis=0, dtype=np.float64), bank.std(axis=0, dtype=np.float64)
+    standardize = lambda x: ((x - mean) / np.where(std > 0, std, 1)).astype(np.float32)
+    counts = _count_classes(masks, setup.num_classes, setup.ignore)
+    kept = counts.argmax(axis=1) < setup.num_classes
+    neighbors, masks = NearestNeighbors(standardize(bank[kept])), masks[kept]
+    columns = np.where(masks == setup.ignore, setup.num_classes, masks).astype(int)
+
+    def probe(grid: Float[np.ndarray, "v y x d"]) -> Float[np.ndarray, "v h w classes1"]:
+        _, index = neighbors.search(standardize(grid.reshape(-1, grid.shape[-1])), k)
+        votes = columns[index].swapaxes(1, 2).reshape(-1, index.shape[1])  # by pixel
+        counts = _count_classes(votes, setup.num_classes, setup.num_classes)
+        counts = counts.reshape(*grid.shape[:-1], setup.patch, setup.patch, -1)
+        return rearrange(counts, "v y x p q c -> v (y p) (x q) c")
+
+    return probe
+
+
+def linear_probe(
+    grids: Float[np.ndarray, "n y x d"],
+    masks: Int[np.ndarray, "n h w"],
+    setup: SegmentationSetup,
+    options: LinearOptions,
+) -> Probe:
+    """Train a linear head on the features of all patches; return the probe.
+
+    The loss is that of the logits at the resolution of the model.
+    """
+    task = SegmentationProbe(
+        LinearHead(setup.num_classes), grids.shape[1:], setup.ignore, setup.align_corners
+    )
+    state = _train(task, options, jnp.asarray(grids), jnp.asarray(masks))
+    logits = jax.jit(partial(task.logits, state.params, state.batch_stats))
+    return lambda grid: np.asarray(logits(grid))
+
+
+@partial(jax.jit, static_argnames=("task", "options"))
+def _train(
+    task: SegmentationProbe, options: LinearOptions, grids: Array, masks: Array
+) -> TrainState:
+    count = len(grids)
+    size = min(options.batch_size, count)
+    steps_per_epoch = count // size
+    total_steps = max(round(options.epochs * steps_per_epoch), 1)
+    learning_rate = polynomial_decay(options.learning_rate, total_steps)
+    tx = probe_optimizer(learning_rate, options.weight_decay)
+    init_key, order_key, step_key = jax.random.split(jax.random.key(options.seed), 3)
+    step = make_train_step(task, tx, learning_rate, step_key)
+
+    def train_step(state: TrainState, index: Array) -> tuple[TrainState, None]:
+        epoch, position = index // steps_per_epoch, index % steps_per_epoch
+        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), count)
+        rows = jax.lax.dynamic_slice(order, (position * size,), (size,))
+        batch = {"grid": grids[rows].astype(jnp.float32), "mask": masks[rows]}
+        return step(state, batch)[0], None
+
+    return jax.lax.scan(train_step, init_state(task, tx, init_key), jnp.arange(total_steps))[0]
+
+
+def polynomial_decay(peak: float, total_steps: int) -> optax.Schedule:
+    """Return the learning rate by step, peak * (1 - done)^0.9, as in pixio's evaluation.
+
+    There it is set after a step, so that the first two steps have the same one.
+    """
+    return lambda step: peak * (1 - jnp.maximum(step - 1, 0) / total_steps) ** POWER
+
+
+def probe_optimizer(
+    learning_rate: optax.Schedule, weight_decay: float = 0.01
+) -> optax.GradientTransformation:
+    """Return AdamW as in pixio's evaluation: torch's defaults, which decay all parameters."""
+    return optax.adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted classes of an image, for pictures."""
+
+    index: int
+    classes: Mask
+
+
+def evaluate_probes(
+    setup: SegmentationSetup,
+    source: SegmentationSource,
+    probes: Mapping[tuple[str, str], Probe],
+    keep: Sequence[int] = (),
+) -> tuple[dict[tuple[str, str], SegmentationScore], list[Prediction]]:
+    """Return the scores of probes, and the predictions of the first one for the images `keep`.
+
+    Args:
+      probes: by name of the measure and name of the features.
+    """
+    shape = (setup.num_classes, setup.num_classes + 1)
+    counts = {name: np.zeros(shape, np.int64) for name in probes}
+    kept, first = [], next(iter(probes))
+    for index, (example, grids) in enumerate(setup.features(source)):
+        for name, probe in probes.items():
+            scores = probe(grids[name[1]])
+            softmax = name[0] == "segment_linear" and len(scores) > 1
+            classes = merge_views(scores, example, setup.align_corners, softmax=softmax)
+            counts[name] += count_pixels(example.mask, classes, setup.num_classes, setup.ignore)
+            if name == first and index in keep:
+                kept.append(Prediction(index, classes))
+    scores = {
+        name: segmentation_score(table, len(source), setup.convention)
+        for name, table in counts.items()
+    }
+    return scores, kept
+
+
+def merge_views(
+    scores: Float[np.ndarray, "v y x classes"],
+    example: Example,
+    align_corners: bool,
+    *,
+    softmax: bool,
+) -> Mask:
+    """Return the class of every pixel with the largest sum of upsampled scores over the views.
+
+    Args:
+      softmax: of the upsampled scores, before the sum.
+    """
+    height, width = example.mask.shape
+    if len(scores) == 1 and example.boxes[0] == (0, 0, height, width):
+        return upsample_on_host(scores[0], (height, width), align_corners).argmax(axis=-1)
+    total = np.zeros((height, width, scores.shape[-1]), np.float32)
+    for grid, (top, left, rows, columns) in zip(scores, example.boxes):
+        view = upsample_on_host(grid, (rows, columns), align_corners)
+        if softmax:
+            view = np.exp(view - view.max(axis=-1, keepdims=True))
+            view /= view.sum(axis=-1, keepdims=True)
+        inside = total[top : top + rows, left : left + columns]
+        inside += view[: inside.shape[0], : inside.shape[1]]
+    return total.argmax(axis=-1)
+
+
+def upsample_on_host(
+    grid: Float[np.ndarray, "y x c"], size: tuple[int, int], align_corners: bool
+) -> Float[np.ndarray, "h w c"]:
+    """Interpolate as `mae_jax.models.segmentation.upsample`; not compiled for every size."""
+    rows, columns = (
+        bilinear_weights(new, old, align_corners=align_corners)
+        for new, old in zip(size, grid.shape)
+    )
+    tall = np.tensordot(rows, grid, axes=1)
+    return np.matmul(columns, tall)
