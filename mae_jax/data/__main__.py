@@ -16,6 +16,14 @@ import numpy as np
 
 from mae_jax.data.bit_depth import describe_loss
 from mae_jax.data.factory import DatasetSpec, detect_dataset
+from mae_jax.data.segmentation import (
+    MaskReport,
+    SegmentationSource,
+    check_masks,
+    has_masks,
+    match_folders,
+    open_segmentation,
+)
 from mae_jax.data.sources import DERIVED_PREFIX, DataError, Source
 from mae_jax.data.subsets import evenly_spaced
 from mae_jax.data.validation import ValidationReport, channel_stats, validate_images
@@ -48,18 +56,31 @@ def check_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=cli.path_argument, help=".txt file for all bad images, with the reason"
     )
+    parser.add_argument(
+        "--mask-feature",
+        help="also check the masks of a TFDS dataset; those of DIR/SPLIT/masks always are",
+    )
+    parser.add_argument(
+        "--ignore", type=int, default=255, help="class number of pixels without label (255)"
+    )
 
     def run(arguments: argparse.Namespace) -> None:
         if arguments.out:
             cli.check_output("--out", arguments.out, ".txt")
         bad: dict[str, str] = {}
         for split, source in _open_splits(arguments).items():
+            masks = _open_masks(arguments, split)
+            source = masks[0].images if masks else source
             report = validate_images(
                 source, arguments.channels, available_cpus(), arguments.bit_depth
             )
-            title = f"{arguments.data} {split}".strip()
-            console.print_summary_table(title, _summarize(source, report))
+            rows = _summarize(source, report)
             bad |= report.bad
+            if masks:
+                mask_report = check_masks(masks[0], arguments.channels, available_cpus())
+                rows |= _summarize_masks(masks[0], mask_report, len(masks[1]))
+                bad |= masks[1] | mask_report.bad
+            console.print_summary_table(f"{arguments.data} {split}".strip(), rows)
         for name, reason in list(bad.items())[:MAX_PRINTED]:
             print(f"{name}: {reason}")
         if len(bad) > MAX_PRINTED:
@@ -229,6 +250,40 @@ def _open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
         sources[split] = dataset.open(split, classes)
         classes = classes or sources[split].classes
     return sources
+
+
+def _open_masks(
+    arguments: argparse.Namespace, split: str
+) -> tuple[SegmentationSource, dict[str, str]] | None:
+    """Return images with masks, and what is wrong with other files; None without masks."""
+    data = arguments.data
+    if arguments.mask_feature is None and not has_masks(data, split):
+        return None
+    if (Path(data) / split).is_dir():
+        return match_folders(Path(data), split, arguments.ignore)
+    source = open_segmentation(
+        data,
+        split,
+        data_dir=arguments.data_dir,
+        image_feature=arguments.image_feature,
+        mask_feature=arguments.mask_feature or "mask",
+        ignore=arguments.ignore,
+    )
+    return source, {}
+
+
+def _summarize_masks(
+    source: SegmentationSource, report: MaskReport, unmatched: int
+) -> dict[str, object]:
+    """Return the rows about masks of the table that `check` prints for a split."""
+    count = len(source.class_names) or report.num_classes(source.ignore)
+    present = sum(report.pixels.get(number, 0) > 0 for number in range(count))
+    total = max(sum(report.pixels.values()), 1)
+    rows: dict[str, object] = {
+        "classes in masks": f"{present} of {count}",
+        f"ignored pixels ({source.ignore})": f"{report.pixels.get(source.ignore, 0) / total:.1%}",
+    }
+    return rows | ({"files without partner": unmatched} if unmatched else {})
 
 
 def _summarize(source: Source, report: ValidationReport) -> dict[str, object]:

@@ -90,7 +90,7 @@ def mosaics(split: str) -> Iterator[tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.n
     images = [np.asarray(photograph(name)) for name in PHOTOGRAPHS]
     rng = np.random.default_rng([1, split == "train"])
     side = MOSAIC_SIDE
-    pixels = np.stack(np.mgrid[:side, :side], axis=-1)
+    pixels = np.moveaxis(np.mgrid[:side, :side], 0, -1)
     for _ in range(NUM_MOSAICS[split]):
         count = int(rng.integers(MOSAIC_CELLS[0], MOSAIC_CELLS[1] + 1))
         centers = rng.uniform(0, side, (count, 2))

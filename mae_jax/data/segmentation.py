@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from mae_jax.data.decode import NUMPY, Encoded, decode_numpy, open_image
+from mae_jax.data.decode import NUMPY, Encoded, decode, decode_numpy, open_image
 from mae_jax.data.factory import detect_dataset
 from mae_jax.data.in_memory import ArraySource, load_arrays
 from mae_jax.data.loader import ordered_parallel_map
@@ -141,65 +140,69 @@ def open_segmentation(
       DataError: it does not exist or has another layout, or an image or a mask is missing.
     """
     folder = Path(data)
-    if not folder.is_dir():
+    if not folder.is_dir() and not folder.exists():
         images = detect_dataset(data, data_dir, image_feature).open(split)
         masks = detect_dataset(data, data_dir, mask_feature).open(split)
         return SegmentationSource(images, masks, getattr(masks, "pixel_classes", ()), ignore)
     if (folder / f"{split}.npz").exists():
         return _open_arrays(folder / f"{split}.npz", ignore)
-    images, masks = _open_folders(folder / split)
-    pairs = match_files(images, masks)
-    if pairs.problems:
-        raise DataError(f"{folder / split}: {_listed(pairs.problems)}")
-    return SegmentationSource(
-        Subset(images, pairs.images), Subset(masks, pairs.masks), _read_class_names(folder), ignore
-    )
+    source, unmatched = match_folders(folder, split, ignore)
+    if unmatched:
+        problems = [f"{file} {problem}" for file, problem in unmatched.items()]
+        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise DataError("; ".join(problems[:MAX_LISTED]) + more)
+    return source
 
 
-def _open_folders(root: Path) -> tuple[FolderSource, FolderSource]:
-    images, masks = root / "images", root / "masks"
-    if not images.is_dir() or not masks.is_dir():
-        problem = "does not exist" if not root.is_dir() else "has no folders images and masks"
+def has_masks(data: str, split: str) -> bool:
+    """Return whether a split of a folder has masks."""
+    folder = Path(data)
+    if (folder / f"{split}.npz").exists():
+        return "mask" in load_arrays(folder / f"{split}.npz", ("mask",))
+    return (folder / split / "images").is_dir() and (folder / split / "masks").is_dir()
+
+
+def match_folders(
+    folder: Path, split: str, ignore: int
+) -> tuple[SegmentationSource, dict[str, str]]:
+    """Match images with masks of the same name, apart from its suffix.
+
+    Returns:
+      The pairs, and what is wrong with the other files.
+
+    Raises:
+      DataError: the folder has another layout.
+    """
+    root = folder / split
+    if not has_masks(str(folder), split):
+        problem = "has no folders images and masks" if root.is_dir() else "does not exist"
         raise DataError(f"{root} {problem}: {LAYOUT}")
-    return FolderSource(str(images), ""), FolderSource(str(masks), "")
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Indices of images and of their masks, and what has no partner, a line each."""
-
-    images: Sequence[int]
-    masks: Sequence[int]
-    problems: Sequence[str]
-
-
-def match_files(images: FolderSource, masks: FolderSource) -> Pairs:
-    """Match images with masks of the same name, apart from its suffix."""
+    images, masks = (FolderSource(str(root / name), "") for name in ("images", "masks"))
     index_of_mask: dict[str, int] = {}
-    problems, pairs = [], {}
+    unmatched: dict[str, str] = {}
+    pairs: dict[str, int] = {}
     for index, file in enumerate(masks.files):
         other = index_of_mask.setdefault(os.path.splitext(file)[0], index)
         if other != index:
-            problems.append(f"masks/{masks.files[other]} and masks/{file} have the same name")
+            unmatched[masks.describe(index)] = f"has the same name as {masks.describe(other)}"
     for index, file in enumerate(images.files):
         name = os.path.splitext(file)[0]
         if name not in index_of_mask:
-            problems.append(f"images/{file} has no mask")
+            unmatched[images.describe(index)] = "has no mask"
         elif name in pairs:
-            problems.append(f"images/{images.files[pairs[name]]} and images/{file} have one mask")
+            unmatched[images.describe(index)] = f"has the mask of {images.describe(pairs[name])}"
         else:
             pairs[name] = index
-    problems += [
-        f"masks/{masks.files[index]} has no image"
-        for name, index in index_of_mask.items()
-        if name not in pairs
-    ]
-    return Pairs(list(pairs.values()), [index_of_mask[name] for name in pairs], problems)
-
-
-def _listed(problems: Sequence[str]) -> str:
-    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    return "; ".join(problems[:MAX_LISTED]) + more
+    for name, index in index_of_mask.items():
+        if name not in pairs:
+            unmatched[masks.describe(index)] = "has no image"
+    source = SegmentationSource(
+        Subset(images, list(pairs.values())),
+        Subset(masks, [index_of_mask[name] for name in pairs]),
+        _read_class_names(folder),
+        ignore,
+    )
+    return source, unmatched
 
 
 def _open_arrays(file: Path, ignore: int) -> SegmentationSource:
@@ -248,35 +251,39 @@ class MaskReport:
         return 1 + max((number for number in self.pixels if number != ignore), default=-1)
 
 
-def check_masks(
-    source: SegmentationSource, image_sizes: Sequence[tuple[int, int]] | None, threads: int
-) -> MaskReport:
+def check_masks(source: SegmentationSource, channels: int | None, threads: int) -> MaskReport:
     """Decode every mask, with a progress bar.
 
     Args:
-      image_sizes: height and width of the images; None does not compare them.
+      channels: of the images, to compare their sizes with those of the masks; None does not.
     """
 
-    def read(index: int) -> Mask | DataError:
+    def read(index: int) -> tuple[Mask | DataError, tuple[int, ...] | None]:
         try:
-            return source.mask(index)
+            mask = source.mask(index)
         except DataError as error:
-            return error
+            return error, None
+        if channels is None:
+            return mask, None
+        try:
+            return mask, decode(source.images[index]["image"], channels).shape
+        except DataError:
+            return mask, None  # the check of the images names it
 
     report, names = MaskReport(), source.class_names
     results = ordered_parallel_map(read, len(source), threads)
-    for index, mask in enumerate(console.progress(results, len(source))):
+    for index, (mask, shape) in enumerate(console.progress(results, len(source), "masks")):
         name = source.describe(index)
         if isinstance(mask, DataError):
             report.bad[name] = str(mask)
             continue
-        if image_sizes is not None and mask.shape != image_sizes[index]:
-            report.bad[name] = size_problem(image_sizes[index], mask)
         numbers, counts = np.unique(mask, return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist()):
             report.pixels[number] = report.pixels.get(number, 0) + count
         if problem := class_problem(numbers, len(names), source.ignore):
             report.bad[name] = problem
+        if shape and mask.shape != shape[:2]:
+            report.bad[name] = size_problem((shape[0], shape[1]), mask)
     return report
 
 

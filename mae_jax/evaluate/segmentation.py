@@ -5,6 +5,7 @@ with its mask, or windows of the unresized image. Predictions of all views are i
 mask's own size, where every labeled pixel counts once.
 """
 
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -417,28 +418,34 @@ def evaluate_probes(
     source: SegmentationSource,
     probes: Mapping[tuple[str, str], Probe],
     keep: Sequence[int] = (),
-) -> tuple[dict[tuple[str, str], SegmentationScore], list[Prediction]]:
-    """Return the scores of probes, and the predictions of the first one for the images `keep`.
+) -> tuple[
+    dict[tuple[str, str], SegmentationScore], dict[tuple[str, str], float], list[Prediction]
+]:
+    """Return scores and seconds of probes, and the predictions of the first one for `keep`.
 
     Args:
       probes: by name of the measure and name of the features.
+      keep: indices of images.
     """
     shape = (setup.num_classes, setup.num_classes + 1)
     counts = {name: np.zeros(shape, np.int64) for name in probes}
+    seconds = dict.fromkeys(probes, 0.0)
     kept, first = [], next(iter(probes))
     for index, (example, grids) in enumerate(setup.features(source)):
         for name, probe in probes.items():
+            begin = time.perf_counter()
             scores = probe(grids[name[1]])
             softmax = name[0] == "segment_linear" and len(scores) > 1
             classes = merge_views(scores, example, setup.align_corners, softmax=softmax)
             counts[name] += count_pixels(example.mask, classes, setup.num_classes, setup.ignore)
+            seconds[name] += time.perf_counter() - begin
             if name == first and index in keep:
                 kept.append(Prediction(index, classes))
     scores = {
         name: segmentation_score(table, len(source), setup.convention)
         for name, table in counts.items()
     }
-    return scores, kept
+    return scores, seconds, kept
 
 
 def merge_views(

@@ -147,9 +147,11 @@ def run(arguments: argparse.Namespace, measures: Sequence[str]) -> None:
     probes, seconds = _make_probes(setup, measures, patches, knn, _linear_options(arguments))
     log.info("predictions for %d evaluation images", len(test))
     shown = evenly_spaced_indices(len(test), PICTURES) if arguments.picture else ()
-    scores, predictions = evaluate_probes(setup, test, probes, list(shown))
+    scores, spent, predictions = evaluate_probes(setup, test, probes, list(shown))
+    seconds = {key: round(seconds[key] + spent[key], 2) for key in scores}
 
-    _print(scores, seconds, names, f"{arguments.checkpoint} on {arguments.data}")
+    title = f"{arguments.checkpoint} on {len(test)} images of {arguments.data}"
+    _print(scores, seconds, names, title)
     if arguments.picture:
         show = check_display_channels((0, 1, 2), model.info.channels)
         save_png(
@@ -324,7 +326,7 @@ def _make_probes(
                 log.info("training a linear head on %s", name)
                 probe = linear_probe(patches.grids[name], patches.masks, setup, linear)
             probes[measure, name] = probe
-            seconds[measure, name] = round(time.perf_counter() - begin, 2)
+            seconds[measure, name] = time.perf_counter() - begin
     return probes, seconds
 
 
@@ -335,12 +337,11 @@ def _print(scores: Scores, seconds: Mapping[Any, float], names: Sequence[str], t
             f"{score.miou:.3f}",
             f"{score.pixel_accuracy:.3f}",
             f"{score.mean_accuracy:.3f}",
-            score.images,
             f"{seconds[key]:.1f}",
         )
         for key, score in scores.items()
     ]
-    columns = ("measure", "features", "mIoU", "pixel acc.", "mean acc.", "images", "s")
+    columns = ("measure", "features", "mIoU", "pixel acc.", "mean acc.", "s")
     console.print_table(title, columns, rows)
     measures = list(dict.fromkeys(measure for measure, _ in scores))
     encoders = [scores[measure, ENCODER].iou for measure in measures]
@@ -353,7 +354,7 @@ def _print(scores: Scores, seconds: Mapping[Any, float], names: Sequence[str], t
         for number, name in enumerate(names)
     ]
     console.print_table(
-        "IoU of the encoder by class; - is a class in neither masks nor predictions",
+        "IoU of the encoder by class (-: in neither masks nor predictions)",
         ("class", "name", *measures),
         listed[:MAX_LISTED],
     )
