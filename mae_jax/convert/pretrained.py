@@ -138,6 +138,7 @@ class PretrainedModel:
         layers: Sequence[int] = (),
         grid: bool = False,
         attention: bool = False,
+        attention_blocks: Sequence[int] = (),
     ) -> dict[str, Float[Array, "b ..."]]:
         """Return features of images without masking, float32.
 
@@ -149,15 +150,18 @@ class PretrainedModel:
           grid: also "grid" (and "grid_3") [b, rows, columns, d], the token of every patch.
           attention: also "attention" [b, rows, columns]: of the cls token in the last block, mean
             over the heads.
+          attention_blocks: also "attention_3" [b, heads, rows, columns] and so on: of the cls token
+            in block 3, counted from 1, of every head.
 
         Raises:
           ConvertError: there is no such layer.
         """
         depth = self.info.depth
-        for layer in layers:
+        for layer in (*layers, *attention_blocks):
             if not 1 <= layer <= depth:
                 raise ConvertError(f"there is no layer {layer}: {self.path} has 1 to {depth}")
-        outputs = self.outputs(params, images, observe=bool(layers) or attention)
+        observe = bool(layers or attention_blocks) or attention
+        outputs = self.outputs(params, images, observe=observe)
         features = self._pool_tokens(outputs.tokens, "", grid)
         if self.info.fc_norm and self.info.pool == "mean":
             features["mean"] = outputs.pooled
@@ -169,6 +173,12 @@ class PretrainedModel:
             assert outputs.intermediates is not None
             weights = outputs.intermediates.attention[-1][..., None]
             features["attention"] = self._as_grid(weights)[..., 0]
+        for block in attention_blocks:
+            assert outputs.intermediates is not None
+            weights = outputs.intermediates.head_attention[block - 1]
+            features[f"attention_{block}"] = rearrange(
+                weights[..., 1:], "b h (y x) -> b h y x", y=self.info.grid[0]
+            )
         return features
 
     def random_params(self, seed: int) -> Params:

@@ -148,18 +148,19 @@ class Intermediates(NamedTuple):
     """Intermediate outputs of one block, or of all blocks, stacked along a leading axis.
 
     tokens: output of the block; attention: weights of the cls token (the first) over all tokens,
-    mean over the heads.
+    mean over the heads; head_attention: of every head.
     """
 
     tokens: Float[Array, "*depth b t d"]
     attention: Float[Array, "*depth b t"]
+    head_attention: Float[Array, "*depth b h t"]
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values.
 
     Tokens from `num_tokens` on are padding. With `return_intermediates` it also returns the
-    attention weights of the first token, cls, mean over the heads.
+    attention weights of the first token, cls: mean over the heads, and of every head.
     """
 
     num_heads: int
@@ -170,7 +171,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t d"]
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b n"] | None]:
+    ) -> tuple[Float[Array, "b t d"], tuple[Float[Array, "b n"], Float[Array, "b h n"]] | None]:
         width, dtype = x.shape[-1], self.execution.dtype
         # As in the reference: qkv is one Xavier-initialized (d, 3d) matrix, in the order q, k, v.
         qkv = Dense(3 * width, dtype, name="qkv").split(x, 3)
@@ -181,7 +182,8 @@ class Attention(nn.Module):
             return x, None
         k = k[:, : self.num_tokens]
         scores = jnp.einsum("bhe,bthe->bht", q[:, 0], k).astype(jnp.float32)
-        return x, jax.nn.softmax(scores * q.shape[-1] ** -0.5).mean(axis=1)
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
+        return x, (weights.mean(axis=1), weights)
 
 
 class Mlp(nn.Module):
@@ -248,7 +250,7 @@ class Block(nn.Module):
         y = layer_norm("norm2", self.layer_norm_eps, dtype)(x)
         y = Mlp(hidden, dtype, name="mlp")(y)
         x = shard(x + (drop_path(y, 1) if drop_path else y))
-        return x, None if attention is None else Intermediates(x, attention)
+        return x, None if attention is None else Intermediates(x, *attention)
 
 
 def apply_blocks(
