@@ -207,7 +207,7 @@ class KnnOptions:
 class LinearOptions:
     """Settings of segment_linear; the learning rate decays polynomially."""
 
-    epochs: float = 60.0
+    epochs: int = 60
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     batch_size: int = 16
@@ -362,32 +362,27 @@ def linear_probe(
     task = SegmentationProbe(
         LinearHead(setup.num_classes), grids.shape[1:], setup.ignore, setup.align_corners
     )
-    state = _train(task, options, jnp.asarray(grids), jnp.asarray(masks))
-    logits = jax.jit(partial(task.logits, state.params, state.batch_stats))
-    return lambda grid: np.asarray(logits(grid))
-
-
-@partial(jax.jit, static_argnames=("task", "options"))
-def _train(
-    task: SegmentationProbe, options: LinearOptions, grids: Array, masks: Array
-) -> TrainState:
-    count = len(grids)
-    size = min(options.batch_size, count)
-    steps_per_epoch = count // size
-    total_steps = max(round(options.epochs * steps_per_epoch), 1)
-    learning_rate = polynomial_decay(options.learning_rate, total_steps)
+    count, size = len(grids), min(options.batch_size, len(grids))
+    learning_rate = polynomial_decay(options.learning_rate, options.epochs * (count // size))
     tx = probe_optimizer(learning_rate, options.weight_decay)
     init_key, order_key, step_key = jax.random.split(jax.random.key(options.seed), 3)
     step = make_train_step(task, tx, learning_rate, step_key)
 
-    def train_step(state: TrainState, index: Array) -> tuple[TrainState, None]:
-        epoch, position = index // steps_per_epoch, index % steps_per_epoch
+    @jax.jit
+    def train_epoch(state: TrainState, epoch: int, grids: Array, masks: Array) -> TrainState:
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), count)
-        rows = jax.lax.dynamic_slice(order, (position * size,), (size,))
-        batch = {"grid": grids[rows].astype(jnp.float32), "mask": masks[rows]}
-        return step(state, batch)[0], None
 
-    return jax.lax.scan(train_step, init_state(task, tx, init_key), jnp.arange(total_steps))[0]
+        def train_step(state: TrainState, rows: Array) -> tuple[TrainState, None]:
+            return step(state, {"grid": grids[rows], "mask": masks[rows]})[0], None
+
+        batches = order[: count // size * size].reshape(-1, size)
+        return jax.lax.scan(train_step, state, batches)[0]
+
+    state, arrays = init_state(task, tx, init_key), (jnp.asarray(grids), jnp.asarray(masks))
+    for epoch in console.progress(range(options.epochs), options.epochs, "epochs"):
+        state = jax.block_until_ready(train_epoch(state, epoch, *arrays))
+    logits = jax.jit(partial(task.logits, state.params, state.batch_stats))
+    return lambda grid: np.asarray(logits(grid))
 
 
 def polynomial_decay(peak: float, total_steps: int) -> optax.Schedule:

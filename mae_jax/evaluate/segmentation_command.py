@@ -302,7 +302,7 @@ def _check_memory(
 
 def _linear_options(arguments: argparse.Namespace) -> LinearOptions:
     return LinearOptions(
-        epochs=arguments.epochs or LinearOptions.epochs,
+        epochs=max(round(arguments.epochs or LinearOptions.epochs), 1),
         learning_rate=arguments.learning_rate or LinearOptions.learning_rate,
         seed=arguments.seed,
     )
