@@ -16,6 +16,7 @@ import mae_jax
 from mae_jax.convert import weights
 from mae_jax.convert.hf_timm import timm_model_args
 from mae_jax.convert.model_info import make_classifier, to_variables
+from mae_jax.models.image_ops import normalize
 from mae_jax.models.patches import patchify
 
 TIMM = os.environ["TIMM"]  # its folder: `pip install --target`, see the Makefile
@@ -44,6 +45,22 @@ def check(expected, path, images, **overrides):
     for name, array in arrays.items():
         difference = np.abs(np.asarray(array) - expected[name]).max()
         assert difference <= 5e-5 * np.abs(expected[name]).max(), name
+
+
+def test_dense_features_of_every_block_are_those_of_forward_intermediates(golden, tmp_path):
+    checkpoint = weights.encoder_only(weights.read(golden / OFFICIAL, **HEADS))
+    path, (height, width) = tmp_path / "weights.safetensors", checkpoint.info.image_size
+    weights.write(checkpoint, path, "timm")
+    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+    pixels = normalize(jnp.asarray(images), *checkpoint.info.stats(np.uint8)).transpose(0, 3, 1, 2)
+    arguments = timm_model_args(checkpoint.info)
+    expected = run_timm(tmp_path, "vit_base_patch16_224.mae", arguments, path, pixels)
+    model, params = mae_jax.load(path, heads=2)
+    layers = range(1, checkpoint.info.depth + 1)
+    features = model.features(params, images, layers=layers, grid=True)
+    for layer in layers:
+        grid = np.moveaxis(np.asarray(features[f"grid_{layer}"]), -1, 1)
+        np.testing.assert_allclose(grid, expected["grids"][layer - 1], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -31,4 +31,5 @@ with torch.no_grad():
     pixels = torch.from_numpy(np.load(images))
     tokens = model.forward_features(pixels)
     logits = model.forward_head(tokens)
-np.savez(out, tokens=tokens.numpy(), logits=logits.numpy())
+    grids = model.forward_intermediates(pixels, norm=True, intermediates_only=True)
+np.savez(out, tokens=tokens.numpy(), logits=logits.numpy(), grids=torch.stack(grids).numpy())
