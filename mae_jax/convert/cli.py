@@ -11,7 +11,7 @@ from mae_jax.convert.key_maps import DIALECTS
 from mae_jax.convert.locate import checkpoint_argument
 from mae_jax.convert.model_info import TARGETS
 from mae_jax.convert.pretrained import Params, PretrainedModel, load
-from mae_jax.data.sources import FileSource
+from mae_jax.data.sources import FileSource, Source
 from mae_jax.distributed.inference import EvalBatches, extract_features
 from mae_jax.utils.cli import (
     index_list,
@@ -21,6 +21,7 @@ from mae_jax.utils.cli import (
     positive_float,
     positive_int,
 )
+from mae_jax.utils.errors import UserError
 
 log = logging.getLogger("mae_jax")
 
@@ -120,3 +121,14 @@ def warn_nonfinite(features: Mapping[str, np.ndarray]) -> None:
     for name, array in features.items():
         if not np.isfinite(array).all():
             log.warning("%s contains NaN or Inf: the weights may be corrupt", name)
+
+
+def check_finite(features: Mapping[str, np.ndarray], source: Source) -> None:
+    """Raise UserError if a feature is NaN or Inf, with the first image of which it is."""
+    for name, array in features.items():
+        bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+        if bad.size:
+            raise UserError(
+                f"{name} of {source.describe(bad[0])} contains NaN or Inf, as of {bad.size} of "
+                f"{len(array)} images: the weights may be corrupt, or too large for --dtype"
+            )

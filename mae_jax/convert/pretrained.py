@@ -156,10 +156,7 @@ class PretrainedModel:
         Raises:
           ConvertError: there is no such layer.
         """
-        depth = self.info.depth
-        for layer in (*layers, *attention_blocks):
-            if not 1 <= layer <= depth:
-                raise ConvertError(f"there is no layer {layer}: {self.path} has 1 to {depth}")
+        self.check_layers([*layers, *attention_blocks])
         observe = bool(layers or attention_blocks) or attention
         outputs = self.outputs(params, images, observe=observe)
         features = self._pool_tokens(outputs.tokens, "", grid)
@@ -180,6 +177,13 @@ class PretrainedModel:
                 weights[..., 1:], "b h (y x) -> b h y x", y=self.info.grid[0]
             )
         return features
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise ConvertError unless all layers, counted from 1, exist."""
+        depth = self.info.depth
+        for layer in layers:
+            if not 1 <= layer <= depth:
+                raise ConvertError(f"there is no layer {layer}: {self.path} has 1 to {depth}")
 
     def random_params(self, seed: int) -> Params:
         """Return the parameters of an untrained encoder, as a baseline of its features."""
