@@ -59,6 +59,7 @@ COMMANDS = {
     "mae_jax.convert.push": ([],),
     "mae_jax.data.__main__": ([],),
     "mae_jax.evaluate.__main__": ([],),
+    "mae_jax.evaluate.similar": ([],),
     "mae_jax.features": ([],),
     "mae_jax.predict": ([],),
     "mae_jax.reconstruct": ([],),

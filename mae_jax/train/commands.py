@@ -27,7 +27,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("mae_jax.train.__main__", "train a recipe or config file, or resume a run"),
     "evaluate": Command("mae_jax.evaluate.__main__", "k-NN, linear and other probes of features"),
-    "features": Command("mae_jax.features", "write the features of images to a .npz file"),
+    "features": Command("mae_jax.features", "write the features of images, and draw them"),
+    "similar": Command(
+        "mae_jax.evaluate.similar", "find the images most similar to others, or near-duplicates"
+    ),
     "predict": Command("mae_jax.predict", "predict the classes of images"),
     "reconstruct": Command("mae_jax.reconstruct", "draw the reconstructions of masked images"),
     "convert": Command(
