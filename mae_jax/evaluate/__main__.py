@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--learning-rate",
         type=cli.positive_float,
-        help="peak of probes (6.4, the paper's, by LARS; 0.001 of segment_linear, by AdamW)",
+        help="peak of probes (6.4, the paper's, by LARS; 0.003 of segment_linear, by AdamW)",
     )
     parser.add_argument(
         "--shots", type=cli.positive_int, default=10, help="images per class for few_shot (10)"

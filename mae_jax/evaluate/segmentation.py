@@ -208,7 +208,7 @@ class LinearOptions:
     """Settings of segment_linear; the learning rate decays polynomially."""
 
     epochs: int = 60
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     batch_size: int = 16
     seed: int = 0
