@@ -9,45 +9,12 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from mae_jax.models.batch_norm import BatchNorm
 from mae_jax.models.layers import Dense, Intermediates, layer_norm
+from mae_jax.models.segmentation import UpsampleHead
 from mae_jax.models.vit import Encoder
 
 POOLS = ("cls", "mean", "attention")
-MOMENTUM = 0.1  # weight of a batch in the running statistics
-
-
-class BatchNorm(nn.Module):
-    """BatchNorm over all axes but the last one.
-
-    Training normalizes by the statistics of the global batch and updates the running statistics;
-    evaluation normalizes by the running statistics.
-
-    affine: learned scale and bias, which a linear probe of classes does without.
-    """
-
-    eps: float = 1e-6
-    affine: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b d"], train: bool) -> Float[Array, "*b d"]:
-        size, shape = x.size // x.shape[-1], x.shape[-1:]
-        axes = tuple(range(x.ndim - 1))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
-        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)  # batches seen
-        mean, var = running_mean.value, running_var.value
-        if train and not self.is_initializing():
-            mean, var = x.mean(axes), x.var(axes)
-            # As in the reference: the running variance is unbiased, the batch's own is biased.
-            unbiased = var * (size / max(size - 1, 1))
-            for running, new in ((running_mean, mean), (running_var, unbiased)):
-                running.value = (1 - MOMENTUM) * running.value + MOMENTUM * new
-            count.value += 1
-        x = (x - mean) * jax.lax.rsqrt(var + self.eps)
-        if not self.affine:
-            return x
-        scale = self.param("scale", nn.initializers.ones, shape)
-        return x * scale + self.param("bias", nn.initializers.zeros, shape)
 
 
 class AttentionPool(nn.Module):
@@ -75,10 +42,11 @@ class AttentionPool(nn.Module):
 
 def make_head(
     num_classes: int, *, norm: bool, attention_heads: int, init_std: float
-) -> Callable[..., Float[Array, "b classes"]]:
+) -> Callable[..., Float[Array, "b *grid classes"]]:
     """Return a head: attention pooling (none for 0 heads), optional BatchNorm and a linear layer.
 
-    The head takes features, [b, d] or for attention pooling [b, n, d], and whether to train.
+    The head takes features and whether to train: [b, d], for attention pooling [b, n, d], for
+    segmentation the grid of patches [b, y, x, d].
     """
 
     def head(x: Array, train: bool) -> Array:
@@ -115,21 +83,23 @@ class Outputs(NamedTuple):
     """Outputs of a Classifier.
 
     tokens: of the encoder, cls first; pooled: input of the head, float32; logits: None without a
-    head; intermediates: of every block, None unless asked for.
+    head, [b, y, x, classes] of segmentation; intermediates: of every block, None unless asked for.
     """
 
     tokens: Float[Array, "b t d"]
     pooled: Float[Array, "b *n d"]
-    logits: Float[Array, "b classes"] | None
+    logits: Float[Array, "b *grid classes"] | None
     intermediates: Intermediates | None
 
 
 class Classifier(nn.Module):
     """An encoder of unmasked images with pooling and, if `num_classes` is not 0, a head.
 
-    pool: "cls" token, "mean" of the patch tokens, or "attention" pooling of them. fc_norm:
-    LayerNorm after pooling instead of before (the reference's fine-tuning). head_norm: BatchNorm
-    before the linear layer (its linear probe). head_init_std: of the kernel of that layer.
+    pool: "cls" token, "mean" of the patch tokens, "attention" pooling of them, or for segmentation
+    "grid": the head classifies every patch. fc_norm: LayerNorm after pooling instead of before (the
+    reference's fine-tuning). head_norm: BatchNorm before the linear layer (its linear probe).
+    head_init_std: of the kernel of that layer. upsample_width: features of an `UpsampleHead` before
+    it, 0 for none.
     """
 
     encoder: Encoder
@@ -138,6 +108,7 @@ class Classifier(nn.Module):
     fc_norm: bool = False
     head_norm: bool = False
     head_init_std: float = 2e-5
+    upsample_width: int = 0
 
     @nn.compact
     def __call__(
@@ -157,21 +128,29 @@ class Classifier(nn.Module):
             pooled = layer_norm("fc_norm", self.encoder.layer_norm_eps, jnp.float32)(pooled)
         logits = None
         if self.num_classes:
+            features = pooled
+            if self.upsample_width:
+                upsample = UpsampleHead(
+                    self.upsample_width, self.encoder.execution, name="upsample"
+                )
+                features = upsample(pooled)
             head = make_head(
                 self.num_classes,
                 norm=self.head_norm,
                 attention_heads=self.attention_heads,
                 init_std=self.head_init_std,
             )
-            logits = head(pooled, train)
+            logits = head(features, train)
         return Outputs(tokens, pooled, logits, intermediates)
 
     def pool_tokens(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b *n d"]:
-        """Return the input of the head: all patch tokens for attention pooling."""
+        """Return the input of the head: all patch tokens for attention pooling and segmentation."""
         tokens = tokens.astype(jnp.float32)
         if self.pool == "cls":
             return tokens[:, 0]
         patches = tokens[:, 1:]
+        if self.pool == "grid":
+            return rearrange(patches, "b (y x) d -> b y x d", y=self.encoder.grid[0])
         return patches.mean(axis=1) if self.pool == "mean" else patches
 
     @property

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def gelu(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Compute the exact GELU in float32.
 
     As in the reference: with erf, not flax's default tanh approximation (nor erfc, slower on CPUs).

@@ -1,4 +1,4 @@
-"""Segmentation on top of an encoder's patch tokens: a linear head, and bilinear upsampling."""
+"""Segmentation on top of an encoder's patch tokens: heads, and bilinear upsampling."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mae_jax.models.classifier import BatchNorm
+from mae_jax.models.batch_norm import BatchNorm
+from mae_jax.models.gelu import gelu
+from mae_jax.models.layers import ExecutionConfig, layer_norm
+
+HEADS = ("linear", "upsample")
+LEVELS = 4  # of UpsampleHead
 
 
 class LinearHead(nn.Module):
@@ -58,3 +63,34 @@ def upsample(
         for new, old in zip(size, values.shape[1:3])
     )
     return jnp.einsum("hy,byxc,wx->bhwc", rows, values, columns, precision="highest")
+
+
+class UpsampleHead(nn.Module):
+    """Progressive upsampling of the patches (SETR-PUP, Zheng et al. 2021), before a linear layer.
+
+    Four levels of a 3x3 convolution, LayerNorm and GELU, between which the grid doubles. The last
+    doubling is that of the logits: interpolation and a linear layer commute.
+    """
+
+    width: int
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @nn.compact
+    def __call__(self, grid: Float[Array, "b y x d"]) -> Float[Array, "b y8 x8 width"]:
+        """Return features in float32 at eight times the resolution."""
+        dtype, shard = self.execution.dtype, self.execution.shard_activations
+        x = grid.astype(dtype)
+        for level in range(LEVELS):
+            x = nn.Conv(self.width, (3, 3), dtype=dtype, name=f"conv{level}")(x)
+            x = shard(gelu(layer_norm(f"norm{level}", 1e-6, dtype)(x)))
+            if level < LEVELS - 1:
+                size = 2 * x.shape[1], 2 * x.shape[2]
+                x = shard(upsample(x, size).astype(dtype))
+        return x.astype(jnp.float32)
+
+
+def upsample_head_flops(grid: tuple[int, int], width: int, features: int) -> float:
+    """Count the FLOPs of the convolutions of an `UpsampleHead` for an image (forward pass)."""
+    positions = [grid[0] * grid[1] * 4**level for level in range(LEVELS)]
+    inputs = [width] + [features] * (LEVELS - 1)
+    return 2.0 * 9 * features * sum(n * size for n, size in zip(positions, inputs))

@@ -1,33 +1,19 @@
 """Supervised classification: fine-tuning, linear probing, training from scratch (section 4)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Key
 
-from mae_jax.models.attention import AttentionShape, attention_shape
-from mae_jax.models.classifier import Classifier, Outputs, Probe
+from mae_jax.models.classifier import Probe
 from mae_jax.models.image_ops import normalize
-from mae_jax.models.layers import make_variables
-from mae_jax.models.patches import patchify
 from mae_jax.tasks import mixup
 from mae_jax.tasks.mixup import Mixup
-from mae_jax.tasks.optimizer import stop_frozen_gradients
+from mae_jax.tasks.supervised import Params, Stats, SupervisedTask, apply_with_stats
 from mae_jax.utils.errors import UserError
-
-Params = dict[str, Any]
-Stats = dict[str, Any]
-
-
-def apply_with_stats(
-    module: Any, variables: dict[str, Any], *args: Any, **named: Any
-) -> tuple[Any, Stats]:
-    """Apply a module; return its outputs and the updated running statistics."""
-    outputs, updated = module.apply(variables, *args, **named, mutable=["batch_stats"])
-    return outputs, updated.get("batch_stats", {})
 
 
 @dataclass(frozen=True)
@@ -67,25 +53,20 @@ class ProbeTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classify:
+class Classify(SupervisedTask):
     """Cross-entropy over batches {"image": [b, h, w, c], "label": int [b]}.
 
     Instead of "image" a batch may have precomputed features, "pooled", from the method of that
     name: then only the head is computed, without mixup, CutMix and random erasing.
 
-    patch: side of a patch, pixels; mean, std: per channel; train_last_blocks: None trains all
-    parameters, 0 the head, k also the last k blocks (partial fine-tuning); smoothing: label
-    smoothing; erase: probability of random erasing.
+    smoothing: label smoothing; erase: probability of random erasing.
 
     Raises:
       UserError: a value is invalid; the error has the config key.
     """
 
-    model: Classifier
-    patch: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train_last_blocks: int | None = None
+    prefix: ClassVar[str] = "classify."
+
     smoothing: float = 0.0
     mixup: Mixup = Mixup()
     erase: float = 0.0
@@ -95,34 +76,7 @@ class Classify:
             value = vars(self)[name]
             if not 0 <= value <= 1:
                 raise UserError("must be within 0 to 1", key=f"classify.{name}", value=value)
-        drop_path = self.model.encoder.drop_path
-        if not 0 <= drop_path < 1:
-            problem = "must be at least 0 and below 1"
-            raise UserError(problem, key="classify.drop_path", value=drop_path)
-        blocks, depth = self.train_last_blocks, self.model.encoder.depth
-        if blocks is not None and not 0 <= blocks <= depth:
-            problem = f"must be from 0 to the {depth} blocks of the encoder"
-            raise UserError(problem, key="optim.train_last_blocks", value=blocks)
-
-    @property
-    def attention_shapes(self) -> set[AttentionShape]:
-        """Attention shapes of the encoder."""
-        encoder = self.model.encoder
-        rows, columns = encoder.grid
-        return {attention_shape(1 + rows * columns, encoder.width, encoder.num_heads)}
-
-    def init(self, key: Key[Array, ""]) -> Params:
-        """Initialize the parameters."""
-        return self._init(key)["params"]
-
-    def init_stats(self) -> Stats:
-        """Initialize the running statistics; {} without BatchNorm."""
-        return self._init(jax.random.key(0)).get("batch_stats", {})
-
-    def _init(self, key: Key[Array, ""]) -> dict[str, Any]:
-        rows, columns = self.model.encoder.grid
-        values = self.patch**2 * len(self.mean)
-        return dict(self.model.init(key, jnp.zeros((1, rows * columns, values))))
+        super().__post_init__()
 
     def sample(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
         """Add everything random about the loss to a global batch, for all rows at once.
@@ -143,31 +97,17 @@ class Classify:
                 pixels, targets = mixup.mix_images(pixels, mix), mixup.mix_targets(targets, mix)
             batch = {name: x for name, x in batch.items() if name != "image"}
             sampled["pixels"] = pixels
-        if self.model.encoder.drop_path:
-            shape = (len(targets), self.model.encoder.depth, 2)
-            sampled["drop_path_noise"] = jax.random.uniform(path_key, shape)
+        sampled |= self.sample_drop_path(path_key, len(targets))
         return batch | sampled | {"target": targets}
 
     def loss(
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, ""], Stats]:
         """Compute the mean loss of a batch from `sample`, and the updated statistics."""
-        params = dict(stop_frozen_gradients(params, self.train_last_blocks))
         if "pooled" in batch:
-            return self._head.loss(params, stats, batch)
-        pixels = batch.get("pixels")
-        if pixels is None:
-            pixels = normalize(batch["image"], self.mean, self.std)
-        noise = batch.get("drop_path_noise")
-        if noise is not None:
-            noise = jnp.moveaxis(noise, 0, -1)
-        patches = patchify(pixels, self.patch)
-        variables = make_variables(params, self.model.encoder.execution.dtype)
-        variables["batch_stats"] = stats
-        outputs, stats = apply_with_stats(
-            self.model, variables, patches, train=True, drop_path_noise=noise
-        )
-        return optax.softmax_cross_entropy(outputs.logits, batch["target"]).mean(), stats
+            return self._head.loss(self.stop_gradients(params), stats, batch)
+        logits, stats = self.train_logits(params, stats, batch)
+        return optax.softmax_cross_entropy(logits, batch["target"]).mean(), stats
 
     @property
     def _head(self) -> ProbeTask:
@@ -180,23 +120,3 @@ class Classify:
             init_std=model.head_init_std,
         )
         return ProbeTask(probe, ())
-
-    def outputs(self, params: Params, stats: Stats, images: Shaped[Array, "b h w c"]) -> Outputs:
-        """Apply encoder and head to images in evaluation mode."""
-        patches = patchify(normalize(images, self.mean, self.std), self.patch)
-        return self.model.apply({"params": params, "batch_stats": stats}, patches)  # type: ignore[return-value]
-
-    def pooled(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b *n d"]:
-        """Return the features of images that the head takes."""
-        return self._encode_without_head(params, images).pooled
-
-    def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
-        """Return the mean of the patch tokens, float32, after the fc_norm of mean pooling."""
-        outputs = self._encode_without_head(params, images)
-        if self.model.fc_norm and self.model.pool == "mean":
-            return outputs.pooled
-        return outputs.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
-
-    def _encode_without_head(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
-        patches = patchify(normalize(images, self.mean, self.std), self.patch)
-        return self.model.clone(num_classes=0).apply({"params": params}, patches)  # type: ignore[return-value]

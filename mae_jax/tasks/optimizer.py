@@ -38,7 +38,7 @@ def warmup_cosine(
     return learning_rate
 
 
-PROBE_PARAMS = ("head", "attention_pool")
+PROBE_PARAMS = ("head", "attention_pool", "upsample")
 
 
 def weight_decay_mask(params: Tree, exclude: Collection[str] = ()) -> dict:
