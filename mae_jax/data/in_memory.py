@@ -131,6 +131,7 @@ class InMemory:
     ):
         self._source = source
         self.classes = source.classes
+        self.class_names = getattr(source, "class_names", ())  # of masks
 
         def read(index: int) -> Record | None:
             try:

@@ -15,12 +15,11 @@ import grain
 import numpy as np
 
 from mae_jax.data.collate import Batch, Shapes, collate
-from mae_jax.data.decode import Encoded
 from mae_jax.data.sources import DataError, Record, Source, bad_image_error
 from mae_jax.data.transforms import Example
 from mae_jax.data.worker_processes import read_options, to_worker_processes, worker_errors
 
-Transform = Callable[[Encoded, Any], Example]
+Transform = Callable[..., Example]  # of an encoded image, a generator and, if there is one, "mask"
 T = TypeVar("T")
 SKIP_HINT = "Repair or remove it, or set data.on_bad=skip"
 log = logging.getLogger("mae_jax")
@@ -75,9 +74,10 @@ class ExampleLoader:
         )
 
     def read(self, index: int, rng: Any) -> tuple[Record, Example]:
-        """Return a record, and its transformed image."""
+        """Return a record, and its transformed image (and mask)."""
         record = self.source[index]
-        return record, self.transform(record["image"], rng)
+        mask = {"mask": record["mask"]} if "mask" in record else {}
+        return record, self.transform(record["image"], rng, **mask)
 
     def _check_label(self, index: int, label: int) -> None:
         if self.num_classes is not None and not 0 <= label < self.num_classes:

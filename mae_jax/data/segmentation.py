@@ -10,7 +10,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from mae_jax.data.decode import NUMPY, Encoded, decode, decode_numpy, open_image
-from mae_jax.data.factory import detect_dataset
+from mae_jax.data.factory import DatasetSpec, detect_dataset
 from mae_jax.data.in_memory import ArraySource, load_arrays
 from mae_jax.data.loader import ordered_parallel_map
 from mae_jax.data.sources import DataError, FolderSource, Record, Source, hash_lines
@@ -115,9 +115,15 @@ def _decode(encoded: Encoded) -> np.ndarray:
         return np.asarray(image)
 
 
-def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """Resize class numbers to height and width by nearest neighbor, at the pixels' centers."""
-    resized = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST)
+def resize_mask(
+    mask: Mask, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> Mask:
+    """Resize class numbers to height and width by nearest neighbor, at the pixels' centers.
+
+    Args:
+      box: as in `resize`.
+    """
+    resized = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST, box)
     return np.asarray(resized)
 
 
@@ -139,11 +145,28 @@ def open_segmentation(
     Raises:
       DataError: it does not exist or has another layout, or an image or a mask is missing.
     """
-    folder = Path(data)
-    if not folder.is_dir() and not folder.exists():
-        images = detect_dataset(data, data_dir, image_feature).open(split)
-        masks = detect_dataset(data, data_dir, mask_feature).open(split)
-        return SegmentationSource(images, masks, getattr(masks, "pixel_classes", ()), ignore)
+    if not Path(data).exists():
+        spec = detect_dataset(data, data_dir, image_feature)
+        return open_tfds_masks(spec, split, mask_feature, ignore)
+    return open_folder_masks(Path(data), split, ignore)
+
+
+def open_tfds_masks(
+    spec: DatasetSpec, split: str, mask_feature: str, ignore: int
+) -> SegmentationSource:
+    """Open a split of a TFDS dataset; arguments and errors as in `open_segmentation`."""
+    images = spec.open(split)
+    try:
+        masks = dataclasses.replace(spec, image_feature=mask_feature).open(split)
+    except DataError as error:
+        if error.key != "data.image_feature":
+            raise
+        raise DataError(error.problem, key="segment.mask_feature", value=mask_feature) from error
+    return SegmentationSource(images, masks, getattr(masks, "pixel_classes", ()), ignore)
+
+
+def open_folder_masks(folder: Path, split: str, ignore: int) -> SegmentationSource:
+    """Open a split of a folder; arguments and errors as in `open_segmentation`."""
     if (folder / f"{split}.npz").exists():
         return _open_arrays(folder / f"{split}.npz", ignore)
     source, unmatched = match_folders(folder, split, ignore)

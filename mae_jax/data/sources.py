@@ -38,9 +38,12 @@ class Record(TypedDict):
 
 
 class Source(Protocol):
-    """An indexable dataset split; `classes` is empty without labels."""
+    """An indexable dataset split."""
 
-    classes: tuple[str, ...]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes; empty without labels."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -73,14 +73,23 @@ def single_try_crop_box(
     return _sample_position(rng, image_size, (h, w))
 
 
-def resize(image: Pixels, size: tuple[int, int], interpolation: str = "bicubic") -> Pixels:
-    """Resize with antialiasing to height and width; channel by channel unless gray or RGB."""
+def resize(
+    image: Pixels,
+    size: tuple[int, int],
+    interpolation: str = "bicubic",
+    box: tuple[float, float, float, float] | None = None,
+) -> Pixels:
+    """Resize with antialiasing to height and width; channel by channel unless gray or RGB.
+
+    Args:
+      box: left, upper, right and lower border of the part to resize, pixels; None: all.
+    """
     resampling = Image.Resampling[interpolation.upper()]
     height, width = size
 
     def resize_plane(plane: np.ndarray) -> np.ndarray:
         pil_image = Image.fromarray(np.ascontiguousarray(plane))
-        return np.asarray(pil_image.resize((width, height), resampling))
+        return np.asarray(pil_image.resize((width, height), resampling, box))
 
     if image.dtype == np.uint8 and image.shape[-1] == 3:
         return resize_plane(image)

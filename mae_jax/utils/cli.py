@@ -22,6 +22,7 @@ FLAGS = {
     "data.image_feature": "--image-feature",
     "data.path": "--data-dir",
     "data.shots": "--shots",
+    "segment.mask_feature": "--mask-feature",
 }
 
 
