@@ -6,13 +6,14 @@ Trains a small ViT in minutes; the README has the expected results. Then, in a m
 
     mae-jax train --config demo:linprobe --workdir runs/demo_linprobe
     mae-jax train --config demo:finetune --workdir runs/demo_finetune
+    mae-jax train --config demo:segment --workdir runs/demo_segment
 
 start from the demo's weights (compare with `--config.init.path=random`).
 """
 
 from mae_jax.train import recipes
 
-TASKS = ("pretrain", "linprobe", "finetune")
+TASKS = ("pretrain", "linprobe", "finetune", "segment")
 
 
 def get_config(task: str = "pretrain"):
@@ -45,4 +46,11 @@ def get_config(task: str = "pretrain"):
         config.classify.update(mixup=0.0, cutmix=0.0, erase=0.0, drop_path=0.0)
         config.data.update(augment="crop", crop_scale=(0.5, 1.0))
         config.eval.accuracy_every_epochs = 2.0
+    if task == "segment":
+        config.steps = 600
+        config.batch_size = 32
+        config.optim.update(base_lr=8e-3, warmup_steps=60)  # 1e-3 at batch 32
+        config.segment.drop_path = 0.0
+        config.data.update(name="photo_mosaics", eval_split="validation")
+        config.eval.update(accuracy_every_epochs=5.0, pictures_every_epochs=10.0, batch_size=64)
     return config

@@ -17,6 +17,7 @@ from configs import (
     linprobe,
     pretrain,
     scratch,
+    segment,
     small,
 )
 from mae_jax.data.sources import DataError
@@ -112,7 +113,7 @@ def test_recipes_add_no_keys():
     configs += [
         ablations.get_config(f"{s},{row}") for s in ablations.SCALES for row in ablations.ROWS
     ]
-    for recipe in (pretrain, finetune, linprobe, attentive, scratch, knn):
+    for recipe in (pretrain, finetune, linprobe, attentive, scratch, segment, knn):
         configs += [recipe.get_config(size) for size in VARIANTS]
     for config in configs:
         assert flat(config).keys() == known
@@ -210,7 +211,7 @@ def test_epochs_and_steps(folder):
         (dict(batch_size=0), "batch_size=0 must be at least 1"),
         (dict(model__remat="some"), "model.remat='some'"),
         (dict(data__on_bad="ignore"), "data.on_bad='ignore'"),
-        (dict(task="segment"), "task='segment' must be one of pretrain, classify"),
+        (dict(task="detect"), "task='detect' must be one of pretrain, classify, segment"),
         (
             dict(data__augment="mirror"),
             "data.augment='mirror' must be one of none, crop, weak_crop",

@@ -86,7 +86,7 @@ def extract_features(
     """
     batches = images.read()
     if show_progress:
-        batches = console.progress(batches, images.count, count=_global_num_valid)
+        batches = console.progress(batches, images.count, count=global_num_valid)
     features: dict[str, np.ndarray] = {}
     labels, done = np.zeros(images.count, np.int32), 0
     for batch in batches:
@@ -102,6 +102,6 @@ def extract_features(
     return LabeledFeatures({name: x[:done] for name, x in features.items()}, labels[:done])
 
 
-def _global_num_valid(batch: Mapping[str, np.ndarray]) -> int:
+def global_num_valid(batch: Mapping[str, np.ndarray]) -> int:
     """Estimate the number of images over all processes from that of this one."""
     return console.num_valid(batch) * jax.process_count()

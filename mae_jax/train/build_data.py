@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +13,10 @@ from mae_jax.data.collate import Batch
 from mae_jax.data.decode import MODES, decode
 from mae_jax.data.factory import DatasetSpec, has_split
 from mae_jax.data.in_memory import InMemory
-from mae_jax.data.loader import Loader, eval_batches
+from mae_jax.data.loader import Loader, Transform, eval_batches
+from mae_jax.data.mask_transforms import ScaleCropTransform, WholeTransform
 from mae_jax.data.randaugment import RandAugment
+from mae_jax.data.segmentation import open_folder_masks, open_tfds_masks
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import few_shot
 from mae_jax.data.transforms import (
@@ -63,7 +66,7 @@ def make_eval_source(
     """Open the evaluation split.
 
     Returns:
-      None for files without that split, which only task='classify' requires.
+      None for files without that split, which only tasks with labels require.
 
     Raises:
       DataError: it cannot be read, or lacks the class labels that the task needs.
@@ -72,7 +75,7 @@ def make_eval_source(
     if data.source != "tfds" and not has_split(
         Path(data.path or ""), data.eval_split, (data.source,)
     ):
-        if config.task == "classify":
+        if config.task != "pretrain":
             raise DataError(
                 f"{Path(data.path or '') / data.eval_split} does not exist: data.eval_split names "
                 "the images to evaluate on, next to those of data.train_split"
@@ -89,9 +92,20 @@ def make_eval_source(
 
 
 def _open(config: Config, split: str, classes: tuple[str, ...], index_dir: Path | None) -> Source:
-    data = config.data
+    data, segment = config.data, config.segment
     dataset = DatasetSpec(data.source, data.name, data.path, data.image_feature, index_dir)
-    return dataset.open(split, classes)
+    if config.task != "segment":
+        return dataset.open(split, classes)
+    if data.source == "tfds":
+        return open_tfds_masks(dataset, split, segment.mask_feature, segment.ignore)
+    if not data.path:
+        raise data.error("source", "needs data.path, a folder")
+    return open_folder_masks(Path(data.path), split, segment.ignore)
+
+
+def class_names(config: Config, source: Source) -> tuple[str, ...]:
+    """Return the names of the classes of images or pixels, as far as they are known."""
+    return getattr(source, "class_names", ()) if config.task == "segment" else source.classes
 
 
 def _in_memory(config: Config, source: Source) -> Source:
@@ -130,20 +144,53 @@ def pixel_dtype(config: Config, source: Source) -> np.dtype:
     return dtype
 
 
-def make_eval_transform(config: Config) -> EvalTransform:
-    """Return the deterministic resize and center crop of evaluation."""
+def make_eval_transform(
+    config: Config, num_classes: int | None = None
+) -> EvalTransform | WholeTransform:
+    """Return the deterministic resize and center crop of evaluation; of masks only the resize.
+
+    Args:
+      num_classes: masks must be below it, if given.
+    """
     size, data = config.model.image_size, config.data
+    if config.task == "segment":
+        return WholeTransform(**_mask_arguments(config, num_classes))
     crop = default_crop_ratio(size) if data.eval_crop is None else data.eval_crop
     return EvalTransform(
         size, config.model.channels, crop=crop, exif=data.exif, bit_depth=data.bit_depth
     )
 
 
-def make_train_transform(config: Config, dtype: np.dtype) -> EvalTransform | TrainTransform:
-    """Return the augmentation of training images of a dtype, resized on the host."""
+def _mask_arguments(config: Config, num_classes: int | None) -> dict[str, Any]:
+    return {
+        "image_size": config.model.image_size,
+        "channels": config.model.channels,
+        "num_classes": num_classes,
+        "ignore": config.segment.ignore,
+        "bit_depth": config.data.bit_depth,
+    }
+
+
+def make_train_transform(
+    config: Config, dtype: np.dtype, num_classes: int | None = None
+) -> Transform:
+    """Return the augmentation of training images of a dtype, resized on the host.
+
+    Args:
+      num_classes: masks must be below it, if given.
+    """
     data = config.data
     if data.augment == "none":
-        return make_eval_transform(config)
+        return make_eval_transform(config, num_classes)
+    if config.task == "segment":
+        has_fractions = dtype == np.uint8 and data.bit_depth is None
+        mean, _ = config.pixel_stats
+        return ScaleCropTransform(
+            scale=config.segment.scale,
+            fill=tuple(round(255 * x) for x in mean) if has_fractions else mean,
+            flip=data.flip,
+            **_mask_arguments(config, num_classes),
+        )
     augment = None
     if data.augment == "randaugment":
         if config.model.channels not in MODES or dtype != np.uint8:
@@ -175,6 +222,7 @@ def resizes_on_device(config: Config, dtype: np.dtype) -> bool:
     data, model = config.data, config.model
     possible = (
         data.augment in ("crop", "weak_crop")
+        and config.task != "segment"
         and model.channels in MODES
         and dtype == np.uint8
         and data.canvas >= max(model.image_size)
@@ -182,8 +230,8 @@ def resizes_on_device(config: Config, dtype: np.dtype) -> bool:
     if data.resize_on == "device" and not possible:
         raise data.error(
             "resize_on",
-            "needs data.augment='crop' or 'weak_crop', gray or RGB images of uint8, and a "
-            f"data.canvas (={data.canvas}) not smaller than model.image_size",
+            "needs data.augment='crop' or 'weak_crop', gray or RGB images of uint8, no masks, and "
+            f"a data.canvas (={data.canvas}) not smaller than model.image_size",
         )
     if data.resize_on == "auto":
         return possible and jax.default_backend() != "cpu"
@@ -235,11 +283,11 @@ def make_loader(config: Config, source: Source, num_classes: int | None, dtype: 
     """Return the loader of augmented training batches of this process.
 
     Args:
-      num_classes: labels must be below it; None has no labels.
+      num_classes: labels, of images or pixels, must be below it; None has no labels.
       dtype: of the images.
     """
     data = config.data
-    transform, shapes = make_train_transform(config, dtype), {}
+    transform, shapes = make_train_transform(config, dtype, num_classes), {}
     if resizes_on_device(config, dtype):
         assert isinstance(transform, TrainTransform)
         transform = DeviceResizeTransform(transform, data.canvas)
@@ -255,7 +303,7 @@ def make_loader(config: Config, source: Source, num_classes: int | None, dtype: 
         threads=threads,
         skip=data.on_bad == "skip",
         max_bad=data.max_bad,
-        num_classes=num_classes,
+        num_classes=None if config.task == "segment" else num_classes,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
@@ -269,9 +317,10 @@ def make_eval_batches(
     num_classes: int | None = None,
     heartbeat: Callable[[str], None] = lambda _: None,
 ) -> EvalBatches:
-    """Return the images of a source in order, as evaluation sees them.
+    """Return the images of a source in order, as evaluation sees them, with masks if it has them.
 
     Args:
+      num_classes: labels, of images or pixels, must be below it, if given.
       heartbeat: called for every batch with what is being done.
     """
 
@@ -283,12 +332,12 @@ def make_eval_batches(
     def read() -> Iterator[Batch]:
         batches = eval_batches(
             source,
-            make_eval_transform(config),
+            make_eval_transform(config, num_classes),
             sharding.round_up_batch(config.eval.batch_size, mesh),
             threads=available_cpus(),
             skip=config.data.on_bad == "skip",
             max_bad=config.data.max_bad,
-            num_classes=num_classes,
+            num_classes=None if config.task == "segment" else num_classes,
             host=jax.process_index(),
             hosts=jax.process_count(),
         )

@@ -15,7 +15,9 @@ from mae_jax.evaluate.figures import ReconstructionFigure, check_display_channel
 from mae_jax.evaluate.rankme import MAX_IMAGES
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
-from mae_jax.train.build_data import make_eval_batches, make_eval_transform
+from mae_jax.tasks.segment import Segment
+from mae_jax.tasks.supervised import SupervisedTask
+from mae_jax.train.build_data import class_names, make_eval_batches, make_eval_transform
 from mae_jax.train.build_model import RunLength
 from mae_jax.train.config import Config
 from mae_jax.train.evaluators import (
@@ -23,13 +25,15 @@ from mae_jax.train.evaluators import (
     Evaluator,
     FeatureEvaluator,
     ReconstructionEvaluator,
+    SegmentationEvaluator,
+    SegmentationPictures,
 )
 from mae_jax.train.metrics_writer import MetricsWriter
 
 
 def make_evaluators(
     config: Config,
-    task: Pretrain | Classify,
+    task: Pretrain | SupervisedTask,
     *,
     train_source: Source,
     eval_source: Source | None,
@@ -59,7 +63,14 @@ def make_evaluators(
         evaluators.append(ReconstructionEvaluator(figure, writer, folder, every["pictures"]))
     elif task.model.num_classes and eval_source is not None:
         batches = images(eval_source, num_classes=task.model.num_classes)
-        evaluators.append(AccuracyEvaluator(task, batches, mesh, every["accuracy"]))
+        if isinstance(task, Classify):
+            evaluators.append(AccuracyEvaluator(task, batches, mesh, every["accuracy"]))
+        if isinstance(task, Segment):
+            names = class_names(config, train_source)
+            evaluators += [
+                SegmentationEvaluator(task, batches, mesh, every["accuracy"], names),
+                _make_pictures(config, task, eval_source, writer, workdir, every["pictures"]),
+            ]
     labeled = has_labels(train_source, eval_source)
     if config.eval.knn_every_epochs >= 0 and (labeled or config.eval.rankme):
         num_classes = len(train_source.classes) if labeled else None
@@ -94,11 +105,30 @@ def has_labels(train_source: Source, eval_source: Source | None) -> bool:
 
 
 def _make_figure(config: Config, task: Pretrain, source: Source) -> ReconstructionFigure:
+    images = _shown_batch(config, source)["image"]
+    mask = task.sample_mask(jax.random.key(0), len(images))  # the same in all figures of a run
+    show = check_display_channels(config.eval.show_channels, config.model.channels)
+    return ReconstructionFigure(task, images, mask, config.eval.stats, show)
+
+
+def _make_pictures(
+    config: Config,
+    task: Segment,
+    source: Source,
+    writer: MetricsWriter,
+    workdir: Path,
+    every: int | None,
+) -> SegmentationPictures:
+    batch = _shown_batch(config, source)
+    show = check_display_channels(config.eval.show_channels, config.model.channels)
+    folder = workdir / "pictures"
+    return SegmentationPictures(task, batch["image"], batch["mask"], show, writer, folder, every)
+
+
+def _shown_batch(config: Config, source: Source) -> dict[str, np.ndarray]:
+    """Return the images of figures, evenly spaced."""
     source = evenly_spaced(source, config.eval.pictures)
     skip, max_bad = config.data.on_bad == "skip", config.data.max_bad
     transform = make_eval_transform(config)
     batches = eval_batches(source, transform, len(source), skip=skip, max_bad=max_bad)
-    images = np.asarray(next(iter(batches))["image"])
-    mask = task.sample_mask(jax.random.key(0), len(source))  # the same in all figures of a run
-    show = check_display_channels(config.eval.show_channels, config.model.channels)
-    return ReconstructionFigure(task, images, mask, config.eval.stats, show)
+    return {name: np.asarray(array) for name, array in next(iter(batches)).items()}

@@ -15,14 +15,19 @@ from mae_jax.models.classifier import Classifier
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_grid
+from mae_jax.models.segmentation import upsample_head_flops
 from mae_jax.models.variants import VitVariant
-from mae_jax.models.vit import make_encoder
+from mae_jax.models.vit import Encoder, make_encoder
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.mixup import Mixup
 from mae_jax.tasks.optimizer import adamw, lars, warmup_cosine
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.tasks.segment import Segment
+from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.train.config import Config
 from mae_jax.utils.errors import UserError
+
+SEGMENT_INIT_STD = 0.01  # of the first weights of a segmentation head
 
 
 def make_variant(config: Config) -> VitVariant:
@@ -45,7 +50,7 @@ def make_task(
     mesh: jax.sharding.Mesh,
     classes: tuple[str, ...],
     attention: AttentionImpl = AttentionImpl(),
-) -> Pretrain | Classify:
+) -> Pretrain | SupervisedTask:
     """Return the objective with its model.
 
     Args:
@@ -65,6 +70,8 @@ def make_task(
     )
     if config.task == "classify":
         return _make_classify(config, execution, len(classes))
+    if config.task == "segment":
+        return _make_segment(config, execution, len(classes))
     return _make_pretrain(config, execution)
 
 
@@ -96,23 +103,14 @@ def _make_pretrain(config: Config, execution: ExecutionConfig) -> Pretrain:
 
 
 def _make_classify(config: Config, execution: ExecutionConfig, num_classes: int) -> Classify:
-    model, classify, variant = config.model, config.classify, make_variant(config)
+    classify = config.classify
     if classify.num_classes is not None and classify.num_classes < num_classes:
         raise classify.error(
             "num_classes",
             f"is less than the {num_classes} classes of the dataset: leave it out to use these",
         )
-    encoder = make_encoder(
-        variant,
-        patch_grid(model.image_size, variant.patch),
-        pos_embed=model.position,
-        layer_norm_eps=model.layer_norm_eps,
-        final_norm=not classify.fc_norm,
-        drop_path=classify.drop_path,
-        execution=execution,
-    )
     network = Classifier(
-        encoder,
+        _make_encoder(config, execution, classify.drop_path, final_norm=not classify.fc_norm),
         num_classes=(classify.num_classes or num_classes) if classify.head else 0,
         pool=classify.pool,
         fc_norm=classify.fc_norm,
@@ -122,7 +120,7 @@ def _make_classify(config: Config, execution: ExecutionConfig, num_classes: int)
     mean, std = config.pixel_stats
     return Classify(
         model=network,
-        patch=variant.patch,
+        patch=config.model.patch,
         mean=mean,
         std=std,
         train_last_blocks=config.optim.train_last_blocks,
@@ -135,6 +133,53 @@ def _make_classify(config: Config, execution: ExecutionConfig, num_classes: int)
             mode=classify.mixup_mode,
         ),
         erase=classify.erase,
+    )
+
+
+def _make_encoder(
+    config: Config, execution: ExecutionConfig, drop_path: float, *, final_norm: bool = True
+) -> Encoder:
+    model, variant = config.model, make_variant(config)
+    return make_encoder(
+        variant,
+        patch_grid(model.image_size, variant.patch),
+        pos_embed=model.position,
+        layer_norm_eps=model.layer_norm_eps,
+        final_norm=final_norm,
+        drop_path=drop_path,
+        execution=execution,
+    )
+
+
+def _make_segment(config: Config, execution: ExecutionConfig, num_names: int) -> Segment:
+    segment = config.segment
+    if segment.num_classes is None and not num_names:
+        raise segment.error(
+            "num_classes",
+            "must be set, as the classes have no names: or write these to classes.txt next to the "
+            "splits, one per line, from class 0 on",
+        )
+    if segment.num_classes is not None and segment.num_classes < num_names:
+        raise segment.error(
+            "num_classes",
+            f"is less than the {num_names} classes of the dataset: leave it out to use these",
+        )
+    network = Classifier(
+        _make_encoder(config, execution, segment.drop_path),
+        num_classes=segment.num_classes or num_names,
+        pool="grid",
+        head_norm=segment.head_norm,
+        head_init_std=SEGMENT_INIT_STD,
+        upsample_width=segment.head_width if segment.head == "upsample" else 0,
+    )
+    mean, std = config.pixel_stats
+    return Segment(
+        model=network,
+        patch=config.model.patch,
+        mean=mean,
+        std=std,
+        train_last_blocks=config.optim.train_last_blocks,
+        ignore=segment.ignore,
     )
 
 
@@ -155,7 +200,7 @@ def load_user_mask(path: str | None) -> np.ndarray | None:
     return mask
 
 
-def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
+def flops_per_image(config: Config, task: Pretrain | SupervisedTask) -> float:
     """Return the model FLOPs of one training step per image, as the paper counts them."""
     variant = make_variant(config)
     patch_values = variant.patch**2 * config.model.channels
@@ -170,10 +215,12 @@ def flops_per_image(config: Config, task: Pretrain | Classify) -> float:
     if config.data.cache_features:
         return 0.0
     rows, columns = task.model.encoder.grid
-    num_patches = rows * columns
+    num_patches, head = rows * columns, 0.0
+    if task.model.upsample_width:
+        head = 3 * upsample_head_flops((rows, columns), variant.width, task.model.upsample_width)
     if task.train_last_blocks == 0:
-        return flops.encoder_flops(variant, num_patches, num_patches, patch_values)
-    return flops.finetune_flops(variant, num_patches, patch_values)
+        return head + flops.encoder_flops(variant, num_patches, num_patches, patch_values)
+    return head + flops.finetune_flops(variant, num_patches, patch_values)
 
 
 @dataclass(frozen=True)
@@ -201,7 +248,7 @@ def make_run_length(config: Config, num_images: int) -> RunLength:
     name, warmup = "warmup_steps", optim.warmup_steps
     if warmup is None:
         name, warmup = "warmup_epochs", optim.warmup_epochs * per_epoch
-    evaluates_only = config.steps == 0 and config.task == "classify"
+    evaluates_only = config.steps == 0 and config.task != "pretrain"
     if total < 1 and not evaluates_only:
         raise UserError(f"the run has {total} steps: set epochs or steps")
     if total > 0 and not 0 <= warmup < total:
@@ -233,7 +280,7 @@ def make_learning_rate(config: Config, length: RunLength) -> optax.Schedule:
 def make_optimizer(
     config: Config, learning_rate: optax.Schedule, train_last_blocks: int | None
 ) -> optax.GradientTransformation:
-    """Return the optimizer; `train_last_blocks` as in Classify."""
+    """Return the optimizer; `train_last_blocks` as in SupervisedTask."""
     optim = config.optim
     no_weight_decay = () if optim.decay_embeddings else ("cls_token", "pos_embed")
     if optim.name == "lars":

@@ -19,6 +19,7 @@ from mae_jax.evaluate.figures import PATCH_STATS
 from mae_jax.models.classifier import POOLS
 from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD
 from mae_jax.models.layers import REMAT_POLICIES
+from mae_jax.models.segmentation import HEADS
 from mae_jax.models.variants import get_variant
 from mae_jax.models.vit import POS_EMBEDS
 from mae_jax.tasks.masking import SAMPLERS
@@ -38,12 +39,12 @@ class InitConfig(Group):
     path: str | None = key(
         None,
         "checkpoint to start from: official, Hugging Face, timm, a workdir, or org/name on the hub;"
-        " 'random' starts from random weights, which task='classify' does only when asked",
+        " 'random' starts from random weights, which tasks with labels do only when asked",
         checkpoint=True,
     )
     ema: bool = key(False, "load the EMA parameters of a workdir")
     encoder_only: bool = key(False, "ignore the decoder of the checkpoint")
-    new_head: bool = key(False, "ignore the classification head of the checkpoint (reset the head)")
+    new_head: bool = key(False, "ignore the head of the checkpoint (reset the head)")
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,55 @@ class ClassifyConfig(Group):
 
 
 @dataclass(frozen=True)
+class SegmentConfig(Group):
+    """Masks, head and augmentation of task='segment'."""
+
+    prefix: ClassVar[str] = "segment."
+    head: str = key(
+        "linear",
+        "'linear': one layer for every patch; 'upsample': four levels of convolution and bilinear"
+        " upsampling before it (SETR-PUP)",
+        choices=HEADS,
+        reshapes=True,
+        implied="linear",
+    )
+    head_width: int = key(256, "features of head='upsample'", low=1, reshapes=True, implied=256)
+    head_norm: bool = key(
+        False, "BatchNorm without affine parameters before the linear layer", implied=False
+    )
+    num_classes: int | None = key(
+        None, "None: as many as classes.txt, or the TFDS mask feature, has names", low=1
+    )
+    mask_feature: str = key(
+        "segmentation_mask",
+        "for data.source 'tfds': the mask feature",
+        implied="segmentation_mask",
+    )
+    ignore: int = key(255, "class number of pixels that do not count", implied=255)
+    drop_path: float = key(
+        0.0,
+        "stochastic depth rate of the last block, falling to 0 in the first",
+        low=0,
+        below=1,
+        implied=0.0,
+    )
+    scale: tuple[float, float] = key(
+        (0.5, 2.0),
+        "data.augment 'crop': range of the size of a resized image over that which just covers the"
+        " crop; the part that a smaller one leaves is ignored",
+        above=0,
+        implied=[0.5, 2.0],
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scale[0] > self.scale[1]:
+            raise self.error("scale", "must increase, as in (0.5, 2.0)")
+        if self.head_norm and self.head != "linear":
+            raise self.error("head_norm", "is for segment.head='linear' only")
+
+
+@dataclass(frozen=True)
 class OptimConfig(Group):
     """Optimizer and learning rate schedule."""
 
@@ -245,8 +295,8 @@ class DataConfig(Group):
     )
     augment: str = key(
         "crop",
-        "'none'; 'crop': random resized crop; 'weak_crop': linear probing's variant of it;"
-        " 'randaugment': crop and RandAugment",
+        "'none'; 'crop': random resized crop (task='segment': segment.scale); 'weak_crop': linear"
+        " probing's variant of it; 'randaugment': crop and RandAugment",
         choices=tuple(AUGMENTS),
     )
     crop_scale: tuple[float, float] = key(
@@ -328,7 +378,9 @@ class EvalConfig(Group):
 
     prefix: ClassVar[str] = "eval."
     resumable: ClassVar[bool] = True
-    accuracy_every_epochs: float = key(1.0, "classify; 0 evaluates at the end only")
+    accuracy_every_epochs: float = key(
+        1.0, "classify: top-1, segment: mIoU; 0 evaluates at the end only"
+    )
     knn_every_epochs: float = key(20.0, "0 evaluates at the end only; negative: never")
     knn_k: tuple[int, ...] = key(
         (10,), "numbers of neighbors; the first is logged in training", low=1
@@ -348,8 +400,10 @@ class EvalConfig(Group):
         "at the end, also raw pixels and 3 random encoders; the pixels of knn_bank images must fit"
         " into memory, 12 bytes each",
     )
-    pictures_every_epochs: float = key(20.0, "reconstruction figures; 0 draws them at the end only")
-    pictures: int = key(8, "images per reconstruction figure", low=1)
+    pictures_every_epochs: float = key(
+        20.0, "figures of reconstructions or segmentations; 0 draws them at the end only"
+    )
+    pictures: int = key(8, "images per figure", low=1)
     show_channels: tuple[int, ...] = key(
         (0, 1, 2), "shown as red, green, blue, of images with more than three channels"
     )
@@ -447,8 +501,9 @@ class Config(Group):
 
     task: str = key(
         "pretrain",
-        "'classify' is fine-tuning, probing and supervised training from scratch",
-        choices=("pretrain", "classify"),
+        "'classify' is fine-tuning, probing and supervised training from scratch; 'segment' is"
+        " semantic segmentation",
+        choices=("pretrain", "classify", "segment"),
     )
     seed: int = key(0, "of parameters, data order, augmentation and masks", low=0, high=2**32 - 1)
     batch_size: int = key(
@@ -463,6 +518,7 @@ class Config(Group):
     decoder: DecoderConfig = DecoderConfig()
     target: TargetConfig = TargetConfig()
     classify: ClassifyConfig = ClassifyConfig()
+    segment: SegmentConfig = SegmentConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
@@ -478,6 +534,9 @@ class Config(Group):
         self._check_stats("std", IMAGENET_STD)
         if self.task == "classify":
             self._check_classify()
+            return
+        if self.task == "segment":
+            self._check_segment()
             return
         problem = "is for task='classify': pretraining trains everything"
         if self.optim.train_last_blocks is not None:
@@ -513,6 +572,14 @@ class Config(Group):
                 "(optim.train_last_blocks=0) and images that do not change (data.augment=none, "
                 "classify.mixup, cutmix, erase and drop_path 0.0)",
             )
+
+    def _check_segment(self) -> None:
+        data = self.data
+        if data.augment not in ("none", "crop"):
+            raise data.error("augment", "must be none or crop for task='segment'")
+        for name in ("cache_features", "exif", "shots"):
+            if getattr(data, name):
+                raise data.error(name, "is not for task='segment'")
 
     @property
     def pixel_stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -18,8 +18,8 @@ from mae_jax.convert.model_info import ConvertError, to_variables
 from mae_jax.distributed import processes, sharding
 from mae_jax.distributed.checkpointer import Checkpointer
 from mae_jax.distributed.checksums import checksums
-from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.tasks.train_step import TrainState, init_state
 from mae_jax.train.config import Config
 from mae_jax.train.resume import check_compatible
@@ -50,7 +50,7 @@ class StateLayout:
 
 def make_state_layout(
     config: Config,
-    task: Pretrain | Classify,
+    task: Pretrain | SupervisedTask,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> StateLayout:
@@ -70,7 +70,7 @@ def make_state_layout(
 
 def restore_or_init(
     config: Config,
-    task: Pretrain | Classify,
+    task: Pretrain | SupervisedTask,
     layout: StateLayout,
     checkpointer: Checkpointer,
     meta: dict[str, Any],
@@ -95,7 +95,7 @@ def restore_or_init(
         return TrainState(**restored[1])
     path = config.init.path
     with processes.raise_together():
-        if path is None and config.task == "classify":
+        if path is None and config.task != "pretrain":
             raise UserError(
                 "init.path is not set, so the encoder would be random: "
                 "--config.init.path=CHECKPOINT loads pretrained weights; --config.init.path=random "
@@ -105,7 +105,7 @@ def restore_or_init(
     state = jax.jit(layout.init, out_shardings=layout.shardings)(split_rng(config.seed)[0])
     if path not in (None, "random"):
         return _init_from_checkpoint(config, task, state, layout, meta, checkpointer.directory)
-    if config.task == "classify":
+    if config.task != "pretrain":
         log.warning("init.path=random: the encoder starts from random weights")
     _write_provenance(checkpointer.directory.parent, {"path": "random"})
     return state
@@ -113,7 +113,7 @@ def restore_or_init(
 
 def _init_from_checkpoint(
     config: Config,
-    task: Pretrain | Classify,
+    task: Pretrain | SupervisedTask,
     state: TrainState,
     layout: StateLayout,
     meta: dict[str, Any],

@@ -12,8 +12,8 @@ import jax
 
 from mae_jax.data.sources import Source
 from mae_jax.distributed import sharding
-from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.train.build_model import RunLength, peak_learning_rate
 from mae_jax.train.config import Config
 from mae_jax.train.init_state import StateLayout
@@ -26,7 +26,7 @@ RANDOM_ENCODERS = 3  # their mean accuracy is the baseline
 
 def log_run_summary(
     config: Config,
-    task: Pretrain | Classify,
+    task: Pretrain | SupervisedTask,
     layout: StateLayout,
     length: RunLength,
     num_images: int,
@@ -72,7 +72,7 @@ def log_knn_off(config: Config, eval_source: Source | None) -> None:
         log.info("RankMe, which needs neither, is measured at the same intervals")
 
 
-def _describe_parameters(task: Pretrain | Classify, shapes: Mapping[str, Any]) -> str:
+def _describe_parameters(task: Pretrain | SupervisedTask, shapes: Mapping[str, Any]) -> str:
     sizes = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in shapes.items()}
     text = ", ".join(f"{_count(size)} in {part}" for part, size in sizes.items())
     if isinstance(task, Pretrain):
@@ -124,6 +124,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "_pixels": "raw pixels",
     }
     names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, EMA parameters"}
+    names |= {"miou": "mIoU", "miou_ema": "mIoU, EMA parameters"}
+    names |= {"pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy of classes"}
     measures = {"knn_top1": "k-NN top-1", "linear_top1": "linear probe top-1", "rankme": "RankMe"}
     of_k = [name for name in summary if re.fullmatch(r"knn_top1_k\d+", name)]
     measures |= {name: f"k-NN top-1, k = {name.removeprefix('knn_top1_k')}" for name in of_k}

@@ -15,8 +15,8 @@ from mae_jax.data.loader import Loader
 from mae_jax.data.sources import Source
 from mae_jax.distributed import processes, sharding
 from mae_jax.models import attention_selection
-from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.tasks.train_step import jit_step, make_train_step
 from mae_jax.train import build_data, build_model, loggers
 from mae_jax.train.build_model import RunLength
@@ -32,7 +32,8 @@ class RunSetup:
     config: Config
     workdir: Path
     mesh: jax.sharding.Mesh
-    task: Pretrain | Classify
+    task: Pretrain | SupervisedTask
+    classes: tuple[str, ...]  # names of the classes of images or pixels
     train_source: Source
     fingerprint: str  # of the training data; takes a while for millions of files
     eval_source: Source | None
@@ -50,7 +51,7 @@ class RunSetup:
         return {
             "config": as_json(self.config),
             "data_fingerprint": self.fingerprint,
-            "classes": list(self.train_source.classes),
+            "classes": list(self.classes),
             "pixel_dtype": self.pixel_dtype,
             "jax": jax.__version__,
         }
@@ -71,21 +72,23 @@ def build(config: Config, workdir: Path) -> RunSetup:
     dtype = build_data.pixel_dtype(config, train_source)
     if eval_source:
         build_data.pixel_dtype(config, eval_source)
-    task = build_model.make_task(config, mesh, train_source.classes)
+    classes = build_data.class_names(config, train_source)
+    task = build_model.make_task(config, mesh, classes)
     length = build_model.make_run_length(config, len(train_source))
     learning_rate = build_model.make_learning_rate(config, length)
     loader, tx = None, optax.identity()
     if length.total_steps:
-        classify = task if isinstance(task, Classify) else None
-        num_classes = classify.model.num_classes if classify else None
+        supervised = task if isinstance(task, SupervisedTask) else None
+        num_classes = supervised.model.num_classes if supervised else None
         loader = build_data.make_loader(config, train_source, num_classes, dtype)
-        blocks = classify.train_last_blocks if classify else None
+        blocks = supervised.train_last_blocks if supervised else None
         tx = build_model.make_optimizer(config, learning_rate, blocks)
     return RunSetup(
         config=config,
         workdir=workdir,
         mesh=mesh,
         task=task,
+        classes=classes,
         train_source=train_source,
         fingerprint=train_source.fingerprint(),
         eval_source=eval_source,
@@ -123,7 +126,7 @@ def select_attention(setup: RunSetup) -> RunSetup:
     attention = attention_selection.select_implementation(
         config.model.attention, setup.task.attention_shapes, jnp.dtype(config.model.dtype)
     )
-    task = build_model.make_task(config, setup.mesh, setup.train_source.classes, attention)
+    task = build_model.make_task(config, setup.mesh, setup.classes, attention)
     return dataclasses.replace(setup, task=task)
 
 

@@ -12,14 +12,14 @@ from mae_jax.convert import weights
 from mae_jax.convert.model_info import ConvertError, ModelInfo
 from mae_jax.convert.weights import Weights
 from mae_jax.models.patches import sincos_pos_embed_2d
-from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
+from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.train.config import Config
 from mae_jax.utils.pytree import diff, flatten, unflatten
 
 log = logging.getLogger("mae_jax")
 
-HEAD_PARTS = ("head", "head_norm", "attention_pool")
+HEAD_PARTS = ("head", "head_norm", "attention_pool", "upsample")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class WarmStart:
 
 def load_init_weights(
     config: Config,
-    task: Pretrain | Classify,
+    task: Pretrain | SupervisedTask,
     arrays: Mapping[str, Any],
     classes: tuple[str, ...],
     path: str | None = None,
@@ -55,8 +55,8 @@ def load_init_weights(
     """
     init, model = config.init, config.model
     path = path or str(init.path)
-    classifies = isinstance(task, Classify)
-    if init.encoder_only or classifies:
+    supervised = isinstance(task, SupervisedTask)
+    if init.encoder_only or supervised:
         checkpoint = weights.read(
             path, ema=init.ema, heads=model.heads, require_num_heads=("encoder",)
         )
@@ -76,11 +76,11 @@ def load_init_weights(
         image_size=model.image_size,
         channels=model.channels,
         position=model.position,
-        final_norm=not classifies or task.model.encoder.final_norm,
+        final_norm=not supervised or task.model.encoder.final_norm,
     )
     if init.new_head:
         checkpoint = drop_head(checkpoint)
-    elif classifies:
+    elif supervised:
         check_head(checkpoint, arrays, task.model.pool, classes)
     warn_mismatched_settings(path, checkpoint.info, settings)
     return merge(arrays, checkpoint)
@@ -129,7 +129,7 @@ def _top_module(name: str) -> str:
 
 
 def drop_head(checkpoint: Weights) -> Weights:
-    """Return the weights without a classification head."""
+    """Return the weights without a head."""
     arrays = {n: x for n, x in checkpoint.arrays.items() if _top_module(n) not in HEAD_PARTS}
     return dataclasses.replace(checkpoint, arrays=arrays)
 
