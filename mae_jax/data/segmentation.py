@@ -310,6 +310,20 @@ def check_masks(source: SegmentationSource, channels: int | None, threads: int) 
     return report
 
 
+def count_classes(source: SegmentationSource, threads: int) -> int:
+    """Return the largest class number of all masks, plus 1.
+
+    Raises:
+      DataError: a mask is bad, or no pixel has a class.
+    """
+    masks = check_masks(source, None, threads)
+    for name, problem in masks.bad.items():
+        raise DataError(f"{name}: {problem}")
+    if count := masks.num_classes(source.ignore):
+        return count
+    raise DataError(f"all pixels of all masks are {source.ignore}, which is ignored")
+
+
 def size_problem(image_size: tuple[int, int], mask: Mask) -> str:
     """Return the message about a mask of another size than its image."""
     rows, columns = mask.shape

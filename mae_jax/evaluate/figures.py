@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax.distributed import sharding
@@ -134,13 +134,18 @@ class ReconstructionFigure:
     def reconstruct(self, params: Any) -> Shaped[np.ndarray, "b h w c"]:
         """Compute the reconstructions of the images."""
         mask = Mask(*jax.device_get(self.mask))  # the same on every process
-        images = self._reconstruct(params, self.images, mask, stats=self.stats)
-        return np.asarray(
-            images if images.is_fully_addressable else sharding.gather_to_host(images)
-        )
+        return _to_host(self._reconstruct(params, self.images, mask, stats=self.stats))
 
-    def render(self, reconstructions: Shaped[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "y x 3"]:
-        """Draw the figure of reconstructions."""
+    def grid_features(self, params: Any) -> Float[np.ndarray, "b y x d"]:
+        """Compute the encoder's features of all patches."""
+        return _to_host(self._grid_features(params, self.images))
+
+    def render(
+        self,
+        reconstructions: Shaped[np.ndarray, "b h w c"],
+        colors: UInt8[np.ndarray, "b y x 3"] | None = None,
+    ) -> UInt8[np.ndarray, "y x 3"]:
+        """Draw the figure of reconstructions, with a column for the colors of patches."""
         originals, reconstructions = (
             to_rgb_uint8(np.asarray(images), self.show, self.task.mean, self.task.std)
             for images in (self.images, reconstructions)
@@ -152,11 +157,23 @@ class ReconstructionFigure:
         if self.task.norm_pix:
             text += f" ({PATCH_STATS[self.stats]})"
         labels = [f"masked, {self.task.num_masked} of {self.task.num_patches} patches hidden", text]
-        return image_grid(columns, [*labels, "with the visible patches", "original"])
+        labels += ["with the visible patches", "original"]
+        if colors is not None:
+            columns.append(colors.repeat(self.task.patch, axis=1).repeat(self.task.patch, axis=2))
+            labels.append("features: 3 principal components")
+        return image_grid(columns, labels)
 
     @cached_property  # compiled once per run
     def _reconstruct(self) -> Callable[..., Array]:
         return jax.jit(self.task.reconstruct, static_argnames="stats")
+
+    @cached_property
+    def _grid_features(self) -> Callable[..., Array]:
+        return jax.jit(self.task.grid_features)
+
+
+def _to_host(images: Array) -> np.ndarray:
+    return np.asarray(images if images.is_fully_addressable else sharding.gather_to_host(images))
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "y x 3"]) -> None:

@@ -102,14 +102,14 @@ def project_all(
     Raises:
       UserError: as `Pca.fit`.
     """
-    chunks = [
-        jnp.asarray(vectors[start : start + CHUNK]) for start in range(0, len(vectors), CHUNK)
-    ]
+    starts = range(0, len(vectors), CHUNK)
+    chunk = lambda start: jnp.asarray(vectors[start : start + CHUNK])
     moments = Moments()
-    for chunk in chunks:
-        moments.add(chunk, jnp.ones(len(chunk)))
+    for start in starts:
+        rows = chunk(start)
+        moments.add(rows, jnp.ones(len(rows)))
     pca = Pca.fit(moments, k, what)
-    return np.concatenate([pca.project(chunk) for chunk in chunks]), pca
+    return np.concatenate([np.asarray(pca.project(chunk(start))) for start in starts]), pca
 
 
 class PatchMoments:
@@ -190,6 +190,16 @@ class PatchColors:
         if self.foreground:
             colors = colors * np.asarray(self.foreground.select(grid))[..., None]
         return (255 * colors).round().astype(np.uint8)
+
+
+def color_patches(grid: Float[np.ndarray, "b y x d"]) -> UInt8[np.ndarray, "b y x 3"]:
+    """Return the colors of patches by their own components; black if all are the same."""
+    moments = Moments()
+    moments.add(jnp.asarray(grid), jnp.ones(grid.shape[:3]))
+    try:
+        return PatchColors(Pca.fit(moments, 3, "the patches"))(jnp.asarray(grid))
+    except UserError:
+        return np.zeros((*grid.shape[:3], 3), np.uint8)
 
 
 def fit_colors(

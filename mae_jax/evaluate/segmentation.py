@@ -156,7 +156,7 @@ class SegmentationSetup:
     ignore: int
     align_corners: bool = False
     convention: str = "standard"
-    report: Callable[[str], None] = lambda _: None
+    show_progress: bool = True
 
     @property
     def patch_axes(self) -> dict[str, int]:
@@ -164,13 +164,15 @@ class SegmentationSetup:
         return {"p": self.patch, "q": self.patch}
 
     def features(self, source: SegmentationSource) -> Iterator[tuple[Example, Grids]]:
-        """Yield every image with the features of its views, by name; with a progress bar."""
+        """Yield every image with the features of its views, by name."""
         waiting: deque[Example] = deque()
 
         def views() -> Iterator[np.ndarray]:
             read = lambda index: self.views.read(source, index, self.num_classes)
             examples = ordered_parallel_map(read, len(source), available_cpus())
-            for example in console.progress(examples, len(source)):
+            if self.show_progress:
+                examples = console.progress(examples, len(source))
+            for example in examples:
                 waiting.append(example)
                 yield from example.views
 

@@ -16,8 +16,7 @@ from jaxtyping import Array, Float
 import mae_jax
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert.pretrained import Params, PretrainedModel
-from mae_jax.data.segmentation import SegmentationSource, check_masks, open_segmentation
-from mae_jax.data.sources import DataError
+from mae_jax.data.segmentation import SegmentationSource, count_classes, open_segmentation
 from mae_jax.data.subsets import evenly_spaced_indices
 from mae_jax.distributed import sharding
 from mae_jax.distributed.inference import with_sharded_inputs
@@ -188,12 +187,7 @@ def _class_names(arguments: argparse.Namespace, train: SegmentationSource) -> tu
         )
     if not count:
         log.info("counting the classes of %d masks", len(train))
-        masks = check_masks(train, None, available_cpus())
-        for name, problem in masks.bad.items():
-            raise DataError(f"{name}: {problem}")
-        count = masks.num_classes(train.ignore)
-        if not count:
-            raise DataError(f"all pixels of all masks are {train.ignore}, which is ignored")
+        count = count_classes(train, available_cpus())
         log.info("%d classes", count)
     return train.class_names or tuple(str(number) for number in range(count))
 

@@ -187,6 +187,13 @@ class Pretrain:
         tokens = self.apply("encode", params, self.to_patches(images))
         return tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 
+    def grid_features(
+        self, params: Params, images: Shaped[Array, "b h w c"]
+    ) -> Float[Array, "b y x d"]:
+        """Return the encoder's patch tokens of unmasked images, float32."""
+        tokens = self.apply("encode", params, self.to_patches(images))
+        return tokens[:, 1:].astype(jnp.float32).reshape(len(images), *self.grid, -1)
+
     def reconstruct(
         self, params: Params, images: Shaped[Array, "b h w c"], mask: Mask, stats: str = "gt"
     ) -> Shaped[Array, "b h w c"]:

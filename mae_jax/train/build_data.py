@@ -16,7 +16,7 @@ from mae_jax.data.in_memory import InMemory
 from mae_jax.data.loader import Loader, Transform, eval_batches
 from mae_jax.data.mask_transforms import ScaleCropTransform, WholeTransform
 from mae_jax.data.randaugment import RandAugment
-from mae_jax.data.segmentation import open_folder_masks, open_tfds_masks
+from mae_jax.data.segmentation import SegmentationSource, open_folder_masks, open_tfds_masks
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import few_shot
 from mae_jax.data.transforms import (
@@ -92,11 +92,27 @@ def make_eval_source(
 
 
 def _open(config: Config, split: str, classes: tuple[str, ...], index_dir: Path | None) -> Source:
+    if config.task == "segment":
+        return open_masks(config, split, index_dir)
+    if config.eval.segment_knn:
+        return open_masks(config, split, index_dir).images
+    return _dataset(config, index_dir).open(split, classes)
+
+
+def _dataset(config: Config, index_dir: Path | None) -> DatasetSpec:
+    data = config.data
+    return DatasetSpec(data.source, data.name, data.path, data.image_feature, index_dir)
+
+
+def open_masks(config: Config, split: str, index_dir: Path | None) -> SegmentationSource:
+    """Open a split of images with masks.
+
+    Raises:
+      DataError: it does not exist, or has no masks.
+    """
     data, segment = config.data, config.segment
-    dataset = DatasetSpec(data.source, data.name, data.path, data.image_feature, index_dir)
-    if config.task != "segment":
-        return dataset.open(split, classes)
     if data.source == "tfds":
+        dataset = _dataset(config, index_dir)
         return open_tfds_masks(dataset, split, segment.mask_feature, segment.ignore)
     if not data.path:
         raise data.error("source", "needs data.path, a folder")

@@ -9,15 +9,23 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mae_jax.data.loader import eval_batches
+from mae_jax.data.segmentation import count_classes
 from mae_jax.data.sources import Source
 from mae_jax.data.subsets import evenly_spaced
+from mae_jax.distributed import sharding
 from mae_jax.evaluate.figures import ReconstructionFigure, check_display_channels
 from mae_jax.evaluate.rankme import MAX_IMAGES
+from mae_jax.evaluate.segmentation import Views
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.segment import Segment
 from mae_jax.tasks.supervised import SupervisedTask
-from mae_jax.train.build_data import class_names, make_eval_batches, make_eval_transform
+from mae_jax.train.build_data import (
+    class_names,
+    make_eval_batches,
+    make_eval_transform,
+    open_masks,
+)
 from mae_jax.train.build_model import RunLength
 from mae_jax.train.config import Config
 from mae_jax.train.evaluators import (
@@ -29,6 +37,8 @@ from mae_jax.train.evaluators import (
     SegmentationPictures,
 )
 from mae_jax.train.metrics_writer import MetricsWriter
+from mae_jax.train.segment_knn import SegmentKnnEvaluator
+from mae_jax.utils.cpus import available_cpus
 
 
 def make_evaluators(
@@ -61,6 +71,8 @@ def make_evaluators(
         figure = _make_figure(config, task, eval_source or train_source)
         folder = workdir / "pictures"
         evaluators.append(ReconstructionEvaluator(figure, writer, folder, every["pictures"]))
+        if config.eval.segment_knn:
+            evaluators.append(_make_segment_knn(config, task, mesh, every["knn"], heartbeat))
     elif task.model.num_classes and eval_source is not None:
         batches = images(eval_source, num_classes=task.model.num_classes)
         if isinstance(task, Classify):
@@ -102,6 +114,40 @@ def make_evaluators(
 def has_labels(train_source: Source, eval_source: Source | None) -> bool:
     """Return whether there are labeled images to train on and to evaluate on, as k-NN needs."""
     return bool(train_source.classes and eval_source is not None and eval_source.classes)
+
+
+def _make_segment_knn(
+    config: Config,
+    task: Pretrain,
+    mesh: jax.sharding.Mesh,
+    every: int | None,
+    heartbeat: Callable[[str], None],
+) -> SegmentKnnEvaluator:
+    """Return the evaluator of patch k-NN; masks without class names are read once.
+
+    Raises:
+      UserError: the run has several processes, or a mask is bad.
+    """
+    if jax.process_count() > 1:
+        raise config.eval.error("segment_knn", "is for runs of one process")
+    bank = open_masks(config, config.data.train_split, None).evenly_spaced(config.eval.knn_bank)
+    queries = open_masks(config, config.data.eval_split, None)
+    return SegmentKnnEvaluator(
+        task=task,
+        bank=bank,
+        queries=queries.evenly_spaced(config.eval.knn_queries),
+        num_classes=len(bank.class_names) or count_classes(bank, available_cpus()),
+        views=Views(
+            config.model.image_size,
+            config.model.channels,
+            fill=(0.0,) * config.model.channels,  # of windows, which there are not
+            bit_depth=config.data.bit_depth,
+        ),
+        batch_size=sharding.round_up_batch(config.eval.batch_size, mesh),
+        mesh=mesh,
+        every=every,
+        heartbeat=heartbeat,
+    )
 
 
 def _make_figure(config: Config, task: Pretrain, source: Source) -> ReconstructionFigure:

@@ -394,6 +394,11 @@ class EvalConfig(Group):
         " encoder's features of training images",
         implied=False,
     )
+    segment_knn: bool = key(
+        False,
+        "with k-NN, on data with masks: mIoU of the k-NN of patches; in runs of one process",
+        implied=False,
+    )
     linear: bool = key(False, "at the end, also a linear probe on the same images")
     baselines: bool = key(
         False,
@@ -532,6 +537,8 @@ class Config(Group):
         super().__post_init__()
         self._check_stats("mean", IMAGENET_MEAN)
         self._check_stats("std", IMAGENET_STD)
+        if self.task != "pretrain" and self.eval.segment_knn:
+            raise self.eval.error("segment_knn", "is for pretraining")
         if self.task == "classify":
             self._check_classify()
             return

@@ -22,6 +22,7 @@ from mae_jax.distributed.inference import (
 )
 from mae_jax.evaluate.figures import ReconstructionFigure, image_grid, save_png, to_rgb_uint8
 from mae_jax.evaluate.metrics import Score, accuracy, top_k
+from mae_jax.evaluate.pca import color_patches
 from mae_jax.evaluate.segmentation_figure import color_mask
 from mae_jax.evaluate.segmentation_metrics import (
     SegmentationScore,
@@ -64,7 +65,11 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class ReconstructionEvaluator:
-    """Draws reconstructions of the same images under the same masks to pictures/step_*.png."""
+    """Draws reconstructions of the same images under the same masks to pictures/step_*.png.
+
+    Beside them the features of all patches, without masking, as colors: those of one figure are
+    comparable, those of two are not.
+    """
 
     pictures: ReconstructionFigure
     writer: MetricsWriter
@@ -74,9 +79,10 @@ class ReconstructionEvaluator:
     def run(self, step: int, state: TrainState) -> Results:
         """Write a figure; all processes compute it together."""
         reconstructions = self.pictures.reconstruct(state.params)
+        features = self.pictures.grid_features(state.params)
         if not processes.is_main():
             return {}
-        figure = self.pictures.render(reconstructions)
+        figure = self.pictures.render(reconstructions, color_patches(features))
         return _write_figure(figure, step, "reconstruction", self.writer, self.folder)
 
     finish = run
