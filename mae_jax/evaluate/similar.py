@@ -237,8 +237,8 @@ def duplicate_groups(
     """
     unit, count = _unit(vectors), len(vectors)
     first = np.arange(count)  # of the group of each vector
-    starts = console.progress(range(0, count, tile), count, "images compared", lambda _: tile)
-    for start in starts:
+    size = lambda start: min(tile, count - start)
+    for start in console.progress(range(0, count, tile), count, "images", size):
         for other in range(start, count, tile):
             near = np.asarray(
                 _are_near(_rows(unit, start, tile), _rows(unit, other, tile), threshold)
