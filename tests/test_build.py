@@ -501,6 +501,7 @@ SEEN = {
     "init.ema": "test_a_decoder_is_left_out_where_asked",
     "init.path": "test_classify_runs.py: what is loaded from it",
     "init.new_head": "test_classify_runs.py: which arrays are fresh",
+    "eval.segment_knn": "test_segmentation.py: what is measured in a run",
     "resume.allow": "test_checkpoint.py, test_cli.py: what is refused",
 }
 # Keys that change when and where things are done, written or given up, but no number.

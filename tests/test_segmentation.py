@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from run_helpers import run, write_tiny
 
 from mae_jax.data import __main__ as data_command
 from mae_jax.data import demo_dataset
@@ -382,3 +383,23 @@ def test_mosaics_have_the_pixels_of_their_photographs(tmp_path):
         first, _ = demo_dataset.columns(photograph.shape[1], "validation")
         colors = {tuple(color) for color in photograph[:, first:].reshape(-1, 3).tolist()}
         assert {tuple(color) for color in image[mask == label].tolist()} <= colors
+
+
+def test_pretraining_measures_patch_knn(dataset, tmp_path):
+    config = write_tiny(tmp_path / "other", evaluate_every_epochs=1.0)
+    output = run(
+        config,
+        tmp_path / "run",
+        f"--config.data.path={dataset}",
+        "--config.data.eval_split=validation",
+        "--config.eval.segment_knn=True",
+        "--config.steps=2",
+        "--config.optim.warmup_steps=1",
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 1 / 3 < summary["segment_knn_miou"] <= 1  # classes are colors
+    assert 0.5 < summary["segment_knn_accuracy"] <= 1
+    assert "step 1: " in output
+    assert "segment_knn_miou" in output
+    with Image.open(summary["pictures"]) as picture:
+        assert picture.width > 5 * 112  # with a column of features
