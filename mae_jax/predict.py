@@ -1,6 +1,7 @@
-"""Predict the classes of images with a fine-tuned or probed checkpoint.
+"""Predict the classes of images, or of their pixels, with a fine-tuned or probed checkpoint.
 
 mae-jax predict IMAGE_OR_DIR... --checkpoint FINETUNED [--out predictions.csv]
+mae-jax predict IMAGE_OR_DIR... --checkpoint SEGMENTATION [--out predictions]
 """
 
 import argparse
@@ -16,9 +17,14 @@ from jaxtyping import Array, Float
 
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert.model_info import ConvertError
+from mae_jax.convert.pretrained import Params, PretrainedModel
 from mae_jax.data.sources import FileSource
+from mae_jax.evaluate.mask_files import write_masks
 from mae_jax.utils import cli
-from mae_jax.utils.atomic import atomic_path
+from mae_jax.utils.atomic import atomic_path, check_writable
+from mae_jax.utils.errors import UserError
+
+SHOWN = 5  # classes of an image
 
 # By problem type of the head: the columns after "file".
 COLUMNS = {
@@ -32,13 +38,52 @@ COLUMNS = {
 
 def main(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
-    cli.check_output("--out", arguments.out, ".csv")
+    if arguments.out and arguments.out.suffix:
+        cli.check_output("--out", arguments.out, ".csv")
     source = FileSource(arguments.images)
     model, params = convert_cli.load_model(arguments)
     model.check_head()
     problem, count = model.info.problem, model.info.num_classes
     _check_flags(arguments, problem)
     names = _class_names(arguments.class_names, model.info.class_names, count, problem)
+    if model.info.segments:
+        _segment(arguments, model, params, source, names)
+    else:
+        _classify(arguments, model, params, source, names)
+
+
+def _segment(
+    arguments: argparse.Namespace,
+    model: PretrainedModel,
+    params: Params,
+    source: FileSource,
+    names: tuple[str, ...],
+) -> None:
+    """Write masks and overlays, and print the most frequent classes of every image."""
+    out = arguments.out or Path("predictions")
+    if out.suffix or out.is_file():
+        raise UserError(
+            f"--out {out} must be a folder, without a suffix: {arguments.checkpoint} is a "
+            "segmentation model, and predicts masks"
+        )
+    check_writable("--out", out)
+    for file, fractions in write_masks(model, params, source, out, names, arguments.batch_size):
+        shown = [f"{share:.0%} {name}" for name, share in fractions.items()][:SHOWN]
+        print(f"{file}: {', '.join(shown)}")
+    print(f"{out}: {cli.pluralize(len(source), 'image')}")
+
+
+def _classify(
+    arguments: argparse.Namespace,
+    model: PretrainedModel,
+    params: Params,
+    source: FileSource,
+    names: tuple[str, ...],
+) -> None:
+    """Write and print the best classes of every image."""
+    problem, count = model.info.problem, model.info.num_classes
+    out = arguments.out or Path("predictions.csv")
+    cli.check_output("--out", out, ".csv")
 
     @jax.jit
     def predict(params: Any, images: Array) -> dict[str, Array]:
@@ -52,7 +97,7 @@ def main(argv: list[str]) -> None:
         _rows(row, names, problem, arguments.top or _default_top(problem, count), threshold)
         for row in predictions
     ]
-    with atomic_path(arguments.out) as part, part.open("w", newline="") as file:
+    with atomic_path(out) as part, part.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["file", *COLUMNS[problem]])
         for number, rows in enumerate(tables):
@@ -61,7 +106,7 @@ def main(argv: list[str]) -> None:
         print(source.describe(number))
         for row in rows:
             print(_line(dict(zip(COLUMNS[problem], row)), names))
-    print(f"{arguments.out}: {cli.pluralize(len(source), 'image')}")
+    print(f"{out}: {cli.pluralize(len(source), 'image')}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = convert_cli.image_parser("mae_jax.predict", __doc__)
     convert_cli.add_batch_size(parser)
     parser.add_argument(
-        "--out", type=cli.path_argument, default=Path("predictions.csv"), help="predictions.csv"
+        "--out",
+        type=cli.path_argument,
+        help="predictions.csv; of a segmentation model a folder of masks (predictions)",
     )
     parser.add_argument(
         "--top",
@@ -93,8 +140,10 @@ def _check_flags(arguments: argparse.Namespace, problem: str) -> None:
     """Raise ConvertError for flags that the head has no use for."""
     if arguments.threshold is not None and problem != "multi_label_classification":
         raise ConvertError(f"--threshold is for multi-label heads; this one is for {problem}")
-    if arguments.top is not None and problem == "regression":
-        raise ConvertError("--top is for classes; the head of this checkpoint is a regression")
+    if arguments.top is not None and problem in ("regression", "semantic_segmentation"):
+        raise ConvertError(
+            f"--top is for classes; the head of this checkpoint is a {problem.replace('_', ' ')}"
+        )
 
 
 def scores(logits: Float[Array, "b n"], problem: str) -> Float[Array, "b n"]:

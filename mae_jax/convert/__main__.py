@@ -49,7 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="of images: 1 sums the patch embedding over the old channels; more repeat them in "
         "order, scaled by old / new",
     )
-    parser.add_argument("--encoder-only", action="store_true", help="do not convert the decoder")
+    parser.add_argument(
+        "--encoder-only",
+        action="store_true",
+        help="do not convert the decoder, nor the head of a segmentation model",
+    )
     convert_cli.add_format_flags(parser)
     return parser
 
@@ -70,6 +74,8 @@ def convert(argv: list[str]) -> None:
     checkpoint = weights.read(source, **convert_cli.format_kwargs(arguments))
     if arguments.encoder_only:
         checkpoint = weights.encoder_only(checkpoint)
+        if checkpoint.info.segments:
+            checkpoint = weights.without_head(checkpoint)
     checkpoint = weights.adapt(
         checkpoint, channels=arguments.channels, image_size=arguments.image_size
     )
@@ -102,8 +108,11 @@ def describe(checkpoint: weights.Weights) -> dict[str, str]:
     if info.num_classes:
         head = f"{info.num_classes} classes, {'named' if info.class_names else 'without names'}"
         head += ", after a BatchNorm" if info.head_norm else ""
+        if info.upsample_width:
+            head += f", after upsampling with {info.upsample_width} features"
         head += f", {info.problem}"
     pools = {"cls": "cls token", "mean": "mean of the patches", "attention": "learned attention"}
+    pools["grid"] = "none, every patch"
     dtypes = Counter(array.dtype.name for array in checkpoint.arrays.values())
     return {
         "names": checkpoint.layout,
@@ -162,7 +171,7 @@ def _uses(info: weights.ModelInfo) -> list[str]:
         known = info.target != "unknown"
         uses.append("reconstruction" if known else "reconstruction (--target needed)")
     if info.num_classes:
-        uses.append("prediction")
+        uses.append("segmentation" if info.segments else "prediction")
     return uses
 
 

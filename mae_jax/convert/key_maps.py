@@ -13,6 +13,8 @@ from functools import cached_property
 import numpy as np
 from einops import rearrange
 
+from mae_jax.models.segmentation import LEVELS
+
 
 @dataclass(frozen=True)
 class KeyMap:
@@ -213,7 +215,14 @@ class Layout:
 _OFFICIAL = [*TIMM_ENCODER, *OFFICIAL_DECODER, *OFFICIAL_PROBE]
 ATTENTION_POOL = ("query", "key/kernel", "key/bias", "value/kernel", "value/bias")
 _PARAMS = [key_map.param for key_map in _OFFICIAL]
-_PARAMS += [f"attention_pool/{name}" for name in ATTENTION_POOL]  # no other format has these
+# No other format has these.
+_PARAMS += [f"attention_pool/{name}" for name in ATTENTION_POOL]
+_PARAMS += [
+    f"upsample/{layer}{level}/{name}"
+    for level in range(LEVELS)
+    for layer, names in (("conv", ("kernel", "bias")), ("norm", ("scale", "bias")))
+    for name in names
+]
 
 # Of the layouts of a format, the first that covers all parameters is written.
 LAYOUTS = (

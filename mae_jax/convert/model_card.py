@@ -10,8 +10,14 @@ from mae_jax.utils.atomic import atomic_path
 
 LIBRARIES = {"hf": "transformers", "timm": "timm", "mae_jax": "mae_jax", "official": "pytorch"}
 TARGETS = {"pixels": "pixels", "normalized": "normalized pixels", "unknown": "pixels"}
+RECIPES = {
+    "pretrain": "pretraining",
+    "classify": "classification",
+    "segment": "semantic segmentation",
+}
 MEASURES = {  # of summary.json, in percent
     "top1": "accuracy, top-1",
+    "miou": "mIoU of segmentation",
     "top1_ema": "accuracy of the EMA parameters, top-1",
     "top5": "accuracy, top-5",
     "knn_top1": "k-NN, top-1",
@@ -83,6 +89,7 @@ def model_card(
 def _metadata(info: ModelInfo, dialect: str, facts: Mapping[str, Any], license_id: str) -> str:
     """Return the block of metadata; every value is JSON, which YAML includes."""
     task = "image-classification" if info.num_classes else "image-feature-extraction"
+    task = "image-segmentation" if info.segments else task
     values: dict[str, Any] = {
         "library_name": LIBRARIES[dialect],
         "pipeline_tag": task,
@@ -125,7 +132,7 @@ def _training(info: ModelInfo, facts: Mapping[str, Any]) -> dict[str, Any]:
     steps = summary.get("steps") or config["steps"]
     dataset = data["name"] if data["source"] == "tfds" else Path(data["path"]).name
     rows = {
-        "recipe": "pretraining" if config["task"] == "pretrain" else "classification",
+        "recipe": RECIPES[config["task"]],
         "data": f"{dataset}, split {data['train_split']}",
         "length": f"{steps} steps" if steps else f"{config['epochs']:g} epochs",
         "batch size": config["batch_size"],

@@ -38,7 +38,7 @@ class ModelInfo:
     source: format that the weights originally came from.
     heads: 0 if unknown; decoder_depth: 0 without decoder; num_classes: 0 without head.
     image_size: height and width, pixels.
-    pool, fc_norm, head_norm: as in `Classifier`.
+    pool, fc_norm, head_norm, upsample_width: as in `Classifier`.
     target: what the decoder predicts: "pixels", "normalized" or "unknown".
     mask_ratio: fraction of patches hidden in pretraining; the paper's if unknown.
     resize, crop, size, crop_size, alpha: see `mae_jax.convert.preprocessing`; interpolation: name
@@ -66,6 +66,7 @@ class ModelInfo:
     pool: str = "cls"
     fc_norm: bool = False
     head_norm: bool = False
+    upsample_width: int = 0
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     target: str = "unknown"
@@ -91,7 +92,7 @@ class ModelInfo:
             value = vars(self)[name]
             _check(name, value, isinstance(value, expected), f"a {expected.__name__}")
         counts = ("width", "depth", "patch", "channels")
-        for name in (*counts, "heads", "num_classes", *_DECODER):
+        for name in (*counts, "heads", "num_classes", "upsample_width", *_DECODER):
             value = vars(self)[name]
             low = 1 if name in counts else 0
             _check(name, value, type(value) is int and value >= low, f"an integer >= {low}")
@@ -139,8 +140,15 @@ class ModelInfo:
     @property
     def problem(self) -> str:
         """Return what the head predicts; one output is a regression, as in transformers."""
+        if self.segments:
+            return "semantic_segmentation"
         single = "regression" if self.num_classes == 1 else "single_label_classification"
         return self.problem_type or single
+
+    @property
+    def segments(self) -> bool:
+        """Return whether the head classifies every patch."""
+        return self.pool == "grid"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -166,7 +174,7 @@ def is_number(value: Any) -> bool:
 
 _DECODER = ("decoder_width", "decoder_depth", "decoder_heads")
 _CHOICES = {
-    "pool": POOLS,
+    "pool": (*POOLS, "grid"),
     "target": TARGETS,
     "resize": ("crop", "squash", "cover", "border", "processor"),
     "interpolation": INTERPOLATIONS,
@@ -265,6 +273,7 @@ def make_classifier(info: ModelInfo, execution: ExecutionConfig = ExecutionConfi
         pool=info.pool,
         fc_norm=info.fc_norm,
         head_norm=info.head_norm,
+        upsample_width=info.upsample_width,
     )
 
 

@@ -202,8 +202,13 @@ class PretrainedModel:
     def _as_grid(self, tokens: Array) -> Array:
         return rearrange(tokens[:, 1:], "b (y x) d -> b y x d", y=self.info.grid[0])
 
-    def logits(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b classes"]:
+    def logits(
+        self, params: Params, images: Shaped[Array, "b h w c"]
+    ) -> Float[Array, "b *grid classes"]:
         """Return the class logits of a fine-tuned or probed model.
+
+        Those of a segmentation model are of every patch, [b, rows, columns, classes], or of finer
+        cells after upsampling; `mae_jax.models.segmentation.upsample` makes them those of pixels.
 
         Raises:
           ConvertError: the checkpoint has no head.
@@ -214,7 +219,7 @@ class PretrainedModel:
         return logits
 
     def check_head(self) -> None:
-        """Raise ConvertError unless the checkpoint has a classification head."""
+        """Raise ConvertError unless the checkpoint has a head."""
         if not self.info.num_classes:
             raise ConvertError(
                 f"{self.path} has no classification head: use a fine-tuned checkpoint, such as the "

@@ -143,6 +143,16 @@ def encoder_only(weights: Weights) -> Weights:
     return dataclasses.replace(weights, arrays=arrays, info=info)
 
 
+def without_head(weights: Weights) -> Weights:
+    """Return the weights without the head of a segmentation model."""
+    parts = ("head/", "head_norm/", "upsample/")
+    arrays = {n: array for n, array in weights.arrays.items() if not n.startswith(parts)}
+    info = dataclasses.replace(
+        weights.info, pool="cls", head_norm=False, upsample_width=0, num_classes=0, class_names=()
+    )
+    return dataclasses.replace(weights, arrays=arrays, info=info)
+
+
 def check_destination(path: Path, dialect: str, *, overwrite: bool) -> None:
     """Raise ConvertError if a path cannot be written, or would replace something by accident."""
     if dialect not in DIALECTS:
@@ -198,6 +208,11 @@ def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
     """Return why the code of a format could not run the weights; None if it can."""
     if dialect == "mae_jax":
         return None
+    if info.segments:
+        return (
+            f"{dialect} has no segmentation head; --to mae_jax has, and --encoder-only converts "
+            "the encoder without it"
+        )
     if info.pool == "attention":
         return f"{dialect} has no learned attention pooling; --to mae_jax has"
     if info.head_norm and dialect != "official":

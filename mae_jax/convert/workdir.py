@@ -71,7 +71,15 @@ def load_run(
     }
     tensors = {name: x for tree in trees for name, x in flatten(tree).items()}
     if config["task"] == "classify":
-        metadata |= _head_metadata(config, tensors, meta)
+        classify = config["classify"]
+        metadata |= {name: classify[name] for name in ("pool", "fc_norm", "head_norm")}
+        metadata |= _class_metadata(tensors, meta)
+    elif config["task"] == "segment":
+        segment = config["segment"]
+        width = segment["head_width"] if segment["head"] == "upsample" else 0
+        metadata |= {"pool": "grid", "head_norm": segment["head_norm"], "upsample_width": width}
+        metadata |= {"resize": "squash", "crop": 1.0}  # as WholeTransform
+        metadata |= _class_metadata(tensors, meta)
     else:
         metadata |= _decoder_metadata(config)
     # Fixed sine-cosine embeddings are not parameters of a run, but checkpoint files contain them.
@@ -103,16 +111,10 @@ def _decoder_metadata(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _head_metadata(
-    config: dict[str, Any], tensors: dict[str, np.ndarray], meta: dict[str, Any]
-) -> dict[str, Any]:
-    classify = config["classify"]
+def _class_metadata(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> dict[str, Any]:
     num_classes = len(tensors["head/bias"]) if "head/bias" in tensors else 0
     names = tuple(meta["classes"])
     return {
-        "pool": classify["pool"],
-        "fc_norm": classify["fc_norm"],
-        "head_norm": classify["head_norm"],
         "num_classes": num_classes,
         "class_names": names if len(names) == num_classes else (),
     }
