@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_tfds import TFRECORDS
 
-from configs import finetune, knn, linprobe, pretrain
+from configs import finetune, knn, linprobe, pretrain, segment
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.data.sources import DataError
 from mae_jax.distributed.sharding import make_mesh
@@ -44,6 +44,8 @@ TINY = {
 }
 BANDS = {"data.train_split": "bands", "data.eval_split": "bands", "model.channels": 5}
 BANDS |= {"data.source": "arrays", "data.mean": (0.5,) * 5, "data.std": (0.2,) * 5}
+MASKED = {"data.train_split": "masked", "data.eval_split": "masked", "data.source": "arrays"}
+MASKED |= {"segment.num_classes": 4}
 # Where rows begin: a recipe, and what has to be set for a key to matter.
 FLAVORS = {
     "pretrain": (pretrain, {}),
@@ -55,6 +57,8 @@ FLAVORS = {
     "lars": (finetune, {"optim.name": "lars", "optim.layer_decay": 1.0}),
     "on fixed images": (linprobe, {"data.augment": "none"}),
     "knn": (knn, {"steps": 0, "classify.head": True}),
+    "segment": (segment, MASKED),
+    "upsample": (segment, MASKED | {"segment.head": "upsample"}),
 }
 
 
@@ -78,6 +82,7 @@ def folder(tmp_path_factory):
     bands, labels = rng.integers(0, 256, (8, 20, 30, 5), dtype=np.uint8), np.arange(8) % 2
     np.savez(folder / "bands.npz", image=bands, label=labels)
     np.savez(folder / "train.npz", image=bands[..., :3], label=labels)
+    np.savez(folder / "masked.npz", image=bands[..., :3], mask=bands[..., 3] % 4)
     return folder
 
 
@@ -152,6 +157,14 @@ class Parts:
     @property
     def accuracy(self):
         return self.evaluators["AccuracyEvaluator"]
+
+    @property
+    def segmentation(self):
+        return self.evaluators["SegmentationEvaluator"]
+
+    @property
+    def masks_drawn(self):
+        return len(self.evaluators["SegmentationPictures"].masks)
 
     @property
     def features(self):
@@ -304,6 +317,24 @@ ROWS = {
     "on fixed images": [("data.cache_features", True, "cost", 0.0)],
     "linprobe": [("data.augment", "crop", "loader.transform.weak", False)],
     "knn": [("classify.head", False, "task.model.num_classes", 0)],
+    "segment": [
+        ("segment.head", "upsample", "task.model.upsample_width", 256),
+        ("segment.head_norm", True, "task.model.head_norm"),
+        ("segment.num_classes", 5, "task.model.num_classes"),
+        ("segment.num_classes", 5, "loader.transform.num_classes"),
+        ("segment.ignore", 3, "task.ignore"),
+        ("segment.ignore", 3, "loader.transform.ignore"),
+        ("segment.ignore", 3, "eval_transform.ignore"),
+        ("segment.drop_path", 0.5, ENCODER + "drop_path"),
+        ("segment.scale", (0.3, 0.4), "loader.transform.scale"),
+        ("data.flip", False, "loader.transform.flip"),
+        ("data.mean", (0.2, 0.4, 0.6), "loader.transform.fill", (51, 102, 153)),
+        ("data.bit_depth", 12, "loader.transform.bit_depth"),
+        ("data.augment", "none", "loader.transform.__class__.__name__", "WholeTransform"),
+        ("eval.accuracy_every_epochs", 3.0, "segmentation.every", 3),
+        ("eval.pictures", 3, "masks_drawn"),
+    ],
+    "upsample": [("segment.head_width", 8, "task.model.upsample_width")],
 }
 FLAT = [(flavor, *row) for flavor, rows in ROWS.items() for row in rows]
 
@@ -502,6 +533,7 @@ SEEN = {
     "init.path": "test_classify_runs.py: what is loaded from it",
     "init.new_head": "test_classify_runs.py: which arrays are fresh",
     "eval.segment_knn": "test_segmentation.py: what is measured in a run",
+    "segment.mask_feature": "test_segment_runs.py: which feature is missing",
     "resume.allow": "test_checkpoint.py, test_cli.py: what is refused",
 }
 # Keys that change when and where things are done, written or given up, but no number.
