@@ -161,9 +161,10 @@ def test_pictures_of_every_dialect(golden, images, tmp_path, capsys, dialect):
     assert drawn["attention"].shape[:2] == (6 + 12 * (128 + 36 + 6), 6 + (1 + heads) * (128 + 6))
     names = ["attention.png", "map.png", "pca.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    again = draw([images], [golden / name, *flags], tmp_path, "--layers", "1,2", **wanted)
-    for name, picture in again.items():
-        np.testing.assert_array_equal(picture, drawn[name])
+    if dialect == "hf":
+        again = draw([images], [golden / name, *flags], tmp_path, "--layers", "1,2", **wanted)
+        for name, picture in again.items():
+            np.testing.assert_array_equal(picture, drawn[name])
 
 
 def test_the_picture_of_an_image_does_not_depend_on_the_order(golden, images, tmp_path):
