@@ -75,7 +75,17 @@ COMMANDS = {
 NO_PATHS = {"mae_jax.train.commands", "scripts.run_notebook"}
 PATH_TYPES = (cli.path_argument, cli.path_text, checkpoint_argument)
 # Flags that take text which is no path.
-TEXTS = {"help", "command", "image_feature", "train_split", "eval_split", "suite", "split", "name"}
+TEXTS = {
+    "help",
+    "command",
+    "image_feature",
+    "mask_feature",
+    "train_split",
+    "eval_split",
+    "suite",
+    "split",
+    "name",
+}
 TEXTS |= {"only", "step_flags", "target", "xla_flags", "compile_mode"}
 
 
@@ -124,7 +134,15 @@ def test_the_list_of_commands_is_complete():
 
 
 # Config keys of text that are neither paths nor one of some choices.
-CONFIG_TEXTS = {"attention", "name", "image_feature", "train_split", "eval_split", "allow"}
+CONFIG_TEXTS = {
+    "attention",
+    "name",
+    "image_feature",
+    "mask_feature",
+    "train_split",
+    "eval_split",
+    "allow",
+}
 CONFIG_TEXTS |= {"project", "run_name"}
 
 
