@@ -2,7 +2,7 @@
 
     mae-jax demo
 
-Trains a small ViT in minutes; the README has the expected results. Then, in a minute each,
+Trains a small ViT in minutes; the README has the expected results. Then, in a minute or two each,
 
     mae-jax train --config demo:linprobe --workdir runs/demo_linprobe
     mae-jax train --config demo:finetune --workdir runs/demo_finetune
@@ -47,10 +47,10 @@ def get_config(task: str = "pretrain"):
         config.data.update(augment="crop", crop_scale=(0.5, 1.0))
         config.eval.accuracy_every_epochs = 2.0
     if task == "segment":
-        config.steps = 600
+        config.steps = 400
         config.batch_size = 32
         config.optim.update(base_lr=8e-3, warmup_steps=60)  # 1e-3 at batch 32
-        config.segment.drop_path = 0.0
+        config.segment.update(drop_path=0.0, scale=(0.75, 1.5))
         config.data.update(name="photo_mosaics", eval_split="validation")
         config.eval.update(accuracy_every_epochs=5.0, pictures_every_epochs=10.0, batch_size=64)
     return config

@@ -31,7 +31,7 @@ COMMANDS = {
     "similar": Command(
         "mae_jax.evaluate.similar", "find the images most similar to others, or near-duplicates"
     ),
-    "predict": Command("mae_jax.predict", "predict the classes of images"),
+    "predict": Command("mae_jax.predict", "predict the classes of images, or of their pixels"),
     "reconstruct": Command("mae_jax.reconstruct", "draw the reconstructions of masked images"),
     "convert": Command(
         "mae_jax.convert.__main__", "convert weights: mae_jax, official, Hugging Face, timm"

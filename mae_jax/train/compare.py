@@ -21,6 +21,7 @@ COLUMNS = {  # of the table: metric by heading, and its format
     "k-NN": ("knn_top1", "{:.3f}"),
     "RankMe": ("rankme", "{:.1f}"),
     "top-1": ("top1", "{:.3f}"),
+    "mIoU": ("miou", "{:.3f}"),
     "probe": ("linear_top1", "{:.3f}"),
 }
 PANELS = {  # of the figure: title by metric
@@ -28,6 +29,7 @@ PANELS = {  # of the figure: title by metric
     "knn_top1": "k-NN top-1",
     "rankme": "RankMe (effective rank)",
     "top1": "top-1",
+    "miou": "mIoU",
     "images_per_second": "images per second",
 }
 LINE_STYLES = (":", "--", "-.")  # of the yardsticks
