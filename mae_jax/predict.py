@@ -6,6 +6,7 @@ mae-jax predict IMAGE_OR_DIR... --checkpoint SEGMENTATION [--out predictions]
 
 import argparse
 import csv
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from mae_jax.utils.atomic import atomic_path, check_writable
 from mae_jax.utils.errors import UserError
 
 SHOWN = 5  # classes of an image
+
+log = logging.getLogger("mae_jax")
 
 # By problem type of the head: the columns after "file".
 COLUMNS = {
@@ -84,6 +87,11 @@ def _classify(
     problem, count = model.info.problem, model.info.num_classes
     out = arguments.out or Path("predictions.csv")
     cli.check_output("--out", out, ".csv")
+    if problem == "regression" and not model.info.problem_type:
+        log.warning(
+            "its one output has no problem_type: a regression, whose value is written; if it is "
+            "the logit of a class, its probability is the sigmoid of that"
+        )
 
     @jax.jit
     def predict(params: Any, images: Array) -> dict[str, Array]:

@@ -142,6 +142,17 @@ def test_preprocessor_config(huggingface):
         weights.read(huggingface)
 
 
+def test_processor_config_is_preferred_as_in_transformers(huggingface):
+    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": 0.1, "resample": 2.0}
+    path = huggingface / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": processor}))
+    info = weights.read(huggingface).info
+    assert (info.mean, info.interpolation) == ((0.1,) * 3, "bilinear")
+    path.write_text(json.dumps({"image_processor": processor | {"resample": 9}}))
+    with pytest.raises(ConvertError, match="^processor_config.json: resample=9 must be"):
+        weights.read(huggingface)
+
+
 # ---------------------------------------------------------------- destinations
 
 

@@ -82,3 +82,14 @@ def test_a_lock_of_another_host_is_stale_without_heartbeat(tmp_path, monkeypatch
     os.utime(other, (0, 0))
     with exclusive_lock(path):
         assert not other.exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", "half"])
+def test_a_lock_file_that_says_nothing_is_held_until_it_is_stale(tmp_path, monkeypatch, content):
+    without_flock(monkeypatch, errno.ENOSYS)
+    (tmp_path / ".lock.1").write_text(content)
+    with pytest.raises(LockedError, match="another process"), exclusive_lock(tmp_path / ".lock"):
+        pass
+    os.utime(tmp_path / ".lock.1", (0, 0))
+    with exclusive_lock(tmp_path / ".lock"):
+        pass

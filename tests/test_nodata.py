@@ -124,3 +124,27 @@ def test_stats_name_an_image_with_nan_and_the_remedy(tmp_path):
     data = folder(tmp_path, {"a.tif": tiff(with_missing(np.nan), None)})
     with pytest.raises(DataError, match=r"a\.tif.*NaN.*--ignore-nodata"):
         main(["stats", data, "--channels", "4"])
+
+
+@pytest.mark.parametrize("photometric", ["miniswhite", "palette"])
+def test_nodata_is_compared_with_stored_values(photometric):
+    stored = np.full((8, 10), 7, np.uint8)
+    stored[:2] = 0
+    options: dict = {"photometric": photometric, "extratags": [(42113, "s", 0, "0", True)]}
+    if photometric == "palette":
+        options["colormap"] = np.arange(768, dtype=np.uint16).reshape(3, 256)
+    file = io.BytesIO()
+    tifffile.imwrite(file, stored, metadata=None, **options)
+    masked = decode_masked(file.getvalue(), 3)
+    np.testing.assert_array_equal(masked.missing.all(axis=-1), stored == 0)
+    assert masked.missing.shape == masked.pixels.shape
+
+
+def test_nodata_of_colors_that_are_read_as_gray():
+    image = np.full((8, 10, 3), 700, np.uint16)
+    image[:2, :, 1] = 0
+    file = io.BytesIO()
+    tags = [(42113, "s", 0, "0", True)]
+    tifffile.imwrite(file, image, photometric="rgb", metadata=None, extratags=tags)
+    masked = decode_masked(file.getvalue(), 1)
+    np.testing.assert_array_equal(masked.missing[..., 0], image[..., 1] == 0)

@@ -114,3 +114,20 @@ def test_other_files_are_called_by_their_name(kind):
     with pytest.raises(DataError, match=message) as caught:
         decode(data, 3)
     assert "bytes are not an image" not in str(caught.value)
+
+
+def test_exif_that_cannot_be_read_is_upright():
+    for before in (b"IDAT", b"IEND"):
+        data = with_chunk(b"eXIf", b"garbage", before)
+        np.testing.assert_array_equal(decode(data, 3, exif=True), PIXELS)
+
+
+def test_gray_and_alpha_of_16_bits_as_two_channels():
+    values = np.random.default_rng(0).integers(0, 2**16, (9, 7, 2), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 7, 9, 16, 4, 0, 0, 0)
+    data = PLAIN[:8]
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        data += struct.pack(">I", len(content)) + kind + content + checksum
+    np.testing.assert_array_equal(decode(data, 2), values >> 8)

@@ -83,7 +83,7 @@ def test_multi_label(classifier, picture, tmp_path, dialect, capsys):
 
 
 @pytest.mark.parametrize(("count", "problem_type"), [(1, ""), (1, "regression"), (3, "regression")])
-def test_regression(classifier, picture, tmp_path, count, problem_type):
+def test_regression(classifier, picture, tmp_path, caplog, count, problem_type):
     """One output without a problem type is a regression, as in transformers' training."""
     weights.write(classifier(count, problem_type=problem_type), tmp_path / "model", "hf")
     rows = rows_of(picture, tmp_path / "model")
@@ -93,6 +93,7 @@ def test_regression(classifier, picture, tmp_path, count, problem_type):
     assert [row["name"] for row in rows] == [f"output {number}" for number in range(count)]
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert config.get("problem_type", "") == problem_type
+    assert ("its one output has no problem_type" in caplog.text) == (not problem_type)
 
 
 def test_single_label_is_a_softmax(classifier, picture, tmp_path):

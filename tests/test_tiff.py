@@ -343,3 +343,38 @@ def test_refused_with_what_it_is(kind):
     with pytest.raises(DataError, match=message) as caught:
         decode(data, 3)
     assert "not an image" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_full_image_below_its_thumbnail(dtype):
+    image = RGB8.astype(dtype)
+    options = dict(photometric="rgb", metadata=None)
+    with tifffile.TiffWriter(buffer := io.BytesIO()) as file:
+        file.write(image[::4, ::4], subfiletype=1, subifds=1, **options)
+        file.write(image, **options)
+    expected = image if dtype == "uint8" else np.zeros_like(RGB8)  # 8 of 16 bits
+    np.testing.assert_array_equal(decode(buffer.getvalue(), 3), expected)
+
+
+def test_tiles_that_were_not_written_have_the_value_of_nodata():
+    image = np.full((64, 64), 5, np.float32)
+    tags = [(42113, "s", 0, "-9999", True)]
+    for codec, number in (("raw", 1), ("tiff_lzw", 5)):
+        data = tiff(image, photometric="minisblack", tile=(32, 32), extratags=tags)
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            segments = [data[o : o + n] for o, n in zip(*tile_positions(file))]
+        written = segments[0] if number == 1 else pil_bytes(segments[0], codec)
+        sparse = overwritten(
+            data[: len(data) - sum(map(len, segments))] + written,
+            Compression=number,
+            TileByteCounts=[len(written), 0, 0, 0],
+            TileOffsets=[len(data) - sum(map(len, segments)), 0, 0, 0],
+        )
+        expected = np.full((64, 64, 1), -9999, np.float32)
+        expected[:32, :32] = 5
+        np.testing.assert_array_equal(decode(sparse, 1), expected)
+
+
+def tile_positions(file):
+    page = file.pages[0]
+    return page.dataoffsets, page.databytecounts

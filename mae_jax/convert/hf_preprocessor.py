@@ -9,6 +9,7 @@ from mae_jax.convert import preprocessing
 from mae_jax.convert.model_info import INTERPOLATIONS, ConvertError, ModelInfo, is_number
 
 Json = dict[str, Any]
+FILE = "preprocessor_config.json"
 
 # Defaults of the classes of image processors that do no more than the steps below.
 _SQUARE = {"height": 224, "width": 224}
@@ -62,17 +63,27 @@ def _refuse(problem: str) -> NoReturn:
     )
 
 
-def parse_hf_preprocessor(file: Json, channels: int, image_size: tuple[int, int]) -> Json:
+def parse_hf_preprocessor(
+    file: Json, channels: int, image_size: tuple[int, int], name: str = FILE
+) -> Json:
     """Return the fields of a `ModelInfo` that preprocessor_config.json determines.
 
     Missing settings have the defaults of transformers' class; null is no default, but none.
 
     Args:
       channels, image_size: as in config.json.
+      name: of the file, for errors.
 
     Raises:
       ConvertError: a setting is invalid, or cannot be honored; it is named.
     """
+    try:
+        return _parse(file, channels, image_size)
+    except ConvertError as error:
+        raise ConvertError(str(error).replace(FILE, name, 1)) from error
+
+
+def _parse(file: Json, channels: int, image_size: tuple[int, int]) -> Json:
     settings = _with_defaults(file)
     unknown = {name for name in settings if name.startswith("do_")} - _DEFAULTS.keys() - _IGNORED
     for name in sorted(unknown):
@@ -84,7 +95,7 @@ def parse_hf_preprocessor(file: Json, channels: int, image_size: tuple[int, int]
         known = ", ".join(f"{code} ({name})" for code, name in enumerate(INTERPOLATIONS))
         _refuse(f"resample={settings['resample']!r} must be one of {known}")
     return {
-        "interpolation": INTERPOLATIONS[settings["resample"]],
+        "interpolation": INTERPOLATIONS[int(settings["resample"])],
         "alpha": "white" if settings["do_convert_rgb"] else "drop",
         **_parse_sizes(settings, image_size),
         **_parse_stats(settings, channels),

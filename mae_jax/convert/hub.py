@@ -10,6 +10,7 @@ import glob
 import importlib.util
 import json
 import logging
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -22,10 +23,12 @@ from mae_jax.convert import torch_io
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.convert.torch_io import first_line
 from mae_jax.convert.weight_files import SUFFIXES, choose_weights, is_self_describing
+from mae_jax.utils.caches import cache_folder
 
 log = logging.getLogger("mae_jax")
 
 CONFIGS = ("config.json", "preprocessor_config.json")
+OPTIONAL_CONFIGS = ("processor_config.json",)  # of few models; not asked for unless listed
 TIMEOUT_S = 10.0  # of the first request, after which the hub is out of reach
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"  # of org/name
@@ -108,6 +111,7 @@ def fetch(name: HubName) -> tuple[Path, str]:
             f"{name} is not on this machine, and to read it from the Hugging Face hub needs "
             f"huggingface_hub: pip install 'mae_jax[hub]' && {name.command}"
         )
+    _set_cache()
     cached = _cached_snapshot(name)
     if cached is None or not cached.is_complete:
         try:
@@ -204,6 +208,15 @@ def _join(folder: str, file: str) -> str:
     return f"{folder}/{file}" if folder else file
 
 
+def _set_cache() -> None:
+    """Use a temporary folder for the cache where the home directory is unknown."""
+    variables = {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"}
+    if os.path.expanduser("~") == "~" and not variables & os.environ.keys():
+        folder = cache_folder("huggingface")
+        if folder:
+            os.environ["HF_HOME"] = str(folder)
+
+
 def _cached_snapshot(name: HubName) -> _Snapshot | None:
     """Return what the cache has of a revision."""
     import huggingface_hub
@@ -234,7 +247,8 @@ def _download(name: HubName) -> _Snapshot:
     if ".safetensors" not in weights:
         torch_io.require_torch()  # before hundreds of megabytes are downloaded
     configs = () if name.weights else CONFIGS
-    snapshot = _download_files(name, [weights, *(file for file in configs if file in files)])
+    wanted = (*configs, *OPTIONAL_CONFIGS) if configs else ()
+    snapshot = _download_files(name, [weights, *(file for file in wanted if file in files)])
     if shards := snapshot.shards():
         _download_files(dataclasses.replace(name, revision=snapshot.revision), shards)
     _note_absent(snapshot, [file for file in configs if file not in files])

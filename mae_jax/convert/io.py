@@ -66,7 +66,7 @@ def _load_directory(path: Path) -> RawCheckpoint:
         if "architecture" in config:
             _add_timm_metadata(raw, config)
         elif config.get("model_type") in ("vit_mae", "vit"):
-            _add_hf_metadata(raw, config, path / "preprocessor_config.json")
+            _add_hf_metadata(raw, config, path)
     if config and config.get("model_type", "vit") not in ("vit_mae", "vit"):
         log.warning(
             "%s is ignored: its model_type=%r is neither vit_mae nor vit",
@@ -84,18 +84,25 @@ def _add_timm_metadata(raw: RawCheckpoint, config: dict[str, Any]) -> None:
         raw.metadata |= hf_timm.parse_timm_config(config)
 
 
-def _add_hf_metadata(raw: RawCheckpoint, config: dict[str, Any], file: Path) -> None:
-    """Add the metadata of config.json and of preprocessor_config.json, `file`."""
+def _add_hf_metadata(raw: RawCheckpoint, config: dict[str, Any], path: Path) -> None:
+    """Add the metadata of config.json and of preprocessor_config.json.
+
+    As transformers 5 does, prefer the "image_processor" of processor_config.json.
+    """
     raw.declared_sizes = hf_timm.declared_sizes(config)
     declared = hf_timm.parse_hf_config(config)
     if raw.metadata.get("target") == "unknown":  # config.json cannot express that
         declared.pop("target", None)
     info = _header_info(raw)
-    preprocessor = _read_json(file)
+    file = path / "processor_config.json"
+    preprocessor = _read_json(file).get("image_processor")
+    if not isinstance(preprocessor, dict):
+        file = path / "preprocessor_config.json"
+        preprocessor = _read_json(file)
     if file.exists() and (info is None or hf_preprocessor(info) != preprocessor):
         with _invalid_values(file):
             channels, size = config.get("num_channels", 3), declared["image_size"]
-            declared |= parse_hf_preprocessor(preprocessor, channels, size)
+            declared |= parse_hf_preprocessor(preprocessor, channels, size, file.name)
     raw.metadata |= declared
 
 

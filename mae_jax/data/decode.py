@@ -19,7 +19,7 @@ from PIL.ImageFile import StubImageFile
 from mae_jax.data import png
 from mae_jax.data.file_kinds import JPEG, NUMPY, PNG, TIFF, UPRIGHT, why_not_an_image
 from mae_jax.data.sources import DataError
-from mae_jax.data.tiff import MODES, Raster, read_tiff
+from mae_jax.data.tiff import MODES, Raster, apply_orientation, read_tiff
 
 Encoded = bytes | np.ndarray  # the bytes of a file, or an array that needs no decoding
 Pixels = Shaped[np.ndarray, "h w c"]  # uint8 in 0..255; else uint16 or float32 in their own units
@@ -142,6 +142,9 @@ def _read_with_pillow(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
             return Raster(array[..., :colors] if channels in MODES else array, 16)
         if image.mode == "P":  # colors by number, of which Pillow warns if some are transparent
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        if channels == 2 and png.has_16_bits(encoded):  # Pillow makes RGBA of gray and alpha
+            upper = (png.read_16_bits(encoded, image.size) >> 8).astype(np.uint8)
+            return Raster(_to_pixels(upper, channels), None)
         if channels not in MODES:
             return Raster(_to_pixels(np.asarray(image), channels), None)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -193,23 +196,15 @@ def _to_fractions(raster: Raster, channels: int, bit_depth: int) -> Pixels:
     return np.repeat(values, 3, axis=-1) if channels == 3 else values @ LUMA[:, None]
 
 
-def apply_orientation(array: Pixels, orientation: int) -> Pixels:
-    """Return pixels upright, of an EXIF orientation."""
-    if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    return array[::-1] if orientation in (3, 4, 7, 8) else array
-
-
 def exif_orientation(encoded: bytes) -> int:
-    """Return the EXIF orientation; 1 is upright, also if it is in a text that is too long."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.getexif().get(ORIENTATION, 1)
-    except (ValueError, SyntaxError, OSError):  # perhaps of the text or color profile of a PNG
-        with open_image(encoded) as image:
-            return image.getexif().get(ORIENTATION, 1)
+    """Return the EXIF orientation; 1, upright, also if the EXIF tags cannot be read."""
+    for open_file in (lambda x: Image.open(io.BytesIO(x)), open_image):
+        try:
+            with open_file(encoded) as image:
+                return image.getexif().get(ORIENTATION, 1)
+        except (ValueError, SyntaxError, OSError):
+            continue  # perhaps of the text or color profile of a PNG, which open_image leaves out
+    return 1
 
 
 def decode_numpy(encoded: bytes) -> np.ndarray:

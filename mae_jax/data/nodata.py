@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from mae_jax.data.decode import Encoded, apply_orientation, decode, decode_numpy
+from mae_jax.data.decode import Encoded, decode, decode_numpy
 from mae_jax.data.file_kinds import NUMPY, TIFF
-from mae_jax.data.tiff import nodata_value, read_tiff
+from mae_jax.data.tiff import apply_orientation, nodata_value, read_tiff, stored_values
 from mae_jax.utils.cli import pluralize
 
 
@@ -47,6 +47,8 @@ def decode_masked(encoded: Encoded, channels: int, bit_depth: int | None = None)
         missing = missing[..., None]
     if missing.shape[:2] != pixels.shape[:2]:  # channels first
         missing = np.moveaxis(missing, 0, -1)
+    if missing.shape[-1] not in (1, pixels.shape[-1]):  # colors that became gray
+        missing = missing.any(axis=-1, keepdims=True)
     return MaskedImage(pixels, np.broadcast_to(missing, pixels.shape), value)
 
 
@@ -59,6 +61,8 @@ def _samples(encoded: Encoded, channels: int, value: float | None) -> np.ndarray
         return array if array.dtype.kind == "f" else None
     if not encoded.startswith(TIFF):
         return None
+    if value is not None and (stored := stored_values(encoded)) is not None:
+        return stored
     array, _, orientation = read_tiff(encoded, channels)
     array = apply_orientation(array, orientation)
     return array if value is not None or array.dtype.kind == "f" else None

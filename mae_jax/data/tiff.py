@@ -75,6 +75,28 @@ def nodata_value(encoded: bytes) -> float | None:
         return None
 
 
+def stored_values(encoded: bytes) -> np.ndarray | None:
+    """Return the values [h, w, 1] of a TIFF that are not its colors: of palettes, or inverted.
+
+    None for other kinds. NoData is one of these values.
+    """
+    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        page = _image_pages(file)[0]
+        if page.photometric not in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.PALETTE):
+            return None
+        values = _samples(page, encoded)[..., :1]
+        return apply_orientation(values, page.tags.valueof(274, 1))
+
+
+def apply_orientation(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Return pixels upright, of an EXIF orientation."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return array[::-1] if orientation in (3, 4, 7, 8) else array
+
+
 def _image_pages(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
     """Return the pages with the size and dtype of the first one that is the full image."""
     pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage)]
@@ -115,6 +137,8 @@ def _picture_of_8_bits(encoded: bytes, page: tifffile.TiffPage, mode: str) -> np
     """Return a page as Pillow converts it; None if Pillow does not support its kind."""
     if page.compression == tiff_codecs.WEBP or encoded.startswith(BIG_ENDIAN_BIGTIFF):
         return None
+    if len(page.treeindex) > 1:  # a sub-page, which Pillow does not count
+        return None
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.seek(page.index)
@@ -131,7 +155,10 @@ def _picture(page: tifffile.TiffPage, encoded: bytes) -> tuple[np.ndarray, int]:
         return samples[..., :1], bits
     if page.photometric == PHOTOMETRIC.MINISWHITE:
         return (2**bits - 1) - samples[..., :1], bits
-    if page.photometric == PHOTOMETRIC.RGB and samples.shape[-1] >= 3:
+    is_rgb = page.photometric == PHOTOMETRIC.RGB
+    # Decoders of JPEG convert to RGB.
+    is_jpeg = page.photometric == PHOTOMETRIC.YCBCR and page.compression in tiff_codecs.JPEGS
+    if (is_rgb or is_jpeg) and samples.shape[-1] >= 3:
         return samples[..., :3], bits
     if page.photometric == PHOTOMETRIC.PALETTE and page.colormap is not None:
         return np.moveaxis(page.colormap[:, samples[..., 0]], 0, -1), 16
@@ -166,6 +193,8 @@ def _samples(page: tifffile.TiffPage, encoded: bytes) -> np.ndarray:
 
 def _samples_by_pillow(page: tifffile.TiffPage, encoded: bytes) -> np.ndarray | None:
     """Return uint8 samples, as of JPEG; None if Pillow does not return all of them."""
+    if len(page.treeindex) > 1:  # a sub-page, which Pillow does not count
+        return None
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.seek(page.index)

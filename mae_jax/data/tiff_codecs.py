@@ -16,6 +16,7 @@ from PIL import Image
 BYTE_CODECS = (5, 8, 32946, 34925, 50000)
 NONE = 1  # compression, and predictor
 WEBP = 50001  # compression
+JPEGS = (6, 7)  # compressions
 HORIZONTAL, FLOATING_POINT = 2, 3  # predictors
 SHORT, LONG = 3, 4  # field types
 
@@ -53,11 +54,11 @@ def decode_page(page: tifffile.TiffPage) -> np.ndarray:
     if page.is_tiled:
         rows, columns = page.tilelength, page.tilewidth
     down, across = -(-height // rows), -(-width // columns)
-    image = np.zeros((planes, height, width, samples), page.dtype)
+    image = np.full((planes, height, width, samples), page.nodata, page.dtype)
     segments: Any = page.parent.filehandle.read_segments(page.dataoffsets, page.databytecounts)
     for data, index, *_ in segments:
         if data is None:
-            continue  # not written: all zeros
+            continue  # not written
         plane, y, x = np.unravel_index(index, (planes, down, across))
         target = image[plane, y * rows : (y + 1) * rows, x * columns : (x + 1) * columns]
         shape = (rows if page.is_tiled else target.shape[0], columns, samples)

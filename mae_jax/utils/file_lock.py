@@ -141,12 +141,12 @@ def _holder(path: Path) -> str | None:
         return None
     try:
         owner = json.loads(text)
-    except ValueError:  # not written yet
+        here = owner["host"] == socket.gethostname() and owner["pids"] == pid_namespace()
+        if here and not process_exists(owner["pid"]):
+            return None
+        return f"process {owner['pid']} on {owner['host']}"
+    except (ValueError, TypeError, KeyError):  # not written yet, or by somebody else
         return "another process"
-    here = owner["host"] == socket.gethostname() and owner["pids"] == pid_namespace()
-    if here and not process_exists(owner["pid"]):
-        return None
-    return f"process {owner['pid']} on {owner['host']}"
 
 
 def _disk_time(path: Path) -> float:
