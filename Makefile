@@ -60,22 +60,30 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,dev$(CUDA)]'
 	touch $@
 
-.venv-docs/.docs: pyproject.toml
-	$(PYTHON) -m venv .venv-docs
+# The other environments see the packages of $(VENV), so only what they add is installed.
+define derive_venv
+$(PYTHON) -m venv $(1)
+$(BIN)/python -c 'import sysconfig; path = sysconfig.get_path("purelib"); \
+	print(f"import site; site.addsitedir({path!r})")' > $(1)/packages.pth
+mv $(1)/packages.pth $(1)/lib/python3*/site-packages
+endef
+
+.venv-docs/.docs: $(VENV)/.dev
+	$(call derive_venv,.venv-docs)
 	.venv-docs/bin/python -m pip install --quiet --no-compile --editable '.[demo,docs]'
 	touch $@
 
 # timm requires torchvision, which breaks transformers with the CPU build of torch: both go into a
 # separate folder, which only the timm tests use.
-.venv-torch/.peers: pyproject.toml
-	$(PYTHON) -m venv .venv-torch
+.venv-torch/.peers: $(VENV)/.dev
+	$(call derive_venv,.venv-torch)
 	.venv-torch/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers --editable '.[demo,dev,mlflow,wandb]'
 	.venv-torch/bin/python -m pip install --quiet --no-compile --no-deps --upgrade --target .venv-torch/timm \
 		timm==1.0.31 torchvision==0.28.0
 	touch $@
 
-.venv-compile/.tpu: pyproject.toml
-	$(PYTHON) -m venv .venv-compile
+.venv-compile/.tpu: $(VENV)/.dev
+	$(call derive_venv,.venv-compile)
 	.venv-compile/bin/python -m pip install --quiet --no-compile --editable '.[dev]' 'jax[tpu]'
 	touch $@
 
