@@ -23,19 +23,17 @@ from mae_jax.data.segmentation import (
 from mae_jax.data.sources import DataError
 from mae_jax.evaluate import __main__ as evaluate_command
 from mae_jax.evaluate.segmentation import (
-    Example,
     KnnOptions,
     SegmentationSetup,
-    Views,
     class_fractions,
     knn_probe,
     merge_views,
     polynomial_decay,
     probe_optimizer,
     upsample_on_host,
-    window_starts,
 )
 from mae_jax.evaluate.segmentation_metrics import count_pixels, segmentation_score
+from mae_jax.evaluate.segmentation_views import Example, Views, window_starts
 from mae_jax.models.segmentation import LinearHead, upsample
 from mae_jax.tasks.segment import SegmentationProbe
 from mae_jax.tasks.train_step import init_state, make_train_step

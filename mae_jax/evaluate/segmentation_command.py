@@ -27,7 +27,6 @@ from mae_jax.evaluate.segmentation import (
     Probe,
     SegmentationSetup,
     TrainPatches,
-    Views,
     evaluate_probes,
     extract_patches,
     knn_probe,
@@ -35,6 +34,7 @@ from mae_jax.evaluate.segmentation import (
 )
 from mae_jax.evaluate.segmentation_figure import segmentation_figure
 from mae_jax.evaluate.segmentation_metrics import CONVENTIONS, SegmentationScore
+from mae_jax.evaluate.segmentation_views import Views
 from mae_jax.models.image_ops import normalize
 from mae_jax.models.patches import patchify
 from mae_jax.utils import cli, console

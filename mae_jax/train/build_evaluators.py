@@ -15,7 +15,7 @@ from mae_jax.data.subsets import evenly_spaced
 from mae_jax.distributed import sharding
 from mae_jax.evaluate.figures import ReconstructionFigure, check_display_channels
 from mae_jax.evaluate.rankme import MAX_IMAGES
-from mae_jax.evaluate.segmentation import Views
+from mae_jax.evaluate.segmentation_views import Views
 from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.segment import Segment

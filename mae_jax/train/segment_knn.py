@@ -13,11 +13,11 @@ from mae_jax.distributed.inference import with_sharded_inputs
 from mae_jax.evaluate.segmentation import (
     KnnOptions,
     SegmentationSetup,
-    Views,
     evaluate_probes,
     extract_patches,
     knn_probe,
 )
+from mae_jax.evaluate.segmentation_views import Views
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.train_step import TrainState
 
