@@ -6,9 +6,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
-from run_helpers import run, write_tiny
 
 from mae_jax.data import __main__ as data_command
 from mae_jax.data import demo_dataset
@@ -37,6 +37,10 @@ from mae_jax.evaluate.segmentation_views import Example, Views, window_starts
 from mae_jax.models.segmentation import LinearHead, upsample
 from mae_jax.tasks.segment import SegmentationProbe
 from mae_jax.tasks.train_step import init_state, make_train_step
+from mae_jax.train import recipes
+from mae_jax.train.build_evaluators import make_evaluators
+from mae_jax.train.config import from_config_dict
+from mae_jax.train.setup import build
 from mae_jax.utils.errors import UserError
 
 CASES = ("l0_plain", "l1_ignore_absent", "l2_two_images", "l3_pred255")
@@ -371,9 +375,10 @@ def test_data_check_lists_bad_masks(dataset, capsys):
     assert "3 of 3" in output
 
 
-def test_mosaics_have_the_pixels_of_their_photographs(tmp_path):
+def test_mosaics_have_the_pixels_of_their_photographs(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_dataset, "NUM_MOSAICS", {"train": 2, "validation": 5})
     source = open_segmentation("photo_mosaics", "validation", data_dir=str(tmp_path))
-    assert len(source) == 250
+    assert len(source) == 5
     assert source.class_names == tuple(demo_dataset.PHOTOGRAPHS)
     image, mask = decode(source[3]["image"], 3), source.mask(3)
     for label in np.unique(mask):
@@ -384,20 +389,35 @@ def test_mosaics_have_the_pixels_of_their_photographs(tmp_path):
 
 
 def test_pretraining_measures_patch_knn(dataset, tmp_path):
-    config = write_tiny(tmp_path / "other", evaluate_every_epochs=1.0)
-    output = run(
-        config,
-        tmp_path / "run",
-        f"--config.data.path={dataset}",
-        "--config.data.eval_split=validation",
-        "--config.eval.segment_knn=True",
-        "--config.steps=2",
-        "--config.optim.warmup_steps=1",
+    config = recipes.base()
+    config.batch_size, config.steps = 8, 6
+    config.model.update(image_size=(16, 24), patch=8, width=16, depth=1, heads=2)
+    config.model.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
+    config.optim.warmup_steps = 1
+    config.data.update(source="folder", path=str(dataset), workers=0)
+    config.eval.update(segment_knn=True, rankme=False, knn_every_epochs=3.0, pictures=2)
+    setup = build(from_config_dict(config), tmp_path)
+    state = init_state(setup.task, optax.identity(), jax.random.key(0))
+
+    class Writer:
+        def write_image(self, *arguments):
+            pass
+
+    pictures, patch_knn = make_evaluators(
+        setup.config,
+        setup.task,
+        train_source=setup.train_source,
+        eval_source=setup.eval_source,
+        length=setup.length,
+        mesh=setup.mesh,
+        writer=Writer(),
+        workdir=tmp_path,
+        init_key=jax.random.key(0),
+        heartbeat=lambda _: None,
     )
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert 1 / 3 < summary["segment_knn_miou"] <= 1  # classes are colors
-    assert 0.5 < summary["segment_knn_accuracy"] <= 1
-    assert "step 1: " in output
-    assert "segment_knn_miou" in output
-    with Image.open(summary["pictures"]) as picture:
+    assert patch_knn.every == 3
+    results = patch_knn.run(3, state)
+    assert 1 / 3 < results["segment_knn_miou"] <= 1  # classes are colors
+    assert 0.5 < results["segment_knn_accuracy"] <= 1
+    with Image.open(pictures.run(3, state)["pictures"]) as picture:
         assert picture.width > 5 * 112  # with a column of features
