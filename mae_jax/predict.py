@@ -66,7 +66,8 @@ def _segment(
     out = arguments.out or Path("predictions")
     if out.suffix or out.is_file():
         raise UserError(
-            f"--out {out} must be a folder, without a suffix: {arguments.checkpoint} is a "
+            f"--out {out} must be a folder, not a file or a name with a suffix: "
+            f"{arguments.checkpoint} is a "
             "segmentation model, and predicts masks"
         )
     check_writable("--out", out)

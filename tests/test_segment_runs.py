@@ -192,6 +192,13 @@ def test_predict_refuses_what_it_cannot_do(segmented, folder, tmp_path):
     flags = ["--checkpoint", str(segmented)]
     with pytest.raises(UserError, match=r"p.csv must be a folder"):
         predict.main([images, *flags, "--out", str(tmp_path / "p.csv")])
+    names = tmp_path / "data" / "classes.txt"
+    names.parent.mkdir()
+    names.write_text("other\n")
+    for other in (names.parent, images):
+        with pytest.raises(UserError, match="has files that are not predictions"):
+            predict.main([images, *flags, "--out", str(other)])
+    assert names.read_text() == "other\n"
     with pytest.raises(UserError, match="--top is for classes"):
         predict.main([images, *flags, "--out", str(tmp_path / "p"), "--top", "2"])
     twice = str(folder / "train" / "images" / "0.png")

@@ -24,9 +24,12 @@ from mae_jax.data.sources import DataError
 from mae_jax.evaluate import __main__ as evaluate_command
 from mae_jax.evaluate.segmentation import (
     KnnOptions,
+    LinearOptions,
+    PatchSample,
     SegmentationSetup,
     class_fractions,
     knn_probe,
+    linear_probe,
     merge_views,
     polynomial_decay,
     probe_optimizer,
@@ -174,9 +177,29 @@ def test_knn_votes_are_weighted_fractions_of_the_neighbors():
     np.testing.assert_allclose(scores[0, 0, 0], expected, rtol=1e-5)
 
 
-def test_knn_without_labeled_patches_is_refused():
-    with pytest.raises(DataError, match="no training image has a labeled pixel"):
-        knn_probe(np.ones((2, 3)), np.full((2, 4), 255), make_setup(), KnnOptions())
+@pytest.mark.parametrize("convention", ["standard", "capi"])
+def test_probes_without_labeled_pixels_are_refused(convention):
+    setup = make_setup(convention=convention)
+    with pytest.raises(DataError, match="no patch of the training images has labeled pixels"):
+        knn_probe(np.ones((2, 3)), np.full((2, 16), 255), setup, KnnOptions())
+    with pytest.raises(DataError, match="no patch of the training images has labeled pixels"):
+        linear_probe(
+            np.ones((1, 4, 4, 3), np.float32), np.full((1, 16, 16), 255), setup, LinearOptions()
+        )
+
+
+def test_sample_of_patches_is_uniform_and_bounded():
+    counts = np.zeros(40)
+    for seed in range(200):
+        sample = PatchSample(10, seed)
+        for start in range(0, 40, 8):
+            sample.add({"x": np.arange(start, start + 8)})
+        rows = sample.take()["x"]
+        assert len(rows) == 10
+        assert (np.diff(rows) > 0).all()
+        counts[rows] += 1
+    assert 25 < counts.min() < counts.max() < 80  # of 50 expected
+    assert PatchSample(10, 0).take() == {}
 
 
 def test_class_fractions_count_labeled_pixels():
@@ -249,8 +272,14 @@ def test_masks_without_class_numbers_are_refused(tmp_path):
         decode_mask(_encode(colors, tmp_path, "mask.png"))
     with pytest.raises(DataError, match="JPEG"):
         decode_mask(_encode(colors, tmp_path, "mask.jpg"))
+    with pytest.raises(DataError, match="WEBP"):
+        decode_mask(_encode(colors, tmp_path, "mask.webp"))
+    with pytest.raises(DataError, match="its bytes are not an image"):
+        decode_mask(b"no image")
     with pytest.raises(DataError, match="class numbers are integers"):
         decode_mask(np.zeros((2, 2), np.float32))
+    with pytest.raises(DataError, match="4294967297, which are no classes"):
+        decode_mask(np.full((2, 2), 2**32 + 1))
 
 
 @pytest.fixture
@@ -293,6 +322,12 @@ def test_bad_masks_are_named(dataset):
     assert "30 x 40 pixels, the image 32 x 40" in problems["2.png"]
     assert "masks/5.png is bad" in problems["5.png"]
     assert report.num_classes(255) == 4
+
+
+def test_a_class_name_used_twice_is_refused(dataset):
+    (dataset / "classes.txt").write_text("red\ngreen\nred\n")
+    with pytest.raises(DataError, match="calls both class 0 and class 2 'red'"):
+        open_segmentation(str(dataset), "train")
 
 
 def test_splits_of_arrays_are_read(tmp_path):
@@ -350,6 +385,14 @@ def test_command_slides_windows_over_large_images(dataset, golden):
         (["--suite", "segment_knn", "--layers", "9"], "there is no block 9"),
         (["--suite", "segment_knn", "--num-classes", "4"], "there are 3 class names"),
         (["--suite", "segment_linear", "--max-gb", "1e-6"], "allow them with --max-gb"),
+        (
+            ["--suite", "segment_linear", "--max-gb", "5e-5", "--window", "--image-size", "16"],
+            "allow more with --max-gb",
+        ),
+        (
+            ["--suite", "segment_knn", "--window", "--stride", "50"],
+            "larger than the window of 32 x",
+        ),
     ],
 )
 def test_command_refuses(dataset, golden, flags, message):
@@ -357,16 +400,31 @@ def test_command_refuses(dataset, golden, flags, message):
         evaluate(dataset, golden, *flags)
 
 
+def test_evaluation_masks_are_checked_first(dataset, golden):
+    for number in range(5):
+        Image.fromarray(np.full((32, 40), 255, np.uint8)).save(
+            dataset / "validation/masks" / f"{number}.png"
+        )
+    with pytest.raises(DataError, match="all pixels of all masks are 255"):
+        evaluate(dataset, golden, "--suite", "segment_knn")
+    Image.fromarray(np.full((32, 40), 3, np.uint8)).save(dataset / "validation/masks/0.png")
+    with pytest.raises(DataError, match=r"0\.png: its mask has the class 3"):
+        evaluate(dataset, golden, "--suite", "segment_knn")
+
+
 def test_command_counts_classes_without_names(dataset, golden):
     (dataset / "classes.txt").unlink()
     report = evaluate(dataset, golden, "--suite", "segment_knn", "--convention", "pixio")
     assert report["classes"] == 3
+    assert report["settings"]["k"] == 30
     assert list(report["results"][0]["iou"]) == ["0", "1", "2"]
 
 
 def test_data_check_lists_bad_masks(dataset, capsys):
+    (dataset / "classes.txt").unlink()
     (dataset / "train/masks/0.png").unlink()
-    Image.fromarray(np.full((32, 40), 7, np.uint8)).save(dataset / "train/masks/1.png")
+    beyond = Image.fromarray(np.full((32, 40), 7, np.uint8))
+    beyond.save(dataset / "validation/masks/1.png")  # training has no such class
     with pytest.raises(SystemExit):
         data_command.main(["check", str(dataset)])
     output = capsys.readouterr().out

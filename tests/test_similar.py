@@ -154,3 +154,10 @@ def test_outputs_are_checked_first(images):
     ):
         with pytest.raises(UserError, match=message):
             similar.main([*argv, *flags])
+
+
+def test_a_file_is_no_duplicate_of_itself(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "0.png").symlink_to("a.png")
+    files = [tmp_path / name for name in ("0.png", "a.png", "a.png")]
+    assert similar.distinct_files(files) == [tmp_path / "a.png"]

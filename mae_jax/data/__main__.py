@@ -68,6 +68,7 @@ def check_command(parser: argparse.ArgumentParser) -> None:
         if arguments.out:
             cli.check_output("--out", arguments.out, ".txt")
         bad: dict[str, str] = {}
+        num_classes = 0  # in the masks of the first split
         for split, source in _open_splits(arguments).items():
             masks = _open_masks(arguments, split)
             source = masks[0].images if masks else source
@@ -77,7 +78,10 @@ def check_command(parser: argparse.ArgumentParser) -> None:
             rows = _summarize(source, report)
             bad |= report.bad
             if masks:
-                mask_report = check_masks(masks[0], arguments.channels, available_cpus())
+                mask_report = check_masks(
+                    masks[0], arguments.channels, available_cpus(), num_classes
+                )
+                num_classes = num_classes or mask_report.num_classes(arguments.ignore)
                 rows |= _summarize_masks(masks[0], mask_report, len(masks[1]))
                 bad |= masks[1] | mask_report.bad
             console.print_summary_table(f"{arguments.data} {split}".strip(), rows)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mae_jax.data.decode import NUMPY, Encoded, decode, decode_numpy, open_image
 from mae_jax.data.factory import DatasetSpec, detect_dataset
+from mae_jax.data.file_kinds import why_not_an_image
 from mae_jax.data.in_memory import ArraySource, load_arrays
 from mae_jax.data.loader import ordered_parallel_map
 from mae_jax.data.sources import DataError, FolderSource, Record, Source, hash_lines
@@ -88,6 +89,9 @@ def decode_mask(encoded: Encoded) -> Mask:
         array = _decode(encoded)
     except DataError:
         raise
+    except UnidentifiedImageError:
+        assert isinstance(encoded, bytes)
+        raise DataError(why_not_an_image(encoded)) from None
     except Exception as error:  # decoders raise all kinds of errors for corrupt bytes
         raise DataError(str(error) or type(error).__name__) from error
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -101,6 +105,8 @@ def decode_mask(encoded: Encoded) -> Mask:
         )
     if array.dtype.kind not in "iub":
         raise DataError(f"its dtype is {array.dtype}, but class numbers are integers")
+    if array.size and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
+        raise DataError(f"it has numbers from {array.min()} to {array.max()}, which are no classes")
     return array.astype(np.int32)
 
 
@@ -110,8 +116,8 @@ def _decode(encoded: Encoded) -> np.ndarray:
     if encoded.startswith(NUMPY):
         return decode_numpy(encoded)
     with open_image(encoded) as image:
-        if image.format == "JPEG":
-            raise DataError("it is a JPEG, which changes class numbers: save masks as PNG")
+        if image.format in ("JPEG", "WEBP", "AVIF", "JPEG2000"):
+            raise DataError(f"it is a {image.format}, which can change numbers: save masks as PNG")
         return np.asarray(image)
 
 
@@ -238,6 +244,7 @@ def _open_arrays(file: Path, ignore: int) -> SegmentationSource:
     if len(images) != len(masks):
         raise DataError(f"{file} has {len(images)} images, but {len(masks)} masks")
     names = tuple(str(name) for name in arrays.get("classes", ()))
+    _check_distinct(names, file)
     return SegmentationSource(
         ArraySource(str(file), images), ArraySource(f"the masks of {file}", masks), names, ignore
     )
@@ -253,7 +260,15 @@ def _read_class_names(folder: Path) -> tuple[str, ...]:
         raise DataError(f"{file} cannot be read: {error}") from error
     if not names or not all(names):
         raise DataError(f"{file} must have one class name per line, without empty lines")
+    _check_distinct(names, file)
     return names
+
+
+def _check_distinct(names: tuple[str, ...], file: Path) -> None:
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            first = names.index(name)
+            raise DataError(f"{file} calls both class {first} and class {number} {name!r}")
 
 
 @dataclass
@@ -274,11 +289,14 @@ class MaskReport:
         return 1 + max((number for number in self.pixels if number != ignore), default=-1)
 
 
-def check_masks(source: SegmentationSource, channels: int | None, threads: int) -> MaskReport:
+def check_masks(
+    source: SegmentationSource, channels: int | None, threads: int, num_classes: int = 0
+) -> MaskReport:
     """Decode every mask, with a progress bar.
 
     Args:
       channels: of the images, to compare their sizes with those of the masks; None does not.
+      num_classes: 0 if unknown.
     """
 
     def read(index: int) -> tuple[Mask | DataError, tuple[int, ...] | None]:
@@ -293,7 +311,7 @@ def check_masks(source: SegmentationSource, channels: int | None, threads: int) 
         except DataError:
             return mask, None  # the check of the images names it
 
-    report, names = MaskReport(), source.class_names
+    report, num_classes = MaskReport(), num_classes or len(source.class_names)
     results = ordered_parallel_map(read, len(source), threads)
     for index, (mask, shape) in enumerate(console.progress(results, len(source), "masks")):
         name = source.describe(index)
@@ -303,11 +321,24 @@ def check_masks(source: SegmentationSource, channels: int | None, threads: int) 
         numbers, counts = np.unique(mask, return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist()):
             report.pixels[number] = report.pixels.get(number, 0) + count
-        if problem := class_problem(numbers, len(names), source.ignore):
+        if problem := class_problem(numbers, num_classes, source.ignore):
             report.bad[name] = problem
         if shape and mask.shape != shape[:2]:
             report.bad[name] = size_problem((shape[0], shape[1]), mask)
     return report
+
+
+def require_masks(source: SegmentationSource, num_classes: int, threads: int) -> None:
+    """Read all masks once.
+
+    Raises:
+      DataError: one is bad, or has a class from `num_classes` on; or no pixel has a class.
+    """
+    masks = check_masks(source, None, threads, num_classes)
+    for name, problem in masks.bad.items():
+        raise DataError(f"{name}: {problem}")
+    if not masks.num_classes(source.ignore):
+        raise DataError(f"all pixels of all masks are {source.ignore}, which is ignored")
 
 
 def count_classes(source: SegmentationSource, threads: int) -> int:
@@ -346,5 +377,6 @@ def class_problem(numbers: np.ndarray, num_classes: int, ignore: int) -> str | N
     limit = f"0 to {num_classes - 1}" if num_classes else "0 or larger"
     return (
         f"its mask has the class {wrong[0]}, but classes are {limit}, and {ignore} is ignored: "
-        f"correct it, {CLASS_NAMES} or --ignore"
+        f"correct it, the number of classes ({CLASS_NAMES}, --num-classes, segment.num_classes) or "
+        "the ignored number (--ignore, segment.ignore)"
     )

@@ -43,6 +43,7 @@ def write_masks(
       mae_jax.data.sources.DataError: an image is bad.
     """
     _check_names(source)
+    _check_folder(out, names)
     info = model.info
     show = check_display_channels((0, 1, 2), info.channels)
 
@@ -51,7 +52,7 @@ def write_masks(
         return model.logits(params, images)
 
     with atomic_path(out / CLASS_NAMES) as part:
-        part.write_text("".join(f"{name}\n" for name in names))
+        part.write_text(_to_lines(names))
     batches = model.batches(source, min(batch_size, len(source)))
     number = 0
     for batch in console.progress(batches, len(source), count=console.num_valid):
@@ -75,6 +76,22 @@ def _check_names(source: FileSource) -> None:
                 f"{other} and {file} would both be written to {file.stem}_mask.png: predict them "
                 "with another --out each"
             )
+
+
+def _check_folder(out: Path, names: Sequence[str]) -> None:
+    """Raise UserError if a folder has other files than masks of the same classes."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    file = out / CLASS_NAMES
+    if not file.is_file() or file.read_text() != _to_lines(names):
+        raise UserError(
+            f"--out {out} has files that are not predictions of the same classes: choose another "
+            "folder"
+        )
+
+
+def _to_lines(names: Sequence[str]) -> str:
+    return "".join(f"{name}\n" for name in names)
 
 
 def pixel_classes(
@@ -113,4 +130,7 @@ def _write_mask(path: Path, classes: Int[np.ndarray, "h w"], num_classes: int) -
 def _fractions(classes: Int[np.ndarray, "h w"], names: Sequence[str]) -> dict[str, float]:
     counts = np.bincount(classes.ravel(), minlength=len(names))
     best = np.argsort(-counts, kind="stable")
-    return {names[int(n)]: float(counts[n] / classes.size) for n in best if counts[n]}
+    labels = [
+        f"{name} (class {n})" if names.count(name) > 1 else name for n, name in enumerate(names)
+    ]
+    return {labels[int(n)]: float(counts[n] / classes.size) for n in best if counts[n]}

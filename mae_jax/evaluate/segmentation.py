@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mae_jax.data.loader import ordered_parallel_map
 from mae_jax.data.segmentation import Mask, SegmentationSource
@@ -35,10 +35,13 @@ from mae_jax.tasks.segment import SegmentationProbe
 from mae_jax.tasks.train_step import TrainState, init_state, make_train_step
 from mae_jax.utils import console
 from mae_jax.utils.cpus import available_cpus
+from mae_jax.utils.errors import UserError
 
 Grids = dict[str, np.ndarray]  # features [..., rows, columns, d] by name
 GridFn = Callable[[np.ndarray], Mapping[str, Any]]  # images [b, h, w, c] -> features by name
 POWER = 0.9  # of the polynomial decay of the learning rate
+BLOCK = 2**24  # scores to interpolate at a time
+UNLABELED = "no patch of the training images has labeled pixels: check the masks and --ignore"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class SegmentationSetup:
 class KnnOptions:
     """Settings of segment_knn.
 
-    bank: maximum number of training patches, the same number of every view.
+    bank: maximum number of training patches, a sample of all.
     """
 
     k: int = 30
@@ -136,41 +139,89 @@ def extract_patches(
     source: SegmentationSource,
     *,
     keep_grids: bool,
-    bank_per_view: int,
+    bank: int,
+    max_bytes: float = np.inf,
     seed: int = 0,
 ) -> TrainPatches:
     """Compute the features of training images; every image is read once.
 
     Args:
       keep_grids: keep the features of all patches.
-      bank_per_view: patches of every view to sample for the bank.
+      bank: number of patches of all images to sample, at most.
+      max_bytes: of the features of all patches.
+
+    Raises:
+      UserError: these take more.
     """
-    rng = np.random.default_rng(seed)
     small = 0 <= setup.ignore < 256 and setup.num_classes <= 256
     to_dtype = lambda mask: mask.astype(np.uint8 if small else np.int32)
     grids: dict[str, list[np.ndarray]] = defaultdict(list)
-    bank: dict[str, list[np.ndarray]] = defaultdict(list)
-    masks, bank_masks = [], []
+    masks, sample, num_bytes = [], PatchSample(bank, seed), 0
     for example, features in setup.features(source):
         for number, mask in enumerate(example.view_masks):
             if keep_grids:
                 masks.append(to_dtype(mask))
                 for name, x in features.items():
                     grids[name].append(x[number])
-            if bank_per_view:
+                    num_bytes += x[number].nbytes
+                if num_bytes > max_bytes:
+                    raise UserError(
+                        f"the features of {len(masks)} views take {num_bytes / 1e9:.1f} GB: allow "
+                        "more with --max-gb, or use fewer images with --train-images"
+                    )
+            if bank:
                 axes = dict(p=setup.patch, q=setup.patch)
                 pixels = rearrange(to_dtype(mask), "(y p) (x q) -> (y x) (p q)", **axes)
-                count = min(bank_per_view, len(pixels))
-                rows = np.sort(rng.choice(len(pixels), count, replace=False))
-                bank_masks.append(pixels[rows])
-                for name, x in features.items():
-                    bank[name].append(x[number].reshape(-1, x.shape[-1])[rows])
+                flat = {name: x[number].reshape(-1, x.shape[-1]) for name, x in features.items()}
+                sample.add(flat | {_PIXELS: pixels})
+    sampled = sample.take()
     return TrainPatches(
         {name: np.stack(x) for name, x in grids.items()},
         np.stack(masks) if masks else np.zeros((0, *setup.views.size), np.uint8),
-        {name: np.concatenate(x) for name, x in bank.items()},
-        np.concatenate(bank_masks) if bank_masks else np.zeros((0, setup.patch**2), np.uint8),
+        {name: x for name, x in sampled.items() if name != _PIXELS},
+        sampled.get(_PIXELS, np.zeros((0, setup.patch**2), np.uint8)),
     )
+
+
+_PIXELS = "class numbers"
+
+
+class PatchSample:
+    """A uniform sample of rows, of which at most twice as many are in memory.
+
+    Each row gets a random number, and those with the smallest ones are kept.
+    """
+
+    def __init__(self, size: int, seed: int):
+        self._size, self._rng = size, np.random.default_rng(seed)
+        self._limit = np.inf
+        self._numbers: list[np.ndarray] = []
+        self._rows: dict[str, list[np.ndarray]] = defaultdict(list)
+
+    def add(self, rows: Mapping[str, Num[np.ndarray, "n ..."]]) -> None:
+        """Add rows of arrays by name."""
+        numbers = self._rng.random(len(next(iter(rows.values()))))
+        kept = np.flatnonzero(numbers < self._limit)
+        self._numbers.append(numbers[kept])
+        for name, x in rows.items():
+            self._rows[name].append(x[kept])
+        if sum(map(len, self._numbers)) > 2 * self._size:
+            self._prune()
+
+    def take(self) -> dict[str, Num[np.ndarray, "m ..."]]:
+        """Return the sample, in the order in which it was added."""
+        if self._numbers:
+            self._prune()
+        return {name: x[0] for name, x in self._rows.items()}
+
+    def _prune(self) -> None:
+        numbers = np.concatenate(self._numbers)
+        kept = np.sort(np.argsort(numbers, kind="stable")[: self._size])
+        if len(numbers) > self._size:
+            self._limit = numbers[kept].max()
+        self._numbers = [numbers[kept]]
+        for name, x in self._rows.items():
+            self._rows[name] = [np.concatenate(x)[kept]]
 
 
 # A probe: returns scores of the classes for features of views, of any resolution.
@@ -196,7 +247,7 @@ def knn_probe(
     fractions = class_fractions(masks, setup.num_classes, setup.ignore)
     labeled = fractions.any(axis=1)
     if not labeled.any():
-        raise DataError("no training image has a labeled pixel: check the masks and --ignore")
+        raise DataError(UNLABELED)
     neighbors, fractions = NearestNeighbors(bank[labeled]), fractions[labeled]
 
     def probe(grid: Float[np.ndarray, "v y x d"]) -> Float[np.ndarray, "v y x classes"]:
@@ -240,6 +291,8 @@ def pixel_knn_probe(
     standardize = lambda x: ((x - mean) / np.where(std > 0, std, 1)).astype(np.float32)
     counts = _count_classes(masks, setup.num_classes, setup.ignore)
     kept = counts.argmax(axis=1) < setup.num_classes
+    if not kept.any():
+        raise DataError(UNLABELED)
     neighbors, masks = NearestNeighbors(standardize(bank[kept])), masks[kept]
     columns = np.where(masks == setup.ignore, setup.num_classes, masks).astype(int)
 
@@ -263,6 +316,8 @@ def linear_probe(
 
     The loss is that of the logits at the resolution of the model.
     """
+    if (masks == setup.ignore).all():
+        raise DataError(UNLABELED)
     task = SegmentationProbe(
         LinearHead(setup.num_classes), grids.shape[1:], setup.ignore, setup.align_corners
     )
@@ -360,26 +415,35 @@ def merge_views(
       softmax: of the upsampled scores, before the sum.
     """
     height, width = example.mask.shape
-    if len(scores) == 1 and example.boxes[0] == (0, 0, height, width):
-        return upsample_on_host(scores[0], (height, width), align_corners).argmax(axis=-1)
-    total = np.zeros((height, width, scores.shape[-1]), np.float32)
-    for grid, (top, left, rows, columns) in zip(scores, example.boxes):
-        view = upsample_on_host(grid, (rows, columns), align_corners)
-        if softmax:
-            view = np.exp(view - view.max(axis=-1, keepdims=True))
-            view /= view.sum(axis=-1, keepdims=True)
-        inside = total[top : top + rows, left : left + columns]
-        inside += view[: inside.shape[0], : inside.shape[1]]
-    return total.argmax(axis=-1)
+    classes = np.empty((height, width), np.int32)
+    step = max(BLOCK // (width * scores.shape[-1]), 1)
+    for begin in range(0, height, step):
+        end = min(begin + step, height)
+        total = np.zeros((end - begin, width, scores.shape[-1]), np.float32)
+        for grid, (top, left, rows, columns) in zip(scores, example.boxes):
+            first, last = max(begin, top), min(end, top + rows)
+            if first >= last:
+                continue
+            inside = slice(first - top, last - top)
+            view = upsample_on_host(grid, (rows, columns), align_corners, inside)
+            if softmax:
+                view = np.exp(view - view.max(axis=-1, keepdims=True))
+                view /= view.sum(axis=-1, keepdims=True)
+            target = total[first - begin : last - begin, left : left + columns]
+            target += view[:, : target.shape[1]]
+        classes[begin:end] = total.argmax(axis=-1)
+    return classes
 
 
 def upsample_on_host(
-    grid: Float[np.ndarray, "y x c"], size: tuple[int, int], align_corners: bool
+    grid: Float[np.ndarray, "y x c"],
+    size: tuple[int, int],
+    align_corners: bool,
+    rows: slice = slice(None),
 ) -> Float[np.ndarray, "h w c"]:
-    """Interpolate as `mae_jax.models.segmentation.upsample`; not compiled for every size."""
-    rows, columns = (
+    """Interpolate some rows as `mae_jax.models.segmentation.upsample`; without compilation."""
+    vertical, horizontal = (
         bilinear_weights(new, old, align_corners=align_corners)
         for new, old in zip(size, grid.shape)
     )
-    tall = np.tensordot(rows, grid, axes=1)
-    return np.matmul(columns, tall)
+    return np.matmul(horizontal, np.tensordot(vertical[rows], grid, axes=1))

@@ -16,7 +16,12 @@ from jaxtyping import Array, Float
 import mae_jax
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert.pretrained import Params, PretrainedModel
-from mae_jax.data.segmentation import SegmentationSource, count_classes, open_segmentation
+from mae_jax.data.segmentation import (
+    SegmentationSource,
+    count_classes,
+    open_segmentation,
+    require_masks,
+)
 from mae_jax.data.subsets import evenly_spaced_indices
 from mae_jax.distributed import sharding
 from mae_jax.distributed.inference import with_sharded_inputs
@@ -49,6 +54,9 @@ SUITE = {
     "segment_linear": "segmentation by a linear layer on the patches",
 }
 ENCODER, RANDOM, COLORS = "encoder", "random encoder", "raw colors"
+# Flags that influence the numbers, for --out; None is a default.
+SETTINGS = ("image_size", "layers", "with_cls", "window", "stride", "ignore", "dtype", "seed")
+SETTINGS += ("k", "temperature", "bank", "epochs", "learning_rate")
 MAX_LISTED = 30  # classes in the table of IoU
 PICTURES = 8  # images in --picture
 
@@ -130,6 +138,8 @@ def run(arguments: argparse.Namespace, measures: Sequence[str]) -> None:
     if arguments.train_images:
         train = train.evenly_spaced(arguments.train_images)
     names = _class_names(arguments, train)
+    log.info("checking %d evaluation masks", len(test))
+    require_masks(test, len(names), available_cpus())
     model, params = convert_cli.load_model(arguments)
     setup = _make_setup(arguments, model, params, len(names), train.ignore)
     _check_memory(setup, model, measures, arguments, train)
@@ -140,7 +150,8 @@ def run(arguments: argparse.Namespace, measures: Sequence[str]) -> None:
         setup,
         train,
         keep_grids="segment_linear" in measures,
-        bank_per_view=_bank_per_view(setup, arguments, train) if "segment_knn" in measures else 0,
+        bank=arguments.bank if "segment_knn" in measures else 0,
+        max_bytes=1e9 * arguments.max_gb,
         seed=arguments.seed,
     )
     probes, seconds = _make_probes(setup, measures, patches, knn, _linear_options(arguments))
@@ -210,6 +221,11 @@ def _make_setup(
     stride = arguments.stride
     if arguments.window and stride is None:
         stride = (info.image_size[0] * 2 // 3, info.image_size[1] * 2 // 3)
+    if stride and (stride[0] > info.image_size[0] or stride[1] > info.image_size[1]):
+        raise UserError(
+            f"--stride {stride[0]},{stride[1]} is larger than the window of {info.image_size[0]} x "
+            f"{info.image_size[1]} pixels (--image-size): some pixels would be in no window"
+        )
     if stride and not arguments.window:
         raise UserError("--stride is that of --window, which is missing")
     mean = np.array(info.mean)
@@ -263,12 +279,6 @@ def _widths(model: PretrainedModel, arguments: argparse.Namespace) -> int:
     """Return the number of features of a patch, of all feature sets together."""
     encoder = model.info.width * max(len(arguments.layers), 1) * (1 + arguments.with_cls)
     return 2 * encoder + model.info.channels
-
-
-def _bank_per_view(
-    setup: SegmentationSetup, arguments: argparse.Namespace, train: SegmentationSource
-) -> int:
-    return max(arguments.bank // len(train), 1)
 
 
 def _check_memory(
@@ -378,6 +388,7 @@ def _report(
         "train_images": len(train),
         "classes": len(names),
         "convention": arguments.convention,
+        "settings": {name: vars(arguments)[name] for name in SETTINGS},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"mae_jax": mae_jax.__version__, "jax": jax.__version__},
         "results": rows,

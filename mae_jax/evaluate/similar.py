@@ -6,6 +6,7 @@ mae-jax similar --among DIR --checkpoint ANY --duplicates 0.98 --csv OUT.csv
 
 import argparse
 import csv
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from mae_jax.evaluate.knn import BANK_TILE, QUERY_TILE, NearestNeighbors
 from mae_jax.utils import cli, console
 from mae_jax.utils.atomic import atomic_path
 from mae_jax.utils.errors import UserError
+
+log = logging.getLogger("mae_jax")
 
 TOP = 8
 MAX_ROWS = 16  # of the picture
@@ -81,6 +84,7 @@ def main(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
     _check_flags(arguments)
     among = FileSource(arguments.among)
+    among.files = distinct_files(among.files)
     queries = FileSource(arguments.queries) if arguments.queries else None
     own = same_files(queries.files, among.files) if queries else []
     top = _check_top(arguments, len(among) - max(map(len, own), default=0))
@@ -194,6 +198,18 @@ def _duplicates_result(
 
 def _captioned(files: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
     return [(file, f"{text}\n{printable_path(file)}") for file, text in files]
+
+
+def distinct_files(files: Sequence[Path]) -> list[Path]:
+    """Return files once each, where possible by a path that is no symlink."""
+    distinct: dict[str, Path] = {}
+    for file in files:
+        path = os.path.realpath(file)
+        if path not in distinct or (distinct[path].is_symlink() and not file.is_symlink()):
+            distinct[path] = file
+    if repeated := len(files) - len(distinct):
+        log.info("%d files of --among are there more than once, and count once", repeated)
+    return list(distinct.values())
 
 
 def same_files(queries: Sequence[Path], among: Sequence[Path]) -> list[list[int]]:

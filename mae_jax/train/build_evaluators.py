@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mae_jax.data.loader import eval_batches
-from mae_jax.data.segmentation import count_classes
+from mae_jax.data.segmentation import count_classes, require_masks
 from mae_jax.data.sources import Source
 from mae_jax.data.subsets import evenly_spaced
 from mae_jax.distributed import sharding
@@ -132,11 +132,13 @@ def _make_segment_knn(
         raise config.eval.error("segment_knn", "is for runs of one process")
     bank = open_masks(config, config.data.train_split, None).evenly_spaced(config.eval.knn_bank)
     queries = open_masks(config, config.data.eval_split, None)
+    num_classes = len(bank.class_names) or count_classes(bank, available_cpus())
+    require_masks(queries, num_classes, available_cpus())
     return SegmentKnnEvaluator(
         task=task,
         bank=bank,
         queries=queries.evenly_spaced(config.eval.knn_queries),
-        num_classes=len(bank.class_names) or count_classes(bank, available_cpus()),
+        num_classes=num_classes,
         views=Views(
             config.model.image_size,
             config.model.channels,

@@ -126,6 +126,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, EMA parameters"}
     names |= {"miou": "mIoU", "miou_ema": "mIoU, EMA parameters"}
     names |= {"pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy of classes"}
+    names |= {"segment_knn_miou": "mIoU, k-NN of patches"}
     measures = {"knn_top1": "k-NN top-1", "linear_top1": "linear probe top-1", "rankme": "RankMe"}
     of_k = [name for name in summary if re.fullmatch(r"knn_top1_k\d+", name)]
     measures |= {name: f"k-NN top-1, k = {name.removeprefix('knn_top1_k')}" for name in of_k}

@@ -60,8 +60,7 @@ class SegmentKnnEvaluator:
             show_progress=False,
         )
         options = KnnOptions()
-        per_image = max(options.bank // len(self.bank), 1)
-        patches = extract_patches(setup, self.bank, keep_grids=False, bank_per_view=per_image)
+        patches = extract_patches(setup, self.bank, keep_grids=False, bank=options.bank)
         probe = knn_probe(patches.bank[ENCODER], patches.bank_masks, setup, options)
         name = ("segment_knn", ENCODER)
         score = evaluate_probes(setup, self.queries, {name: probe})[0][name]
