@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from importlib.metadata import version
+
+from run_helpers import FAST_COMPILATION
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time goes into compilation, and many tests, and the runs that they start, compile the
@@ -13,9 +14,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if version("jax").startswith("0.10."):  # later versions have no such flag
-    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
 
 import jax  # noqa: E402

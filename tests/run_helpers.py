@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if version("jax").startswith("0.10."):  # later versions have no such flag
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+
 TINY = """
 from mae_jax.train import recipes
 

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from run_helpers import lines, run, start, wait_for, write_tiny
+from run_helpers import FAST_COMPILATION, lines, run, start, wait_for, write_tiny
 
 wandb = pytest.importorskip("wandb")
 mlflow = pytest.importorskip("mlflow")
@@ -27,6 +27,7 @@ def workdir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("XLA_FLAGS", FAST_COMPILATION)
         process = start(tiny, workdir, *flags, "--config.steps=1000000")
         wait_for(process, lambda: all(last_sent(workdir, name) >= 12 for name in NAMES))
         process.send_signal(signal.SIGKILL)
