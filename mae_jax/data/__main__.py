@@ -1,7 +1,8 @@
-"""Validate images, compute channel statistics, prepare TFDS datasets, write a downscaled copy.
+"""Check, measure, score, prepare and downscale datasets.
 
 mae-jax data check DIR_OR_TFDS_NAME         list bad images
 mae-jax data stats DIR_OR_TFDS_NAME         compute mean and std per channel
+mae-jax data score DIR_OR_TFDS_NAME ...     write the losses of images, to sample them by
 mae-jax data prepare TFDS_NAME              download and prepare as array_record
 mae-jax data cache DIR_OR_TFDS_NAME DST     write a downscaled copy, faster to read
 """
@@ -27,6 +28,7 @@ from mae_jax.data.segmentation import (
 from mae_jax.data.sources import DERIVED_PREFIX, DataError, Source
 from mae_jax.data.subsets import evenly_spaced
 from mae_jax.data.validation import ValidationReport, channel_stats, validate_images
+from mae_jax.evaluate.image_scores import score_command
 from mae_jax.utils import cli, console
 from mae_jax.utils.atomic import atomic_path
 from mae_jax.utils.cpus import available_cpus
@@ -44,7 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, as shell completion reads it."""
     parser = cli.make_parser("mae_jax.data", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_arguments in (check_command, stats_command, prepare_command, cache_command):
+    for add_arguments in (
+        check_command,
+        stats_command,
+        score_command,
+        prepare_command,
+        cache_command,
+    ):
         name, text = add_arguments.__name__.removesuffix("_command"), str(add_arguments.__doc__)
         add_arguments(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
     return parser

@@ -16,6 +16,7 @@ from mae_jax.data.in_memory import InMemory
 from mae_jax.data.loader import Loader, Transform, eval_batches
 from mae_jax.data.mask_transforms import ScaleCropTransform, WholeTransform
 from mae_jax.data.randaugment import RandAugment
+from mae_jax.data.sampling import read_scores, sample
 from mae_jax.data.segmentation import SegmentationSource, open_folder_masks, open_tfds_masks
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import few_shot
@@ -54,10 +55,26 @@ def make_train_source(config: Config, index_dir: Path) -> Source:
             f"{where} has no class labels, which task='classify' and data.shots need: a folder of "
             "images needs one subfolder per class, a TFDS dataset a ClassLabel called 'label'"
         )
+    source = _sample(config, source)
     source = source if data.shots is None else few_shot(source, data.shots, data.shots_seed)
     if data.bit_depth is None:
         warn_of_loss(source, config.model.channels)
     return _in_memory(config, source)
+
+
+def _sample(config: Config, source: Source) -> Source:
+    """Return the images that data.sampling keeps."""
+    sampling = config.data.sampling
+    if sampling.scores is None:
+        return source
+    return sample(
+        source,
+        read_scores(Path(sampling.scores)),
+        seed=config.seed,
+        loss=sampling.loss,
+        min_entropy=sampling.min_entropy,
+        min_side=sampling.min_side,
+    )
 
 
 def make_eval_source(

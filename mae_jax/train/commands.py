@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "push": Command("mae_jax.convert.push", "prepare a folder for the Hugging Face hub"),
     "compare": Command("mae_jax.train.compare", "compare the results and curves of runs"),
-    "data": Command("mae_jax.data.__main__", "check, stats, prepare or cache a dataset"),
+    "data": Command("mae_jax.data.__main__", "check, stats, score, prepare or cache a dataset"),
     "demo": Command("mae_jax.train.__main__", "pretrain on a few photographs, in minutes"),
     "completion": Command(
         "mae_jax.train.commands",

@@ -264,6 +264,31 @@ class OptimConfig(Group):
 
 
 @dataclass(frozen=True)
+class SamplingConfig(Group):
+    """Which training images are used, by their scores."""
+
+    prefix: ClassVar[str] = "data.sampling."
+    scores: str | None = key(
+        None, ".npz of mae-jax data score; None uses all images", resumable=True, path=True
+    )
+    loss: float | None = key(
+        None,
+        "soft sampling: an image is kept with probability min(1, its reconstruction loss / this)",
+        above=0,
+    )
+    min_entropy: float = key(
+        0.0, "smallest entropy of an image's color histogram, bits", low=0, high=8, implied=0.0
+    )
+    min_side: int = key(0, "smallest short side of an image file, pixels", low=0, implied=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("loss", "min_entropy", "min_side"):
+            if self.scores is None and getattr(self, name):
+                raise self.error(name, "needs data.sampling.scores, by mae-jax data score")
+
+
+@dataclass(frozen=True)
 class DataConfig(Group):
     """Datasets and the input pipeline."""
 
@@ -285,6 +310,7 @@ class DataConfig(Group):
     eval_split: str = key("validation", "split for k-NN, accuracy and reconstruction figures")
     shots: int | None = key(None, "few-shot: train on this many images per class", low=1)
     shots_seed: int = key(0, "seed that selects the few-shot images", low=0, high=2**32 - 1)
+    sampling: SamplingConfig = SamplingConfig()
     exif: bool = key(False, "apply EXIF orientation; the reference does not")
     bit_depth: int | None = key(
         None,
@@ -587,6 +613,8 @@ class Config(Group):
         for name in ("cache_features", "exif", "shots"):
             if getattr(data, name):
                 raise data.error(name, "is not for task='segment'")
+        if data.sampling.scores:
+            raise data.sampling.error("scores", "is not for task='segment'")
 
     @property
     def pixel_stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
