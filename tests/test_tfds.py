@@ -145,7 +145,7 @@ class TestTfRecordFiles:
         with pytest.raises(DataError, match="00001-of-00003 is truncated.* at record"):
             TfdsSource("tiny_set", "train", data_dir)
         shard.write_bytes(data[:100])
-        with pytest.raises(DataError, match="00001-of-00003 was truncated after it was indexed"):
+        with pytest.raises(DataError, match="00001-of-00003 has changed since it was indexed"):
             labels_and_checksums(source)
         shard.write_bytes(b"")
         with pytest.raises(DataError, match="00001-of-00003 has 0 records, but"):

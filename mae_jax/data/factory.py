@@ -5,9 +5,16 @@ from pathlib import Path
 
 from mae_jax.data.in_memory import ARRAY_SUFFIXES, read_arrays
 from mae_jax.data.sources import DataError, FolderSource, Source
+from mae_jax.data.tar import (
+    SPLIT_NAMES,
+    TarSource,
+    has_only_tars,
+    has_tar_split,
+    is_tar_pattern,
+    tar_files,
+)
 
-SOURCE_TYPES = ("tfds", "folder", "arrays")
-SPLITS = ("train", "validation", "val", "test")  # the usual names of split folders
+SOURCE_TYPES = ("tfds", "folder", "arrays", "tar")
 
 
 @dataclass(frozen=True)
@@ -15,11 +22,13 @@ class DatasetSpec:
     """A dataset on disk.
 
     Args:
-      source_type: "tfds", "folder" or "arrays"; None detects folder or array file per split.
+      source_type: "tfds", "folder", "arrays" or "tar"; None detects a folder of images, an array
+        file or tar files per split.
       name: name of a TFDS dataset, as in `TfdsSource`.
-      path: folder with the splits; for TFDS its data_dir, or None for the default of TFDS.
-      image_feature: name of the image feature of a TFDS dataset.
-      index_dir: where indices of TFRecord files are cached; None caches nothing.
+      path: folder with the splits, or for "tar" the pattern of `tar_files`; for TFDS its data_dir,
+        or None for the default of TFDS.
+      image_feature: name of the image feature of a TFDS dataset, or suffix as in `TarSource`.
+      index_dir: where indices of TFRecord and tar files are cached; None caches nothing.
     """
 
     source_type: str | None
@@ -47,11 +56,11 @@ class DatasetSpec:
             )
         if not self.path:
             raise DataError("needs data.path, a folder", key="data.source", value=self.source_type)
-        is_arrays = self.source_type == "arrays"
-        if self.source_type is None:
-            _check_split(Path(self.path), split)
-            is_arrays = bool(split) and has_split(Path(self.path), split, ("arrays",))
-        return (read_arrays if is_arrays else FolderSource)(self.path, split, classes)
+        source_type = self.source_type or _detect_type(self.path, split)
+        if source_type == "tar":
+            files = tar_files(self.path, split)
+            return TarSource(files, classes, self.index_dir, self.image_feature)
+        return (read_arrays if source_type == "arrays" else FolderSource)(self.path, split, classes)
 
     def _open_tfds(self, split: str) -> Source:
         if not self.name:
@@ -71,46 +80,70 @@ class DatasetSpec:
             from mae_jax.data.tfds import open_builder
 
             return list(open_builder(str(self.name), self.path).info.splits)
-        folder = Path(str(self.path))
-        known = [split for split in SPLITS if has_split(folder, split)]
-        others = sorted(path.name for path in folder.iterdir() if path.is_dir()) if known else []
-        return known + [x for x in others if x not in known and x[0] != "."] or [""]
+        path = str(self.path)
+        known = [split for split in SPLIT_NAMES if has_split(path, split)]
+        if is_tar_pattern(path):
+            return known or [""]
+        folders = sorted(x.name for x in Path(path).iterdir() if x.is_dir()) if known else []
+        return known + [x for x in folders if x not in known and x[0] != "."] or [""]
 
 
 def detect_dataset(data: str, data_dir: str | None, image_feature: str = "image") -> DatasetSpec:
-    """Return the dataset that a command-line argument names: a folder, or else a TFDS dataset.
+    """Return the dataset that a command-line argument names: a path, or else a TFDS dataset.
 
     Args:
-      data: a folder with images, with split folders or with array files; or a TFDS name.
+      data: a folder with images, with split folders, or with array or tar files; a pattern of tar
+        files; or a TFDS name.
       data_dir: directory of TFDS datasets; None is the default of TFDS.
 
     Raises:
       DataError: `data` is a path but not a directory.
     """
     path = Path(data)
-    if path.is_dir():
-        return DatasetSpec(None, path=data)
+    if is_path(data):
+        return DatasetSpec(None, path=data, image_feature=image_feature)
     if path.exists() or path.is_absolute() or data.startswith("."):
         raise DataError(f"{data} {'is not a directory' if path.exists() else 'does not exist'}")
     return DatasetSpec("tfds", data, data_dir, image_feature)
 
 
-def has_split(
-    folder: Path, split: str, source_types: tuple[str, ...] = ("folder", "arrays")
-) -> bool:
-    """Return whether a folder has a subfolder, or an array file, named like a split."""
-    return ("folder" in source_types and (folder / split).is_dir()) or (
-        "arrays" in source_types
-        and any((folder / f"{split}{suffix}").exists() for suffix in ARRAY_SUFFIXES)
-    )
+def is_path(data: str) -> bool:
+    """Return whether a command-line argument is a folder or a pattern of tar files."""
+    return Path(data).is_dir() or is_tar_pattern(data)
 
 
-def _check_split(folder: Path, split: str) -> None:
-    """Raise DataError if a folder lacks the split, or is a TFDS data_dir."""
-    if split and not has_split(folder, split):
+def has_split(path: str, split: str, source_type: str | None = None) -> bool:
+    """Return whether there is a subfolder, an array file or a tar file named like a split.
+
+    Args:
+      path: a folder, or a pattern of tar files.
+      source_type: "folder", "arrays" or "tar"; None: any of them.
+    """
+    folder = Path(path)
+    found = {
+        "folder": (folder / split).is_dir(),
+        "arrays": any((folder / f"{split}{suffix}").exists() for suffix in ARRAY_SUFFIXES),
+        "tar": has_tar_split(path, split),
+    }
+    return any(found.values()) if source_type is None else found[source_type]
+
+
+def _detect_type(path: str, split: str) -> str:
+    """Return the type of a split in a folder, or of a pattern of tar files.
+
+    Raises:
+      DataError: the folder lacks the split, or is a TFDS data_dir.
+    """
+    folder = Path(path)
+    if is_tar_pattern(path):
+        return "tar"
+    if split and not has_split(path, split):
         raise DataError(f"{folder / split} does not exist")
     if any(any(folder.glob("*/" * depth + "dataset_info.json")) for depth in range(3)):
         raise DataError(
             f"{folder} is a TFDS directory: give the name of the dataset, and its folder as "
             "--data-dir"
         )
+    if has_tar_split(path, split) if split else has_only_tars(folder):
+        return "tar"
+    return "arrays" if split and has_split(path, split, "arrays") else "folder"

@@ -6,21 +6,16 @@ offsets of its records, which are cached. Checksums are not verified: corrupt da
 a record is parsed or its image decoded.
 """
 
-import logging
 import mmap
-import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mae_jax.data.sources import DataError, hash_lines
-from mae_jax.utils import console
-from mae_jax.utils.atomic import atomic_path
-
-log = logging.getLogger("mae_jax")
+from mae_jax.data.shard_index import Shards
+from mae_jax.data.sources import DataError
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # around the data of a record
 
@@ -47,8 +42,9 @@ class TfRecordReader:
     """
 
     def __init__(self, shards: Sequence[Shard], index_dir: Path | None = None):
-        self._paths = [shard.path for shard in shards]
-        spans = [index[shard.first : shard.last] for shard, index in _indices(shards, index_dir)]
+        self._files = Shards([shard.path for shard in shards], "TFRecord files")
+        indices = self._files.indices(lambda number: _index_shard(shards[number]), index_dir)
+        spans = [index[shard.first : shard.last] for shard, index in zip(shards, indices)]
         self._file = np.repeat(np.arange(len(spans)), [len(rows) for rows in spans])
         self._span = np.concatenate(spans)
 
@@ -56,49 +52,7 @@ class TfRecordReader:
         return len(self._span)
 
     def __getitem__(self, index: int) -> bytes:
-        offset, length = map(int, self._span[index])
-        path = self._paths[self._file[index]]
-        # Opened for each record: there may be more files than a process may keep open.
-        try:
-            with path.open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), length, offset)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
-        if len(data) != length:
-            raise DataError(f"{path} was truncated after it was indexed")
-        return data
-
-
-def _indices(shards: Sequence[Shard], index_dir: Path | None) -> Iterable[tuple[Shard, np.ndarray]]:
-    """Yield each shard with the offset and length of its records, [records, 2]; cached."""
-    try:
-        stats = [shard.path.stat() for shard in shards]
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename} does not exist") from error
-    lines = [
-        f"{shard.path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-        for shard, stat in zip(shards, stats)
-    ]
-    cache = None
-    if index_dir:
-        cache = index_dir / f"{shards[0].path.name.split('-')[0]}-{hash_lines(lines)}.npz"
-    if cache and cache.exists():
-        with np.load(cache) as arrays:
-            yield from ((shard, arrays[str(n)]) for n, shard in enumerate(shards))
-        return
-    log.info("indexing %d TFRecord files", len(shards))
-    indices = list(console.progress(map(_index_shard, shards), len(shards), "files"))
-    if cache:
-        _save_indices(cache, indices)
-    yield from zip(shards, indices)
-
-
-def _save_indices(path: Path, indices: Sequence[np.ndarray]) -> None:
-    try:
-        with atomic_path(path) as part, part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **{str(n): index for n, index in enumerate(indices)})
-    except OSError as error:
-        log.warning("cannot cache the index of TFRecord files: %s", error)
+        return self._files.read(int(self._file[index]), *map(int, self._span[index]))
 
 
 def _index_shard(shard: Shard) -> np.ndarray:

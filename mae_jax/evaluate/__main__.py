@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert.pretrained import Params, PretrainedModel
-from mae_jax.data.factory import detect_dataset, has_split
+from mae_jax.data.factory import detect_dataset, has_split, is_path
 from mae_jax.data.sources import DataError, Source
 from mae_jax.data.subsets import evenly_spaced, sample_shots
 from mae_jax.distributed import sharding
@@ -160,7 +160,7 @@ def _open_splits(
 def _open_unlabeled(arguments: argparse.Namespace) -> Source:
     """Open the training split; all images of a folder without splits."""
     data = arguments.data
-    if Path(data).is_dir() and detect_dataset(data, None).splits() == [""]:
+    if is_path(data) and detect_dataset(data, None).splits() == [""]:
         return detect_dataset(data, None).open("")
     return _open_split(arguments, arguments.train_split)
 
@@ -168,7 +168,7 @@ def _open_unlabeled(arguments: argparse.Namespace) -> Source:
 def _open_split(arguments: argparse.Namespace, split: str, classes: tuple[str, ...] = ()) -> Source:
     """Open a split; raise DataError if it does not exist."""
     data = arguments.data
-    if Path(data).is_dir() and not has_split(Path(data), split):
+    if is_path(data) and not has_split(data, split):
         raise DataError(
             f"{Path(data) / split} does not exist: --data is a folder with one folder, or .npz, "
             "per split, named by --train-split and --eval-split, and in each one folder per class; "

@@ -89,12 +89,11 @@ def make_eval_source(
       DataError: it cannot be read, or lacks the class labels that the task needs.
     """
     data = config.data
-    if data.source != "tfds" and not has_split(
-        Path(data.path or ""), data.eval_split, (data.source,)
-    ):
+    path = data.path or ""
+    if data.source != "tfds" and not has_split(path, data.eval_split, data.source):
         if config.task != "pretrain":
             raise DataError(
-                f"{Path(data.path or '') / data.eval_split} does not exist: data.eval_split names "
+                f"{Path(path) / data.eval_split} does not exist: data.eval_split names "
                 "the images to evaluate on, next to those of data.train_split"
             )
         return None

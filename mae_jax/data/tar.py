@@ -1,0 +1,335 @@
+"""Tar files of images (WebDataset), read by index without unpacking them.
+
+The members "a/0001.jpg" and "a/0001.cls" are the image and the label of the sample "a/0001": a name
+ends at the first dot of its last part. The tars are indexed once; see `Shards`.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+import shlex
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+
+from mae_jax.data.shard_index import Index, Shards
+from mae_jax.data.sources import SUFFIXES, DataError, Record, printable_path
+
+log = logging.getLogger("mae_jax")
+
+SPLIT_NAMES = ("train", "validation", "val", "test")  # the usual ones
+SPLIT = "{split}"  # in a pattern of names, replaced by the name of a split
+LABEL_KEYS = ("label", "cls")  # in .json members
+LABEL_SUFFIXES = ("cls", "json", "txt")  # in order of preference
+COMPRESSED = {  # first bytes -> the program that unpacks such files
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
+MEMBER, DATA, SIZE, LABEL, NAME = range(5)  # columns of an index
+BLOCK = 512  # bytes of a header
+
+
+def is_tar_pattern(text: str) -> bool:
+    """Return whether a text names tar files, and not a folder."""
+    return text.endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def tar_files(path: str, split: str) -> list[Path]:
+    """Return the tar files of a split, sorted by name.
+
+    Args:
+      path: a pattern as shards/{split}-{0000..1281}.tar, with {a,b} and * too; or a folder, of
+        whose files those are taken that have the split in their names, as in-1k-train-0001.tar, or
+        those in a subfolder of that name, or all if no name has one.
+
+    Raises:
+      DataError: there are none.
+    """
+    files = _matching(path, split) if is_tar_pattern(path) else _in_folder(Path(path), split)
+    if not files:
+        raise DataError(f"there are no tar files of the split {split!r}: {path}")
+    return files
+
+
+def has_tar_split(path: str, split: str) -> bool:
+    """Return whether there are tar files of this split by name, and not just of any."""
+    if is_tar_pattern(path):
+        return SPLIT in path and any(file.exists() for file in _matching(path, split))
+    folder = Path(path)
+    return bool(_tars(folder / split)) or any(_names_split(file, split) for file in _tars(folder))
+
+
+def has_only_tars(folder: Path) -> bool:
+    """Return whether a folder has tar files, and neither folders nor images beside them."""
+    others = (x for x in folder.iterdir() if x.is_dir() or x.suffix.lower() in SUFFIXES)
+    return bool(_tars(folder)) and not any(x.name[0] != "." for x in others)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand {000..012} to numbers of that width, and {a,b} to alternatives, as a shell does."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if not match:
+        return [pattern]
+    first, last, names = match.groups()
+    if names is None:
+        width = len(first) if first.startswith("0") else 0
+        names = ",".join(f"{number:0{width}}" for number in range(int(first), int(last) + 1))
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    expanded = [expand_braces(f"{before}{name}{after}") for name in names.split(",")]
+    return list(itertools.chain.from_iterable(expanded))
+
+
+def _matching(pattern: str, split: str) -> list[Path]:
+    """Return the files that a pattern names; those without * need not exist."""
+    texts = expand_braces(pattern.replace(SPLIT, split))
+    names = [sorted(glob(text)) if re.search(r"[*?]", text) else [text] for text in texts]
+    return [Path(name) for name in itertools.chain.from_iterable(names)]
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    if not folder.is_dir():
+        problem = "is not a directory" if folder.exists() else "does not exist"
+        raise DataError(f"{problem}", key="data.path", value=str(folder))
+    if inside := _tars(folder / split):
+        return inside
+    files = _tars(folder)
+    named = [file for file in files if _names_split(file, split)]
+    return named or [file for file in files if not any(_names_split(file, x) for x in SPLIT_NAMES)]
+
+
+def _tars(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if is_tar_pattern(path.name))
+
+
+def _names_split(file: Path, split: str) -> bool:
+    return re.search(rf"(^|[-_.]){re.escape(split)}([-_.])", file.name) is not None
+
+
+class TarSource:
+    """The images of tar files, in their order.
+
+    Labels are integers in .cls members, in .json members under "label" or "cls", or in .txt members
+    (captions are no labels). The names of the classes are the lines of classes.txt beside the first
+    tar file, or else numbers.
+
+    Args:
+      files: in order.
+      classes: of the training split.
+      index_dir: where the indices are cached; None caches nothing.
+      image: suffix of the image members, as "left.png"; "image" takes any image.
+
+    Raises:
+      DataError: a file is missing, compressed, truncated or not a tar file; a label is not an
+        integer or has no class; or there are no images.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        classes: tuple[str, ...] = (),
+        index_dir: Path | None = None,
+        image: str = "image",
+    ):
+        self._shards = Shards(files, "tar files")
+        index_file = lambda number: _index_tar(files[number], image)
+        indices = self._shards.indices(index_file, index_dir, [image])
+        self._file = np.repeat(np.arange(len(indices)), [len(rows) for rows in indices])
+        self._index = np.concatenate(indices)
+        if not len(self._index):
+            raise DataError(f"no images in {files[0]}{_and_more(files)}")
+        self.classes = self._class_names(files[0].parent / "classes.txt", classes)
+
+    def _class_names(self, file: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
+        labels = self._index[:, LABEL]
+        highest = int(labels.max())
+        if highest < 0:
+            return ()
+        names = classes
+        if not names and file.exists():
+            names = tuple(file.read_text().splitlines())
+        names = names or tuple(map(str, range(highest + 1)))
+        if highest >= len(names):
+            first = int(np.flatnonzero(labels == highest)[0])
+            raise DataError(
+                f"{self.describe(first)} has label {highest}, but there are {len(names)} classes: "
+                f"name all of them in {file}, one per line"
+            )
+        return names
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._index[index]
+        image = self._shards.read(int(self._file[index]), int(row[DATA]), int(row[SIZE]))
+        return {"image": image, "label": int(row[LABEL])}
+
+    def label(self, index: int) -> int:
+        return int(self._index[index, LABEL])
+
+    def describe(self, index: int) -> str:
+        path, offset = self._shards.paths[self._file[index]], int(self._index[index, MEMBER])
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                member = tarfile.open(fileobj=file, mode="r:").next()  # noqa: SIM115
+            name = member.name if member else f"member at byte {offset}"
+        except (OSError, tarfile.TarError):
+            name = f"member at byte {offset}"
+        return printable_path(path / name)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names, sizes and labels of all images."""
+        columns = np.ascontiguousarray(self._index[:, [SIZE, LABEL, NAME]])
+        return hashlib.sha256(columns.data).hexdigest()[:16]
+
+
+def _and_more(files: Sequence[Path]) -> str:
+    return f" and {len(files) - 1} more tar files" if len(files) > 1 else ""
+
+
+@dataclass
+class _Sample:
+    """A sample of a tar file: its image member, the rank of its label's suffix, and the label."""
+
+    image: tarfile.TarInfo | None = None
+    suffix: str = ""
+    rank: int = len(LABEL_SUFFIXES)
+    label: int = -1
+
+
+def _index_tar(path: Path, image: str) -> Index:
+    """Return the place, size, label and hash of the name of every image of a tar file."""
+    samples: dict[str, _Sample] = {}
+    with_labels = set(LABEL_SUFFIXES)  # suffixes that have labels, as far as is known
+    try:
+        with path.open("rb") as file:
+            _check_kind(path, file.read(BLOCK))
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in _members(tar, path):
+                    key, suffix = _split_name(member.name)
+                    sample = samples.setdefault(key, _Sample())
+                    if _is_image(suffix, image):
+                        _take_image(path, sample, member, suffix)
+                    elif suffix in with_labels and LABEL_SUFFIXES.index(suffix) < sample.rank:
+                        opened = tar.extractfile(member)
+                        assert opened is not None
+                        label = _read_label(path, member, suffix, opened.read())
+                        if label is None:
+                            with_labels.discard(suffix)
+                        else:
+                            sample.rank, sample.label = LABEL_SUFFIXES.index(suffix), label
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{path} is damaged, cut off, or not a tar file: {error}") from error
+    if without := sum(sample.image is None for sample in samples.values()):
+        log.warning("ignored: %d samples of %s have no image", without, path)
+    rows = [
+        (x.image.offset, x.image.offset_data, x.image.size, x.label, _hash(x.image.name))
+        for x in samples.values()
+        if x.image is not None
+    ]
+    return np.array(rows, np.int64).reshape(-1, 5)
+
+
+def _check_kind(path: Path, begin: bytes) -> None:
+    for magic, program in COMPRESSED.items():
+        if begin.startswith(magic):
+            unpacked = path.with_suffix("") if path.suffix != ".tgz" else path.with_suffix(".tar")
+            command = f"{program} -c {shlex.quote(str(path))} > {shlex.quote(str(unpacked))}"
+            raise DataError(
+                f"{path} is compressed, so its images cannot be read in any order: unpack it with "
+                f"{command}"
+            )
+    if not begin:
+        raise DataError(f"{path} is empty")
+
+
+def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the files of a tar file, without hidden ones.
+
+    Raises:
+      DataError: the tar file ends within a member, or is damaged.
+    """
+    size = path.stat().st_size
+    while member := tar.next():
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] (else all stay in memory)
+        if member.offset_data + member.size > size:
+            raise DataError(f"{path} is cut off within {member.name}: copy it again")
+        if member.isreg() and not member.name.rsplit("/")[-1].startswith("."):
+            yield member
+    # At a bad header, as at the end, there is no next member.
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        end = file.read(BLOCK)
+    if any(end) or 0 < len(end) < BLOCK:
+        raise DataError(f"{path} is damaged or cut off at byte {tar.offset}: copy it again")
+    if not end:
+        log.warning("%s has no end mark: if it was cut off, images are missing", path)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower()
+
+
+def _is_image(suffix: str, image: str) -> bool:
+    if image != "image":
+        return suffix == image.lower()
+    return "." + suffix.rsplit(".")[-1] in SUFFIXES
+
+
+def _take_image(path: Path, sample: _Sample, member: tarfile.TarInfo, suffix: str) -> None:
+    """Make a member the image of its sample: "jpg" goes before "mask.png".
+
+    Raises:
+      DataError: it has two.
+    """
+    if sample.image is not None and ("." in suffix) == ("." in sample.suffix):
+        raise DataError(
+            f"{path} has two images of one sample, {sample.image.name} and {member.name}: name the "
+            f"suffix of the ones to read, as in data.image_feature={suffix}"
+        )
+    if sample.image is None or "." not in suffix:
+        sample.image, sample.suffix = member, suffix
+
+
+def _read_label(path: Path, member: tarfile.TarInfo, suffix: str, data: bytes) -> int | None:
+    """Return the label in a member, or None if such members have none.
+
+    Raises:
+      DataError: a .cls member is not an integer.
+    """
+    text = data.decode("utf-8", "replace").strip()
+    if suffix == "json":
+        try:
+            values = json.loads(text)
+        except ValueError:
+            return None
+        found = (
+            [values[key] for key in LABEL_KEYS if key in values] if isinstance(values, dict) else []
+        )
+        return next((x for x in found if type(x) is int and x >= 0), None)
+    if text.isdecimal():
+        return int(text)
+    if suffix == "cls":
+        raise DataError(
+            f"{path}: {member.name} is {text[:40]!r}, but .cls has the number of a class, from 0"
+        )
+    return None
+
+
+def _hash(name: str) -> int:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
