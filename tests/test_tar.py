@@ -6,21 +6,19 @@ import pickle
 import subprocess
 import tarfile
 
-import jax
 import numpy as np
 import pytest
 from image_helpers import encoded, fill_folder, noise_image, saved
+from source_helpers import assert_same_as_folder
 
 from mae_jax.data import __main__ as data
 from mae_jax.data import tar
 from mae_jax.data.factory import DatasetSpec, detect_dataset
 from mae_jax.data.loader import ExampleLoader
+from mae_jax.data.shard_files import expand_braces
 from mae_jax.data.sources import DataError, FolderSource
-from mae_jax.data.tar import TarSource, expand_braces, tar_files
+from mae_jax.data.tar import TARS, TarSource
 from mae_jax.data.transforms import EvalTransform
-from mae_jax.train import recipes
-from mae_jax.train.build_data import make_eval_source, make_loader, make_train_source
-from mae_jax.train.config import from_config_dict
 
 PICTURE = encoded(noise_image(0))
 
@@ -68,39 +66,10 @@ def shards(folder, tmp_path):
     return tmp_path / "shards"
 
 
-def config_of(source, path):
-    config = recipes.base()
-    config.batch_size = 8
-    config.model.update(image_size=(16, 16), patch=8)
-    config.data.update(source=source, path=str(path), threads=1)
-    return from_config_dict(config)
-
-
 @pytest.mark.parametrize("where", ["", "tiny-{split}-{000..002}.tar", "tiny-{split}-*.tar"])
-def test_batches_are_those_of_the_folder(folder, shards, tmp_path, monkeypatch, where):
-    def batches(source, path, host=0, hosts=1, start=0):
-        monkeypatch.setattr(jax, "process_index", lambda: host)
-        monkeypatch.setattr(jax, "process_count", lambda: hosts)
-        config = config_of(source, path)
-        images = make_train_source(config, tmp_path / "indices")
-        loader = make_loader(config, images, 2, np.dtype(np.uint8))
-        iterator = loader.batches(start)
-        found = [{k: v.copy() for k, v in next(iterator).items()} for _ in range(4 - start)]
-        iterator.close()
-        return found
-
-    path = shards / where
-    expected = batches("folder", folder)
-    for host in range(2):
-        rows = slice(4 * host, 4 * host + 4)
-        for batch, other in zip(batches("tar", path, host, 2), expected, strict=True):
-            for name in other:
-                np.testing.assert_array_equal(batch[name], other[name][rows])
-    for name, array in batches("tar", path, start=3)[0].items():
-        np.testing.assert_array_equal(array, expected[3][name])
-    evaluation = make_eval_source(config_of("tar", path), (), None)
-    assert len(evaluation) == 20
-    assert evaluation[13] == FolderSource(str(folder), "validation")[13]
+def test_batches_are_those_of_the_folder(folder, shards, tmp_path, where):
+    index_dir = tmp_path / "indices"
+    assert_same_as_folder(folder, index_dir, source="tar", path=str(shards / where))
 
 
 def test_the_index_is_cached_until_a_shard_changes(shards, tmp_path, monkeypatch, caplog):
@@ -219,16 +188,16 @@ def test_patterns(tmp_path):
     assert expand_braces("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
     for name in ("in-train-0.tar", "in-train-1.tar", "in-validation-0.tar"):
         (tmp_path / name).touch()
-    names = lambda *a: [file.name for file in tar_files(*a)]
+    names = lambda *a: [file.name for file in TARS.find(*a)]
     assert names(str(tmp_path), "train") == ["in-train-0.tar", "in-train-1.tar"]
     assert names(f"{tmp_path}/in-{{split}}-{{0..1}}.tar", "train") == names(str(tmp_path), "train")
     with pytest.raises(DataError, match="no tar files of the split 'test'"):
-        tar_files(str(tmp_path), "test")
+        TARS.find(str(tmp_path), "test")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "0.tar").touch()
     assert names(str(tmp_path), "test") == ["0.tar"]
     with pytest.raises(DataError, match="does not exist"):
-        tar_files(str(tmp_path / "nothing"), "train")
+        TARS.find(str(tmp_path / "nothing"), "train")
 
 
 def test_commands_detect_tar_files(shards, tmp_path, capsys):

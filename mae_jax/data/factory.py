@@ -4,17 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_jax.data.in_memory import ARRAY_SUFFIXES, read_arrays
+from mae_jax.data.shard_files import SPLIT_NAMES
 from mae_jax.data.sources import DataError, FolderSource, Source
-from mae_jax.data.tar import (
-    SPLIT_NAMES,
-    TarSource,
-    has_only_tars,
-    has_tar_split,
-    is_tar_pattern,
-    tar_files,
-)
+from mae_jax.data.tables import PARQUET, TableSource, cached_splits, find_cached
+from mae_jax.data.tar import TARS, TarSource
 
-SOURCE_TYPES = ("tfds", "folder", "arrays", "tar")
+SOURCE_TYPES = ("tfds", "folder", "arrays", "tar", "parquet", "hf")
+HF_PREFIX = "hf:"  # of names of datasets of "hf" on the command line
+SHARDS = {"tar": TARS, "parquet": PARQUET}
 
 
 @dataclass(frozen=True)
@@ -22,12 +19,14 @@ class DatasetSpec:
     """A dataset on disk.
 
     Args:
-      source_type: "tfds", "folder", "arrays" or "tar"; None detects a folder of images, an array
-        file or tar files per split.
-      name: name of a TFDS dataset, as in `TfdsSource`.
-      path: folder with the splits, or for "tar" the pattern of `tar_files`; for TFDS its data_dir,
-        or None for the default of TFDS.
-      image_feature: name of the image feature of a TFDS dataset, or suffix as in `TarSource`.
+      source_type: one of SOURCE_TYPES; None detects a folder of images, an array file, or tar or
+        Parquet files, per split.
+      name: name of a TFDS dataset, as in `TfdsSource`, or of a dataset of "hf", as in
+        `find_cached`.
+      path: folder with the splits, or a pattern as in `FileKind.find`; for TFDS its data_dir, for
+        "hf" the cache, or None for their defaults.
+      image_feature: name of the image feature of a TFDS dataset or column, or suffix as in
+        `TarSource`.
       index_dir: where indices of TFRecord and tar files are cached; None caches nothing.
     """
 
@@ -54,12 +53,17 @@ class DatasetSpec:
                 key="data.source",
                 value=self.source_type,
             )
+        if self.source_type == "hf":
+            files = find_cached(str(self.name), split, self.path)
+            return TableSource(files, classes, self.image_feature)
         if not self.path:
             raise DataError("needs data.path, a folder", key="data.source", value=self.source_type)
         source_type = self.source_type or _detect_type(self.path, split)
         if source_type == "tar":
-            files = tar_files(self.path, split)
+            files = TARS.find(self.path, split)
             return TarSource(files, classes, self.index_dir, self.image_feature)
+        if source_type == "parquet":
+            return TableSource(PARQUET.find(self.path, split), classes, self.image_feature)
         return (read_arrays if source_type == "arrays" else FolderSource)(self.path, split, classes)
 
     def _open_tfds(self, split: str) -> Source:
@@ -80,9 +84,11 @@ class DatasetSpec:
             from mae_jax.data.tfds import open_builder
 
             return list(open_builder(str(self.name), self.path).info.splits)
+        if self.source_type == "hf":
+            return cached_splits(str(self.name), self.path)
         path = str(self.path)
         known = [split for split in SPLIT_NAMES if has_split(path, split)]
-        if is_tar_pattern(path):
+        if not Path(path).is_dir() or _only_shards(path):
             return known or [""]
         folders = sorted(x.name for x in Path(path).iterdir() if x.is_dir()) if known else []
         return known + [x for x in folders if x not in known and x[0] != "."] or [""]
@@ -92,9 +98,9 @@ def detect_dataset(data: str, data_dir: str | None, image_feature: str = "image"
     """Return the dataset that a command-line argument names: a path, or else a TFDS dataset.
 
     Args:
-      data: a folder with images, with split folders, or with array or tar files; a pattern of tar
-        files; or a TFDS name.
-      data_dir: directory of TFDS datasets; None is the default of TFDS.
+      data: a folder with images, with split folders, or with array, tar or Parquet files; a pattern
+        of such files; hf:NAME; or a TFDS name.
+      data_dir: directory of TFDS datasets, or cache of "hf"; None is the default.
 
     Raises:
       DataError: `data` is a path but not a directory.
@@ -102,41 +108,44 @@ def detect_dataset(data: str, data_dir: str | None, image_feature: str = "image"
     path = Path(data)
     if is_path(data):
         return DatasetSpec(None, path=data, image_feature=image_feature)
+    if data.startswith(HF_PREFIX):
+        return DatasetSpec("hf", data.removeprefix(HF_PREFIX), data_dir, image_feature)
     if path.exists() or path.is_absolute() or data.startswith("."):
         raise DataError(f"{data} {'is not a directory' if path.exists() else 'does not exist'}")
     return DatasetSpec("tfds", data, data_dir, image_feature)
 
 
 def is_path(data: str) -> bool:
-    """Return whether a command-line argument is a folder or a pattern of tar files."""
-    return Path(data).is_dir() or is_tar_pattern(data)
+    """Return whether a command-line argument is a folder, or a pattern of tar or Parquet files."""
+    return Path(data).is_dir() or any(kind.is_pattern(data) for kind in SHARDS.values())
 
 
 def has_split(path: str, split: str, source_type: str | None = None) -> bool:
-    """Return whether there is a subfolder, an array file or a tar file named like a split.
+    """Return whether there is a subfolder or a file named like a split.
 
     Args:
-      path: a folder, or a pattern of tar files.
-      source_type: "folder", "arrays" or "tar"; None: any of them.
+      path: a folder, or a pattern of tar or Parquet files; for "hf" the folder of the cache.
+      source_type: of the dataset; None: any that can be detected.
     """
     folder = Path(path)
     found = {
         "folder": (folder / split).is_dir(),
         "arrays": any((folder / f"{split}{suffix}").exists() for suffix in ARRAY_SUFFIXES),
-        "tar": has_tar_split(path, split),
+        **{name: kind.has_split(path, split) for name, kind in SHARDS.items()},
     }
     return any(found.values()) if source_type is None else found[source_type]
 
 
 def _detect_type(path: str, split: str) -> str:
-    """Return the type of a split in a folder, or of a pattern of tar files.
+    """Return the type of a split in a folder, or of a pattern of files.
 
     Raises:
       DataError: the folder lacks the split, or is a TFDS data_dir.
     """
+    for name, kind in SHARDS.items():
+        if kind.is_pattern(path):
+            return name
     folder = Path(path)
-    if is_tar_pattern(path):
-        return "tar"
     if split and not has_split(path, split):
         raise DataError(f"{folder / split} does not exist")
     if any(any(folder.glob("*/" * depth + "dataset_info.json")) for depth in range(3)):
@@ -144,6 +153,14 @@ def _detect_type(path: str, split: str) -> str:
             f"{folder} is a TFDS directory: give the name of the dataset, and its folder as "
             "--data-dir"
         )
-    if has_tar_split(path, split) if split else has_only_tars(folder):
-        return "tar"
-    return "arrays" if split and has_split(path, split, "arrays") else "folder"
+    if not split:
+        return _only_shards(path) or "folder"
+    for name in ("arrays", *SHARDS):
+        if has_split(path, split, name):
+            return name
+    return "folder"
+
+
+def _only_shards(path: str) -> str | None:
+    """Return the type of the shards of a folder without images; None if it has none."""
+    return next((name for name, kind in SHARDS.items() if kind.has_only(Path(path))), None)

@@ -5,26 +5,23 @@ ends at the first dot of its last part. The tars are indexed once; see `Shards`.
 """
 
 import hashlib
-import itertools
 import json
 import logging
-import re
 import shlex
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 
+from mae_jax.data.shard_files import FileKind
 from mae_jax.data.shard_index import Index, Shards
 from mae_jax.data.sources import SUFFIXES, DataError, Record, printable_path
 
 log = logging.getLogger("mae_jax")
 
-SPLIT_NAMES = ("train", "validation", "val", "test")  # the usual ones
-SPLIT = "{split}"  # in a pattern of names, replaced by the name of a split
+TARS = FileKind("tar files", (".tar", ".tar.gz", ".tgz"))
 LABEL_KEYS = ("label", "cls")  # in .json members
 LABEL_SUFFIXES = ("cls", "json", "txt")  # in order of preference
 COMPRESSED = {  # first bytes -> the program that unpacks such files
@@ -35,84 +32,6 @@ COMPRESSED = {  # first bytes -> the program that unpacks such files
 }
 MEMBER, DATA, SIZE, LABEL, NAME = range(5)  # columns of an index
 BLOCK = 512  # bytes of a header
-
-
-def is_tar_pattern(text: str) -> bool:
-    """Return whether a text names tar files, and not a folder."""
-    return text.endswith((".tar", ".tar.gz", ".tgz"))
-
-
-def tar_files(path: str, split: str) -> list[Path]:
-    """Return the tar files of a split, sorted by name.
-
-    Args:
-      path: a pattern as shards/{split}-{0000..1281}.tar, with {a,b} and * too; or a folder, of
-        whose files those are taken that have the split in their names, as in-1k-train-0001.tar, or
-        those in a subfolder of that name, or all if no name has one.
-
-    Raises:
-      DataError: there are none.
-    """
-    files = _matching(path, split) if is_tar_pattern(path) else _in_folder(Path(path), split)
-    if not files:
-        raise DataError(f"there are no tar files of the split {split!r}: {path}")
-    return files
-
-
-def has_tar_split(path: str, split: str) -> bool:
-    """Return whether there are tar files of this split by name, and not just of any."""
-    if is_tar_pattern(path):
-        return SPLIT in path and any(file.exists() for file in _matching(path, split))
-    folder = Path(path)
-    return bool(_tars(folder / split)) or any(_names_split(file, split) for file in _tars(folder))
-
-
-def has_only_tars(folder: Path) -> bool:
-    """Return whether a folder has tar files, and neither folders nor images beside them."""
-    others = (x for x in folder.iterdir() if x.is_dir() or x.suffix.lower() in SUFFIXES)
-    return bool(_tars(folder)) and not any(x.name[0] != "." for x in others)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expand {000..012} to numbers of that width, and {a,b} to alternatives, as a shell does."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if not match:
-        return [pattern]
-    first, last, names = match.groups()
-    if names is None:
-        width = len(first) if first.startswith("0") else 0
-        names = ",".join(f"{number:0{width}}" for number in range(int(first), int(last) + 1))
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    expanded = [expand_braces(f"{before}{name}{after}") for name in names.split(",")]
-    return list(itertools.chain.from_iterable(expanded))
-
-
-def _matching(pattern: str, split: str) -> list[Path]:
-    """Return the files that a pattern names; those without * need not exist."""
-    texts = expand_braces(pattern.replace(SPLIT, split))
-    names = [sorted(glob(text)) if re.search(r"[*?]", text) else [text] for text in texts]
-    return [Path(name) for name in itertools.chain.from_iterable(names)]
-
-
-def _in_folder(folder: Path, split: str) -> list[Path]:
-    if not folder.is_dir():
-        problem = "is not a directory" if folder.exists() else "does not exist"
-        raise DataError(f"{problem}", key="data.path", value=str(folder))
-    if inside := _tars(folder / split):
-        return inside
-    files = _tars(folder)
-    named = [file for file in files if _names_split(file, split)]
-    return named or [file for file in files if not any(_names_split(file, x) for x in SPLIT_NAMES)]
-
-
-def _tars(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if is_tar_pattern(path.name))
-
-
-def _names_split(file: Path, split: str) -> bool:
-    return re.search(rf"(^|[-_.]){re.escape(split)}([-_.])", file.name) is not None
 
 
 class TarSource:
@@ -140,7 +59,7 @@ class TarSource:
         index_dir: Path | None = None,
         image: str = "image",
     ):
-        self._shards = Shards(files, "tar files")
+        self._shards = Shards(files, TARS.name)
         index_file = lambda number: _index_tar(files[number], image)
         indices = self._shards.indices(index_file, index_dir, [image])
         self._file = np.repeat(np.arange(len(indices)), [len(rows) for rows in indices])

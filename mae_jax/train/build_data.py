@@ -90,7 +90,7 @@ def make_eval_source(
     """
     data = config.data
     path = data.path or ""
-    if data.source != "tfds" and not has_split(path, data.eval_split, data.source):
+    if data.source not in ("tfds", "hf") and not has_split(path, data.eval_split, data.source):
         if config.task != "pretrain":
             raise DataError(
                 f"{Path(path) / data.eval_split} does not exist: data.eval_split names "

@@ -295,20 +295,20 @@ class DataConfig(Group):
     prefix: ClassVar[str] = "data."
     source: str = key(
         "tfds",
-        "'tfds', 'folder' (of images), 'tar' (WebDataset), or 'arrays' (TRAIN_SPLIT.npz,"
-        " EVAL_SPLIT.npz in a folder)",
+        "'tfds', 'folder' (of images), 'tar' (WebDataset), 'parquet', 'hf' (the cache of Hugging"
+        " Face datasets), or 'arrays' (TRAIN_SPLIT.npz, EVAL_SPLIT.npz in a folder)",
         choices=SOURCE_TYPES,
     )
-    name: str = key("imagenet2012", "for source 'tfds': the dataset")
+    name: str = key("imagenet2012", "for sources 'tfds' and 'hf': the dataset")
     path: str | None = key(
         None,
-        "folder of images or of tar files, pattern as shards/{split}-{000..127}.tar, or TFDS"
-        " data_dir; None is TFDS's default",
+        "folder of images or shards; pattern of shards, as shards/{split}-{000..127}.tar; TFDS"
+        " data_dir, or cache of 'hf', or None for their defaults",
         resumable=True,
         path=True,
     )
     image_feature: str = key(
-        "image", "for source 'tfds': the image feature; for 'tar': suffix of the images, if several"
+        "image", "name of the image feature or column; for 'tar': suffix of the images, if several"
     )
     train_split: str = key("train", "split, subfolder or .npz to train on")
     eval_split: str = key("validation", "split for k-NN, accuracy and reconstruction figures")

@@ -1,0 +1,321 @@
+"""Images in a column of Parquet files, or of the Arrow files that huggingface `datasets` caches.
+
+A column of images is of structs {bytes, path}, as the Hugging Face hub has them, or of bytes.
+"""
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_jax.data.shard_files import FileKind
+from mae_jax.data.sources import DataError, Record, hash_lines, printable_path
+
+log = logging.getLogger("mae_jax")
+
+PARQUET = FileKind("Parquet files", (".parquet",))
+CACHED_GROUPS = 8  # row groups that a process keeps
+MAX_GROUP_ROWS = 200  # images per row group, above which reading in random order is slow
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of a file that are read together: a row group of Parquet, all of an Arrow file."""
+
+    path: Path
+    group: int | None
+    rows: int
+
+
+class TableSource:
+    """The images of Parquet or Arrow files, in their order.
+
+    Args:
+      files: of one kind, with the same columns.
+      classes: of the training split, which those of the files must equal.
+      image: name of the image column; "image" also takes the only column of images.
+
+    Raises:
+      DataError: a file cannot be read, there is no such column, or the classes differ.
+    """
+
+    def __init__(self, files: Sequence[Path], classes: tuple[str, ...] = (), image: str = "image"):
+        _import_pyarrow()
+        tables = [_describe(path) for path in files]
+        self._blocks = [block for table in tables for block in table.blocks]
+        self._starts = np.cumsum([0, *(block.rows for block in self._blocks)])
+        if not len(self):
+            raise DataError(f"no images in {', '.join(map(str, files))}")
+        self._image = _image_column(files[0], tables[0], image)
+        label = _label_column(tables[0])
+        self._labels = np.full(len(self), -1)
+        if label is not None:
+            self._labels = np.concatenate([_read_labels(path, label) for path in files])
+        self.classes = _class_names(files[0], tables[0], label, self._labels, classes)
+        self._sizes = [path.stat().st_size for path in files]
+        _warn_of_large_groups(self._blocks)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, index: int) -> tuple[_Block, int]:
+        block = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._blocks[block], index - int(self._starts[block])
+
+    def __getitem__(self, index: int) -> Record:
+        block, row = self._locate(index)
+        value = _read_column(block.path, block.group, self._image)[row].as_py()
+        return {"image": _image_bytes(value, block.path), "label": self.label(index)}
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def describe(self, index: int) -> str:
+        block, _ = self._locate(index)
+        first = next(i for i, other in enumerate(self._blocks) if other.path == block.path)
+        return f"row {index - int(self._starts[first])} of {printable_path(block.path)}"
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names, sizes and numbers of rows of the files."""
+        blocks = [f"{block.path.name} {block.group} {block.rows}" for block in self._blocks]
+        return hash_lines([*blocks, *map(str, self._sizes)])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What is known of a file without reading its rows; `features` as the hub describes them."""
+
+    schema: Any
+    features: dict[str, Any]
+    blocks: list[_Block]
+
+
+def _import_pyarrow() -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise DataError(
+            "Parquet and Arrow files need pyarrow: pip install 'mae_jax[parquet]'"
+        ) from error
+
+
+def _errors(path: Path) -> Any:
+    """Return a context in which errors of pyarrow name the file."""
+    import contextlib
+
+    import pyarrow as pa
+
+    @contextlib.contextmanager
+    def named():
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path} cannot be read: {reason}") from error
+
+    return named()
+
+
+def _describe(path: Path) -> _Table:
+    import pyarrow.parquet as pq
+
+    with _errors(path):
+        if path.suffix == ".arrow":
+            table = _map_arrow(path)
+            schema, blocks = table.schema, [_Block(path, None, table.num_rows)]
+        else:
+            file = pq.ParquetFile(path)
+            schema, metadata = file.schema_arrow, file.metadata
+            groups = range(metadata.num_row_groups)
+            blocks = [_Block(path, i, metadata.row_group(i).num_rows) for i in groups]
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    return _Table(schema, described.get("info", {}).get("features", {}), blocks)
+
+
+@functools.cache
+def _map_arrow(path: Path) -> Any:
+    """Return the table of an Arrow file, which stays on the disk until it is read."""
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+
+
+@functools.lru_cache(CACHED_GROUPS)
+def _read_column(path: Path, group: int | None, column: str) -> Any:
+    import pyarrow.parquet as pq
+
+    with _errors(path):
+        if group is None:
+            return _map_arrow(path)[column]
+        file = pq.ParquetFile(path)
+        return file.read_row_group(group, columns=[column], use_threads=False)[column]
+
+
+def _read_labels(path: Path, column: str) -> np.ndarray:
+    import pyarrow.parquet as pq
+
+    with _errors(path):
+        if path.suffix == ".arrow":
+            values = _map_arrow(path)[column]
+        else:
+            values = pq.ParquetFile(path).read(columns=[column])[column]
+    return values.fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _image_column(path: Path, table: _Table, name: str) -> str:
+    """Return the name of the column of images.
+
+    Raises:
+      DataError: there is none, or there are several and none has the name.
+    """
+    columns = [field.name for field in table.schema if _holds_images(field.type)]
+    if name in columns:
+        return name
+    if len(columns) == 1 and name == "image":
+        return columns[0]
+    found = f"its columns of images are {', '.join(columns)}" if columns else "it has none"
+    raise DataError(
+        f"is not a column of images of {path}: {found}", key="data.image_feature", value=name
+    )
+
+
+def _holds_images(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _label_column(table: _Table) -> str | None:
+    """Return the name of the column of labels: "label", or the only one of class labels."""
+    import pyarrow.types as types
+
+    names = [name for name, x in table.features.items() if _is_class_label(x)]
+    if "label" in table.schema.names and types.is_integer(table.schema.field("label").type):
+        return "label"
+    return names[0] if len(names) == 1 else None
+
+
+def _is_class_label(feature: Any) -> bool:
+    return isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+
+
+def _class_names(
+    path: Path,
+    table: _Table,
+    column: str | None,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Return the names of the classes: of the hub's metadata, of training, or numbers.
+
+    Raises:
+      DataError: they are not those of training, or too few.
+    """
+    count = int(labels.max()) + 1
+    if column is None or not count:
+        return ()
+    names = tuple(table.features.get(column, {}).get("names", ()))
+    if names and classes and names != classes:
+        raise DataError(
+            f"{path} has the classes {', '.join(names)}, but training has {', '.join(classes)}"
+        )
+    names = names or classes or tuple(map(str, range(count)))
+    if count > len(names):
+        raise DataError(f"{path}: label {count - 1}, but there are {len(names)} class names")
+    return names
+
+
+def _image_bytes(value: Any, path: Path) -> bytes:
+    """Return the encoded image of a cell; a cell without bytes has the path of a file.
+
+    Raises:
+      DataError: it has neither, or the file cannot be read.
+    """
+    if isinstance(value, bytes):
+        return value
+    if value is None:
+        raise DataError("the cell is empty")
+    if value["bytes"] is not None:
+        return value["bytes"]
+    try:
+        return (path.parent / value["path"]).read_bytes()
+    except (OSError, TypeError) as error:
+        raise DataError(f"its cell has no bytes, and no file {value['path']}") from error
+
+
+def _warn_of_large_groups(blocks: Sequence[_Block]) -> None:
+    rows = max(block.rows for block in blocks)
+    if blocks[0].group is not None and rows > MAX_GROUP_ROWS:
+        log.warning(
+            "%s has row groups of %d images, each of which is read to get one image: in random "
+            "order that is slow. Write it with row_group_size=100, or use mae-jax data cache",
+            blocks[0].path,
+            rows,
+        )
+
+
+def find_cached(name: str, split: str, cache_dir: str | None) -> list[Path]:
+    """Return the Arrow files of a split of a dataset in the cache of huggingface `datasets`.
+
+    Args:
+      name: as for `load_dataset`, "org/name", with ":config" if there are several configs.
+      cache_dir: None is $HF_DATASETS_CACHE, $HF_HOME/datasets or ~/.cache/huggingface/datasets.
+
+    Raises:
+      DataError: it is not there, has several configs, or no such split.
+    """
+    folder = _cached_folder(name, Path(cache_dir) if cache_dir else _default_cache())
+    splits = list(json.loads((folder / "dataset_info.json").read_text()).get("splits") or {})
+    files = [
+        *folder.glob(f"*-{split}.arrow"),
+        *folder.glob(f"*-{split}-[0-9]*-of-[0-9]*.arrow"),
+    ]
+    files = sorted(file for file in files if not file.name.startswith("cache-"))
+    if not files:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits) or 'none'}")
+    return files
+
+
+def cached_splits(name: str, cache_dir: str | None) -> list[str]:
+    """Return the names of the splits of a dataset as in `find_cached`."""
+    folder = _cached_folder(name, Path(cache_dir) if cache_dir else _default_cache())
+    return list(json.loads((folder / "dataset_info.json").read_text()).get("splits") or {})
+
+
+def _default_cache() -> Path:
+    if path := os.environ.get("HF_DATASETS_CACHE"):
+        return Path(path).expanduser()
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(home).expanduser() / "datasets"
+
+
+def _cached_folder(name: str, cache: Path) -> Path:
+    """Return the folder of the newest version of a cached dataset."""
+    dataset, _, config = name.partition(":")
+    plain = lambda text: text.replace("/", "___").replace("_", "").lower()
+    folders = [x for x in cache.glob("*") if x.is_dir() and plain(x.name) == plain(dataset)]
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for info in sorted(folder.glob("*/**/dataset_info.json")):
+            if not info.parent.name.endswith(".incomplete"):
+                found.setdefault(info.relative_to(folder).parts[0], []).append(info)
+    if not found:
+        raise DataError(
+            f"is not in {cache}: load it once with datasets.load_dataset, or give the folder of "
+            "the cache as data.path",
+            key="data.name",
+            value=name,
+        )
+    if config not in found and (config or len(found) > 1):
+        known = ", ".join(f"{dataset}:{other}" for other in found)
+        raise DataError(f"is one of several configs: {known}", key="data.name", value=name)
+    infos = found[config] if config else next(iter(found.values()))
+    return max(infos, key=lambda info: info.stat().st_mtime).parent
