@@ -18,7 +18,7 @@ test: $(VENV)/.dev  ## run the unit tests
 test-faults: $(VENV)/.dev  ## kill, suspend, starve and corrupt real runs (docs/fault_tolerance.md)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults $(ARGS)
 
-test-slow: $(VENV)/.dev  ## more fault tolerance tests, and programs for hundreds of devices; half an hour
+test-slow: $(VENV)/.dev  ## more fault tolerance tests, programs for hundreds of devices, scripts; half an hour
 	$(BIN)/python -m pytest tests/slow $(ARGS)
 
 test-soak: $(VENV)/.dev  ## memory, open files and threads of a run of 20,000 steps
