@@ -82,8 +82,9 @@ class Probe(nn.Module):
 class Outputs(NamedTuple):
     """Outputs of a Classifier.
 
-    tokens: of the encoder, cls first; pooled: input of the head, float32; logits: None without a
-    head, [b, y, x, classes] of segmentation; intermediates: of every block, None unless asked for.
+    tokens: of the encoder, class tokens first; pooled: input of the head, float32; logits: None
+    without a head, [b, y, x, classes] of segmentation; intermediates: of every block, None unless
+    asked for.
     """
 
     tokens: Float[Array, "b t d"]
@@ -95,11 +96,11 @@ class Outputs(NamedTuple):
 class Classifier(nn.Module):
     """An encoder of unmasked images with pooling and, if `num_classes` is not 0, a head.
 
-    pool: "cls" token, "mean" of the patch tokens, "attention" pooling of them, or for segmentation
-    "grid": the head classifies every patch. fc_norm: LayerNorm after pooling instead of before (the
-    reference's fine-tuning). head_norm: BatchNorm before the linear layer (its linear probe).
-    head_init_std: of the kernel of that layer. upsample_width: features of an `UpsampleHead` before
-    it, 0 for none.
+    pool: "cls" token (of several the mean), "mean" of the patch tokens, "attention" pooling of
+    them, or for segmentation "grid": the head classifies every patch. fc_norm: LayerNorm after
+    pooling instead of before (the reference's fine-tuning). head_norm: BatchNorm before the linear
+    layer (its linear probe). head_init_std: of the kernel of that layer. upsample_width: features
+    of an `UpsampleHead` before it, 0 for none.
     """
 
     encoder: Encoder
@@ -143,12 +144,17 @@ class Classifier(nn.Module):
             logits = head(features, train)
         return Outputs(tokens, pooled, logits, intermediates)
 
+    def global_feature(self, patches: Float[Array, "b n p"]) -> Float[Array, "b d"]:
+        """Return `Encoder.global_feature`."""
+        return self.encoder.global_feature(patches)
+
     def pool_tokens(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b *n d"]:
         """Return the input of the head: all patch tokens for attention pooling and segmentation."""
         tokens = tokens.astype(jnp.float32)
+        count = self.encoder.class_tokens
         if self.pool == "cls":
-            return tokens[:, 0]
-        patches = tokens[:, 1:]
+            return tokens[:, :count].mean(axis=1)
+        patches = tokens[:, count:]
         if self.pool == "grid":
             return rearrange(patches, "b (y x) d -> b y x d", y=self.encoder.grid[0])
         return patches.mean(axis=1) if self.pool == "mean" else patches

@@ -22,9 +22,10 @@ def forward_flops(
     predicted: int | None = None,
 ) -> float:
     """Count the FLOPs of the loss of one image."""
-    tokens = num_patches + 1 if predicted is None else kept + 1 + predicted
+    latent = variant.class_tokens + kept
+    tokens = variant.class_tokens + num_patches if predicted is None else latent + predicted
     encoder = encoder_flops(variant, num_patches, kept, patch_values)
-    decoder_embed = 2 * (kept + 1) * variant.width * variant.decoder_width
+    decoder_embed = 2 * latent * variant.width * variant.decoder_width
     decoder = _blocks(variant.decoder_width, variant.decoder_depth, tokens, variant.mlp_ratio)
     head = 2 * tokens * variant.decoder_width * patch_values
     return encoder + decoder_embed + decoder + head
@@ -33,7 +34,8 @@ def forward_flops(
 def encoder_flops(variant: VitVariant, num_patches: int, kept: int, patch_values: int) -> float:
     """Count the FLOPs of the encoder's forward pass over one image."""
     embed = patch_embed_flops(variant, num_patches, patch_values)
-    return embed + _blocks(variant.width, variant.depth, kept + 1, variant.mlp_ratio)
+    tokens = variant.class_tokens + kept
+    return embed + _blocks(variant.width, variant.depth, tokens, variant.mlp_ratio)
 
 
 def train_flops(

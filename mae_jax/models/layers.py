@@ -147,8 +147,8 @@ def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
 class Intermediates(NamedTuple):
     """Intermediate outputs of one block, or of all blocks, stacked along a leading axis.
 
-    tokens: output of the block; attention: weights of the cls token (the first) over all tokens,
-    mean over the heads; head_attention: of every head.
+    tokens: output of the block; attention: weights of the class tokens (the first) over all tokens,
+    mean over class tokens and heads; head_attention: of every head, mean over class tokens.
     """
 
     tokens: Float[Array, "*depth b t d"]
@@ -160,11 +160,12 @@ class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values.
 
     Tokens from `num_tokens` on are padding. With `return_intermediates` it also returns the
-    attention weights of the first token, cls: mean over the heads, and of every head.
+    attention weights of the class tokens, the first ones: see `Intermediates`.
     """
 
     num_heads: int
     num_tokens: int
+    class_tokens: int
     execution: ExecutionConfig
     return_intermediates: bool
 
@@ -181,8 +182,9 @@ class Attention(nn.Module):
         if not self.return_intermediates:
             return x, None
         k = k[:, : self.num_tokens]
-        scores = jnp.einsum("bhe,bthe->bht", q[:, 0], k).astype(jnp.float32)
-        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
+        q = q[:, : self.class_tokens]
+        scores = jnp.einsum("bche,bthe->bcht", q, k).astype(jnp.float32)
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5).mean(axis=1)
         return x, (weights.mean(axis=1), weights)
 
 
@@ -226,6 +228,7 @@ class Block(nn.Module):
 
     num_heads: int
     num_tokens: int
+    class_tokens: int
     mlp_ratio: float
     layer_norm_eps: float
     execution: ExecutionConfig
@@ -242,6 +245,7 @@ class Block(nn.Module):
         y, attention = Attention(
             self.num_heads,
             self.num_tokens,
+            self.class_tokens,
             self.execution,
             self.return_intermediates,
             name="attn",
@@ -262,6 +266,7 @@ def apply_blocks(
     execution: ExecutionConfig,
     *,
     drop_path: DropPath | None = None,
+    class_tokens: int = 1,
     return_intermediates: bool = False,
 ) -> tuple[Float[Array, "b t d"], Intermediates | None]:
     """Apply `depth` blocks, one scanned module "blocks" with parameters [depth, ...].
@@ -288,6 +293,7 @@ def apply_blocks(
     x, intermediates = blocks(
         num_heads,
         tokens,
+        class_tokens,
         mlp_ratio,
         layer_norm_eps,
         execution,

@@ -22,6 +22,7 @@ class Decoder(nn.Module):
     depth: int
     num_heads: int
     grid: tuple[int, int]
+    class_tokens: int = 1
     mlp_ratio: float = 4.0
     pos_embed: str = "sincos"
     layer_norm_eps: float = 1e-6
@@ -30,28 +31,29 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        latent: Float[Array, "b k1 d"],
+        latent: Float[Array, "b t d"],
         ids_keep: Int[Array, "b k"],
         ids_masked: Int[Array, "b m"],
         first: int,
     ) -> Float[Array, "b i p"]:
         """Predict the pixels, float32, of `concatenate([ids_keep, ids_masked])[first:]`."""
         dtype, shard = self.execution.dtype, self.execution.shard_activations
+        count = self.class_tokens
         x = shard(Dense(self.width, dtype, name="embed")(latent))
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
         # Cast per patch, as the cls token: so its gradient is summed in float32.
         mask_tokens = jnp.broadcast_to(mask_token, (*ids_masked.shape, self.width))
         x = jnp.concatenate([x, mask_tokens.astype(dtype)], axis=1)
 
-        table = PosEmbed(self.pos_embed, self.grid, self.width, name="pos_embed")()
-        ids = jnp.concatenate([ids_keep, ids_masked], axis=1) + 1
-        ids = jnp.pad(ids, ((0, 0), (1, 0)))  # row 0 of the table is the cls token's
-        x = shard(x + jnp.take(table[0], ids, axis=0).astype(dtype))
+        table = PosEmbed(self.pos_embed, self.grid, self.width, count, name="pos_embed")()
+        class_rows = jnp.broadcast_to(jnp.arange(count), (len(x), count))
+        rows = jnp.concatenate([class_rows, ids_keep + count, ids_masked + count], axis=1)
+        x = shard(x + jnp.take(table[0], rows, axis=0).astype(dtype))
 
         x, _ = apply_blocks(
             x, self.depth, self.num_heads, self.mlp_ratio, self.layer_norm_eps, self.execution
         )
-        x = shard(x[:, 1 + first :])
+        x = shard(x[:, count + first :])
         x = layer_norm("norm", self.layer_norm_eps, dtype)(x)
         return shard(Dense(self.patch_values, dtype, name="head")(x)).astype(jnp.float32)
 
@@ -67,9 +69,13 @@ class MAE(nn.Module):
         patches: Float[Array, "b n p"],
         ids_keep: Int[Array, "b k"],
         ids_masked: Int[Array, "b m"],
+        drop_path_noise: Float[Array, "depth 2 b"] | None = None,
     ) -> Float[Array, "b m p"]:
-        """Predict the pixels of `ids_masked`, all masked patches or some, from the kept ones."""
-        latent = self.encoder(patches, ids_keep)
+        """Predict the pixels of `ids_masked`, all masked patches or some, from the kept ones.
+
+        `drop_path_noise` as in `Encoder`: the decoder has no drop path.
+        """
+        latent = self.encoder(patches, ids_keep, drop_path_noise)
         return self.decoder(latent, ids_keep, ids_masked, ids_keep.shape[1])
 
     def predict(
@@ -89,8 +95,12 @@ class MAE(nn.Module):
     def encode(
         self, patches: Float[Array, "b n p"], ids_keep: Int[Array, "b k"] | None = None
     ) -> Float[Array, "b t d"]:
-        """Return the tokens of the encoder, cls first; of all patches without `ids_keep`."""
+        """Return the encoder's tokens, class tokens first; of all patches without `ids_keep`."""
         return self.encoder(patches, ids_keep)
+
+    def global_feature(self, patches: Float[Array, "b n p"]) -> Float[Array, "b d"]:
+        """Return `Encoder.global_feature`."""
+        return self.encoder.global_feature(patches)
 
 
 def make_mae(
@@ -101,18 +111,25 @@ def make_mae(
     decoder_mlp_ratio: float | None = None,
     pos_embed: str = "sincos",
     layer_norm_eps: float = 1e-6,
+    drop_path: float = 0.0,
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> MAE:
     """Return the MAE of a variant for images of `grid` rows and columns of patches.
 
     Args:
       decoder_mlp_ratio: of the decoder, if it differs from the variant's.
+      drop_path: of the encoder, as in `Encoder`.
 
     Raises:
       UserError: the variant is not a valid ViT, or `pos_embed` is unknown.
     """
     encoder = make_encoder(
-        variant, grid, pos_embed=pos_embed, layer_norm_eps=layer_norm_eps, execution=execution
+        variant,
+        grid,
+        pos_embed=pos_embed,
+        layer_norm_eps=layer_norm_eps,
+        drop_path=drop_path,
+        execution=execution,
     )
     check_width("model.decoder_width", variant.decoder_width, variant.decoder_heads)
     decoder = Decoder(
@@ -121,6 +138,7 @@ def make_mae(
         variant.decoder_depth,
         variant.decoder_heads,
         grid,
+        class_tokens=variant.class_tokens,
         mlp_ratio=variant.mlp_ratio if decoder_mlp_ratio is None else decoder_mlp_ratio,
         pos_embed=pos_embed,
         layer_norm_eps=layer_norm_eps,

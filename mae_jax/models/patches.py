@@ -1,8 +1,8 @@
 """Patches of images and the position embeddings of patches: pure functions.
 
 Letters of array shapes in this project: b batch, n patches of an image, k kept patches, m masked
-patches (k + m = n), t tokens, d width (embedding dimension), p values of a patch
-(patch * patch * channels), h w c height, width and channels of an image.
+patches (k + m = n), t tokens (class tokens, then patches), d width (embedding dimension), p values
+of a patch (patch * patch * channels), h w c height, width and channels of an image.
 """
 
 import jax.numpy as jnp
@@ -53,8 +53,10 @@ def gather_patches(
     return jnp.take_along_axis(patches, indices[..., None], axis=1)
 
 
-def sincos_pos_embed_2d(width: int, grid: tuple[int, int]) -> Float[np.ndarray, "n1 d"]:
-    """Compute MAE's fixed 2-D sine-cosine position embedding, float32; row 0 (cls) is zero.
+def sincos_pos_embed_2d(
+    width: int, grid: tuple[int, int], class_tokens: int = 1
+) -> Float[np.ndarray, "t d"]:
+    """Compute MAE's fixed 2-D sine-cosine position embedding, float32; class tokens have zeros.
 
     As in the reference: the first half of the channels encodes the column, the second the row;
     each half is all sines, then all cosines; computed in float64 (paper A.1).
@@ -67,7 +69,7 @@ def sincos_pos_embed_2d(width: int, grid: tuple[int, int]) -> Float[np.ndarray, 
         [f(position * frequencies) for position in (columns, rows) for f in (np.sin, np.cos)],
         axis=1,
     )
-    return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
+    return np.concatenate([np.zeros((class_tokens, width)), table]).astype(np.float32)
 
 
 def bicubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
@@ -90,12 +92,17 @@ def bicubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
 
 
 def interpolate_pos_embed(
-    table: Float[np.ndarray, "old d"], old_grid: tuple[int, int], new_grid: tuple[int, int]
+    table: Float[np.ndarray, "old d"],
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    class_tokens: int = 1,
 ) -> Float[np.ndarray, "new d"]:
-    """Interpolate a position embedding (cls row first) to another grid; cls is unchanged."""
-    if len(table) != old_grid[0] * old_grid[1] + 1:
-        raise ValueError(f"a table of {len(table)} rows is not cls + {old_grid} patches")
-    cls, cells = table[:1], table[1:].reshape(*old_grid, -1)
+    """Interpolate a position embedding to another grid; the rows of class tokens, first, stay."""
+    if len(table) != class_tokens + old_grid[0] * old_grid[1]:
+        raise ValueError(
+            f"a table of {len(table)} rows is not {class_tokens} class tokens + {old_grid} patches"
+        )
+    cls, cells = table[:class_tokens], table[class_tokens:].reshape(*old_grid, -1)
     vertical, horizontal = (bicubic_weights(new, old) for new, old in zip(new_grid, old_grid))
     cells = np.einsum("yh,xw,hwd->yxd", vertical, horizontal, cells, optimize=True)
     return np.concatenate([cls, cells.reshape(-1, cells.shape[-1])]).astype(table.dtype)

@@ -18,22 +18,28 @@ from mae_jax.models.patches import gather_patches, sincos_pos_embed_2d
 from mae_jax.models.variants import VitVariant
 from mae_jax.utils.errors import UserError
 
-POS_EMBEDS = ("sincos", "learned")
+POS_EMBEDS = ("sincos", "learned", "learned_random")
 
 
 class PosEmbed(nn.Module):
-    """Position embedding of the cls token (row 0) and of every patch, [1, 1 + n, d].
+    """Position embedding of the class tokens (first) and of every patch, [1, t, d].
 
-    "sincos" is fixed and has no parameter; "learned" is a parameter initialized from it.
+    "sincos" is fixed and has no parameter; "learned" is a parameter initialized from it,
+    "learned_random" one initialized as Pixio's.
     """
 
     kind: str
     grid: tuple[int, int]
     width: int
+    class_tokens: int
 
     @nn.compact
-    def __call__(self) -> Float[Array, "1 n1 d"]:
-        table = jnp.asarray(sincos_pos_embed_2d(self.width, self.grid)[None])
+    def __call__(self) -> Float[Array, "1 t d"]:
+        if self.kind == "learned_random":
+            # As in the reference: N(0, 0.02); its truncation at 100 standard deviations is none.
+            shape = 1, self.class_tokens + self.grid[0] * self.grid[1], self.width
+            return self.param("table", nn.initializers.normal(0.02), shape)
+        table = jnp.asarray(sincos_pos_embed_2d(self.width, self.grid, self.class_tokens)[None])
         if self.kind == "sincos":
             return table
         return self.param("table", lambda _: table)
@@ -52,8 +58,9 @@ def _uniform_bias(fan_in: int):
 class Encoder(nn.Module):
     """ViT over the kept patches (paper section 3, "MAE encoder"); see `make_encoder`.
 
-    grid: rows and columns of patches; pos_embed: "sincos" or "learned"; drop_path: rate of
-    stochastic depth in the last block, rising linearly from 0 in the first.
+    grid: rows and columns of patches; class_tokens: their number, each with a position of its own;
+    pos_embed: one of `POS_EMBEDS`; drop_path: rate of stochastic depth in the last block, rising
+    linearly from 0 in the first.
 
     Parameters: patch_embed, cls_token, pos_embed (if learned), blocks (stacked over depth), norm
     (if `final_norm`).
@@ -63,6 +70,7 @@ class Encoder(nn.Module):
     depth: int
     num_heads: int
     grid: tuple[int, int]
+    class_tokens: int = 1
     mlp_ratio: float = 4.0
     pos_embed: str = "sincos"
     layer_norm_eps: float = 1e-6
@@ -76,11 +84,11 @@ class Encoder(nn.Module):
         ids_keep: Int[Array, "b k"] | None = None,
         drop_path_noise: Float[Array, "depth 2 b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Encode the patches at `ids_keep` (None: all, in image order) and the cls token, first.
+        """Encode the class tokens, first, and the patches at `ids_keep` (None: all, in order).
 
         `drop_path_noise`, uniform in [0, 1), turns on drop path; axis 1 is attention and MLP.
         """
-        return self._encode(patches, ids_keep, drop_path_noise, return_intermediates=False)[0]
+        return self._encode(patches, ids_keep, drop_path_noise)[0]
 
     def with_intermediates(
         self, patches: Float[Array, "b n p"]
@@ -88,13 +96,31 @@ class Encoder(nn.Module):
         """Encode every patch; also return the outputs of all blocks, tokens after final norm."""
         return self._encode(patches, None, None, return_intermediates=True)
 
+    def global_feature(self, patches: Float[Array, "b n p"]) -> Float[Array, "b d"]:
+        """Return the vector of an image that k-NN compares, float32, from all its patches.
+
+        With one class token it is the mean of the patch tokens. With several it is, as in Pixio's
+        k-NN evaluation, the mean of the class tokens before the final norm.
+        """
+        if self.class_tokens == 1:
+            return self(patches)[:, 1:].astype(jnp.float32).mean(axis=1)
+        tokens, _ = self._encode(patches, None, None, skip_norm=True)
+        return tokens[:, : self.class_tokens].astype(jnp.float32).mean(axis=1)
+
     @nn.compact
     def _encode(
-        self, patches: Any, ids_keep: Any, drop_path_noise: Any, *, return_intermediates: bool
+        self,
+        patches: Any,
+        ids_keep: Any,
+        drop_path_noise: Any,
+        *,
+        return_intermediates: bool = False,
+        skip_norm: bool = False,
     ) -> tuple[Any, Any]:
         dtype, shard = self.execution.dtype, self.execution.shard_activations
-        positions = PosEmbed(self.pos_embed, self.grid, self.width, name="pos_embed")()
-        cls_position, positions = positions[:, :1], positions[:, 1:]
+        count = self.class_tokens
+        positions = PosEmbed(self.pos_embed, self.grid, self.width, count, name="pos_embed")()
+        cls_positions, positions = positions[:, :count], positions[:, count:]
         if ids_keep is not None:
             # Embedding only the kept patches gives the same result as embedding all, then dropping.
             patches = shard(gather_patches(patches, ids_keep))
@@ -104,8 +130,8 @@ class Encoder(nn.Module):
         # Positions and cls are cast per image: so their gradients are summed in float32.
         x = shard(x + jnp.broadcast_to(positions, x.shape).astype(dtype))
         # As in the reference: cls and mask tokens are N(0, 0.02), not truncated.
-        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls = jnp.broadcast_to(cls + cls_position, (len(x), 1, self.width)).astype(dtype)
+        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, count, self.width))
+        cls = jnp.broadcast_to(cls + cls_positions, (len(x), count, self.width)).astype(dtype)
         drop_path = None
         if drop_path_noise is not None:
             rates = jnp.linspace(0.0, self.drop_path, self.depth)
@@ -118,9 +144,10 @@ class Encoder(nn.Module):
             self.layer_norm_eps,
             self.execution,
             drop_path=drop_path,
+            class_tokens=count,
             return_intermediates=return_intermediates,
         )
-        if self.final_norm:
+        if self.final_norm and not skip_norm:
             norm = layer_norm("norm", self.layer_norm_eps, dtype)
             x = norm(x)
             if intermediates is not None:
@@ -141,9 +168,11 @@ def make_encoder(
     """Return the encoder of a variant for images of `grid` rows and columns of patches.
 
     Raises:
-      UserError: the variant is not a valid ViT, or `pos_embed` is unknown.
+      UserError: the variant is not a valid ViT or `pos_embed` is unknown.
     """
     check_width("model.width", variant.width, variant.heads)
+    if variant.class_tokens < 1:
+        raise UserError("must be at least 1", key="model.class_tokens", value=variant.class_tokens)
     if pos_embed not in POS_EMBEDS:
         problem = f"must be one of {', '.join(POS_EMBEDS)}"
         raise UserError(problem, key="model.position", value=pos_embed)
@@ -152,6 +181,7 @@ def make_encoder(
         variant.depth,
         variant.heads,
         grid,
+        class_tokens=variant.class_tokens,
         mlp_ratio=variant.mlp_ratio,
         pos_embed=pos_embed,
         layer_norm_eps=layer_norm_eps,

@@ -2,7 +2,7 @@
 
 Every strategy assigns noise to the patches and keeps the `len_keep` patches of lowest noise, as in
 the paper's "shuffle and drop the tail": so every image keeps the same number of patches, which
-static shapes need.
+static shapes need. Random masks may hide whole cells of patches, as Pixio's (`cell_mask`).
 """
 
 from typing import NamedTuple
@@ -29,8 +29,8 @@ class Mask(NamedTuple):
         return jnp.zeros((len(self.ids_keep), n), bool).at[rows, self.ids_masked].set(True)
 
 
-def len_keep(num_patches: int, mask_ratio: float) -> int:
-    """Return the number of kept patches.
+def len_keep(num_patches: int, mask_ratio: float, unit: str = "patches") -> int:
+    """Return the number of kept patches, or of kept cells: `unit` names them in errors.
 
     Raises:
       UserError: the ratio is not within 0 to 1, or no patch is kept or none is masked.
@@ -41,7 +41,7 @@ def len_keep(num_patches: int, mask_ratio: float) -> int:
     # As in the reference: exactly this float expression, so 100 patches at 0.9 keep 9 and not 10.
     kept = int(num_patches * (1 - mask_ratio))
     if not 0 < kept < num_patches:
-        raise error(f"keeps {kept} of {num_patches} patches; it must keep and mask at least one")
+        raise error(f"keeps {kept} of {num_patches} {unit}; it must keep and mask at least one")
     return kept
 
 
@@ -62,6 +62,53 @@ def sample_patches(
 def random_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:
     """Sample the kept patches of every image uniformly (the paper's default)."""
     return mask_from_noise(jax.random.uniform(key, (batch, grid[0] * grid[1])), kept)
+
+
+def cell_grid(grid: tuple[int, int], cell: int, patch: int) -> tuple[int, int]:
+    """Return rows and columns of cells of `cell` patches a side.
+
+    Args:
+      patch: side of a patch, pixels, to name the image sizes that would do.
+
+    Raises:
+      UserError: the cells do not divide the grid of patches.
+    """
+    if cell < 1:
+        raise UserError("must be at least 1", key="mask.cell", value=cell)
+    if grid[0] % cell or grid[1] % cell:
+        divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
+        side = cell * patch
+        sizes = [
+            sorted({max(n * patch // side, 1) * side, -(-n * patch // side) * side}) for n in grid
+        ]
+        height, width = (" or ".join(map(str, size)) for size in sizes)
+        raise UserError(
+            f"does not divide the {grid[0]}x{grid[1]} patches of an image: use "
+            f"mask.cell={' or '.join(map(str, divisors))}, or model.image_size with a height of "
+            f"{height} and a width of {width}",
+            key="mask.cell",
+            value=cell,
+        )
+    return grid[0] // cell, grid[1] // cell
+
+
+def cell_mask(cells: Mask, grid: tuple[int, int], cell: int) -> Mask:
+    """Return the mask of patches of a mask of cells, which are `cell` patches a side.
+
+    As in the reference of Pixio: cells keep their order; their patches follow row by row.
+
+    Args:
+      cells: indices of cells, numbered row by row.
+      grid: rows and columns of patches.
+    """
+    columns = grid[1] // cell
+    inside = (jnp.arange(cell)[:, None] * grid[1] + jnp.arange(cell)).reshape(-1)
+
+    def patches(ids: Int[Array, "b i"]) -> Int[Array, "b j"]:
+        corners = ids // columns * cell * grid[1] + ids % columns * cell
+        return rearrange(corners[..., None] + inside, "b i inside -> b (i inside)")
+
+    return Mask(patches(cells.ids_keep), patches(cells.ids_masked))
 
 
 def grid_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: int) -> Mask:

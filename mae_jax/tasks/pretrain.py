@@ -22,6 +22,7 @@ Params = dict[str, Any]
 # Folded into the key of a step to sample the predicted patches, so that masks are the same whether
 # all masked patches are predicted or some. The mask samplers fold in small numbers only.
 _PREDICTED = 2**31 - 1
+_DROP_PATH = 2**31 - 2  # likewise, to sample the noise of drop path
 
 
 def patch_statistics(
@@ -39,8 +40,10 @@ class Pretrain:
 
     grid: rows and columns of patches; patch: side of a patch, pixels; mean, std: per channel;
     mask: masking strategy, "random", "block", "grid", or "user" with `user_mask`, bool [n] or
-    [r, n], True = masked; predict_ratio: fraction of the masked patches that the decoder sees and
-    predicts in training; norm_pix: normalize the pixels of each target patch (norm_pix_loss).
+    [r, n], True = masked; mask_cell: side, in patches, of the cells that "random" hides, and
+    `mask_ratio` counts; predict_ratio: fraction of the masked patches that the decoder sees and
+    predicts in training; norm_pix: normalize the pixels of each target patch (norm_pix_loss). The
+    encoder's drop path is on in training.
 
     Raises:
       UserError: a value is invalid; the error has the config key.
@@ -53,6 +56,7 @@ class Pretrain:
     std: tuple[float, ...]
     mask: str = "random"
     mask_ratio: float = 0.75
+    mask_cell: int = 1
     user_mask: np.ndarray | None = None
     predict_ratio: float = 1.0
     norm_pix: bool = True
@@ -70,12 +74,15 @@ class Pretrain:
             unused = "does not use the mask file of mask.path: set mask.kind='user'"
             problem = needs if self.mask == "user" else unused
             raise UserError(problem, key="mask.kind", value=self.mask)
+        if self.mask != "random" and self.mask_cell != 1:
+            problem = f"is for mask.kind='random': mask.kind='{self.mask}' needs 1"
+            raise UserError(problem, key="mask.cell", value=self.mask_cell)
         if self.user_mask is not None:
             masking.check_user_mask(self.user_mask, self.num_patches)
             return
-        kept = masking.len_keep(self.num_patches, self.mask_ratio)
         if self.mask == "grid":
-            masking.check_grid(self.grid, kept)
+            masking.check_grid(self.grid, self.num_kept)
+        assert self.num_kept  # raises an error if the ratio or the cells do not fit
 
     @property
     def num_patches(self) -> int:
@@ -87,7 +94,19 @@ class Pretrain:
         """Number of patches that the encoder sees."""
         if self.user_mask is not None:
             return self.num_patches - int(np.atleast_2d(self.user_mask)[0].sum())
-        return masking.len_keep(self.num_patches, self.mask_ratio)
+        return self._kept_cells * self.mask_cell**2
+
+    @property
+    def _kept_cells(self) -> int:
+        """Number of cells that the encoder sees."""
+        rows, columns = self._cells
+        unit = "patches" if self.mask_cell == 1 else "cells"
+        return masking.len_keep(rows * columns, self.mask_ratio, unit)
+
+    @property
+    def _cells(self) -> tuple[int, int]:
+        """Rows and columns of cells, which are patches unless `mask_cell` is above 1."""
+        return masking.cell_grid(self.grid, self.mask_cell, self.patch)
 
     @property
     def num_masked(self) -> int:
@@ -102,7 +121,8 @@ class Pretrain:
     @property
     def attention_shapes(self) -> set[AttentionShape]:
         """Attention shapes of training and of evaluation."""
-        everything, kept = 1 + self.num_patches, 1 + self.num_kept
+        class_tokens = self.model.encoder.class_tokens
+        everything, kept = class_tokens + self.num_patches, class_tokens + self.num_kept
         calls = [
             (self.model.encoder, (everything, kept)),
             (self.model.decoder, (everything, kept + self.num_predicted)),
@@ -132,20 +152,27 @@ class Pretrain:
         """Sample an independent mask for every image; a user mask is not random."""
         if self.user_mask is not None:
             return masking.user_mask(self.user_mask, batch, self.num_patches)
-        return masking.SAMPLERS[self.mask](key, batch, self.grid, self.num_kept)
+        mask = masking.SAMPLERS[self.mask](key, batch, self._cells, self._kept_cells)
+        return mask if self.mask_cell == 1 else masking.cell_mask(mask, self.grid, self.mask_cell)
 
     def sample(self, key: Key[Array, ""], batch: dict[str, Array]) -> dict[str, Array]:
         """Add everything random about the loss to a global batch, for all rows at once.
 
         This is the Mask, "ids_keep" [b, k] and "ids_masked" [b, m]; if not all masked patches are
-        predicted, also "ids_predicted" [b, q].
+        predicted, also "ids_predicted" [b, q]; with drop path, "drop_path_noise" [b, depth, 2].
         """
         mask = self.sample_mask(key, len(batch["image"]))
         sampled = batch | mask._asdict()
         if self.num_predicted < self.num_masked:
-            key = jax.random.fold_in(key, _PREDICTED)
-            ids_predicted = masking.sample_patches(key, mask.ids_masked, self.num_predicted)
-            sampled["ids_predicted"] = ids_predicted
+            predicted_key = jax.random.fold_in(key, _PREDICTED)
+            sampled["ids_predicted"] = masking.sample_patches(
+                predicted_key, mask.ids_masked, self.num_predicted
+            )
+        encoder = self.model.encoder
+        if encoder.drop_path:
+            shape = (len(batch["image"]), encoder.depth, 2)
+            noise = jax.random.uniform(jax.random.fold_in(key, _DROP_PATH), shape)
+            sampled["drop_path_noise"] = noise
         return sampled
 
     def loss(
@@ -154,7 +181,8 @@ class Pretrain:
         """Compute the MSE of the predicted patches of a batch from `sample` (paper section 3)."""
         patches = self.to_patches(batch["image"])
         mask = Mask(batch["ids_keep"], batch["ids_masked"])
-        return self.loss_of_patches(params, patches, mask, batch.get("ids_predicted")), stats
+        predicted, noise = batch.get("ids_predicted"), batch.get("drop_path_noise")
+        return self.loss_of_patches(params, patches, mask, predicted, noise), stats
 
     def loss_of_patches(
         self,
@@ -162,11 +190,15 @@ class Pretrain:
         patches: Float[Array, "b n p"],
         mask: Mask,
         ids_predicted: Int[Array, "b q"] | None = None,
+        drop_path_noise: Float[Array, "b depth 2"] | None = None,
     ) -> Float[Array, ""]:
         """Compute the loss of normalized patches; all masked ones are predicted, or some."""
         if ids_predicted is None:
             ids_predicted = mask.ids_masked
-        pred = self.apply("__call__", params, patches, mask.ids_keep, ids_predicted)
+        args = patches, mask.ids_keep, ids_predicted
+        if drop_path_noise is not None:
+            args = *args, jnp.moveaxis(drop_path_noise, 0, -1)
+        pred = self.apply("__call__", params, *args)
         with jax.named_scope("loss"):
             target = self.to_targets(gather_patches(patches, ids_predicted))
             return jnp.mean(jnp.square(pred - target))
@@ -183,16 +215,16 @@ class Pretrain:
         return patchify(normalize(images, self.mean, self.std), self.patch)
 
     def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
-        """Return the mean of the encoder's patch tokens of unmasked images, float32."""
-        tokens = self.apply("encode", params, self.to_patches(images))
-        return tokens[:, 1:].astype(jnp.float32).mean(axis=1)
+        """Return the global feature of unmasked images, float32: see `Encoder.global_feature`."""
+        return self.apply("global_feature", params, self.to_patches(images))
 
     def grid_features(
         self, params: Params, images: Shaped[Array, "b h w c"]
     ) -> Float[Array, "b y x d"]:
         """Return the encoder's patch tokens of unmasked images, float32."""
         tokens = self.apply("encode", params, self.to_patches(images))
-        return tokens[:, 1:].astype(jnp.float32).reshape(len(images), *self.grid, -1)
+        patches = tokens[:, self.model.encoder.class_tokens :]
+        return patches.astype(jnp.float32).reshape(len(images), *self.grid, -1)
 
     def reconstruct(
         self, params: Params, images: Shaped[Array, "b h w c"], mask: Mask, stats: str = "gt"

@@ -62,7 +62,8 @@ class SupervisedTask(ABC):
         """Attention shapes of the encoder."""
         encoder = self.model.encoder
         rows, columns = encoder.grid
-        return {attention_shape(1 + rows * columns, encoder.width, encoder.num_heads)}
+        tokens = encoder.class_tokens + rows * columns
+        return {attention_shape(tokens, encoder.width, encoder.num_heads)}
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Initialize the parameters."""
@@ -127,12 +128,14 @@ class SupervisedTask(ABC):
         return self._encode_without_head(params, images).pooled
 
     def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
-        """Return the mean of the patch tokens, float32, after the fc_norm of mean pooling."""
-        outputs = self._encode_without_head(params, images)
+        """Return `Encoder.global_feature`, float32, or the mean after fc_norm of patch tokens."""
         if self.model.fc_norm and self.model.pool == "mean":
-            return outputs.pooled
-        return outputs.tokens[:, 1:].astype(jnp.float32).mean(axis=1)
+            return self._encode_without_head(params, images).pooled
+        return self._apply_without_head(params, images, method="global_feature")
 
     def _encode_without_head(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
+        return self._apply_without_head(params, images)
+
+    def _apply_without_head(self, params: Params, images: Array, **named: Any) -> Any:
         patches = patchify(normalize(images, self.mean, self.std), self.patch)
-        return self.model.clone(num_classes=0).apply({"params": params}, patches)  # type: ignore[return-value]
+        return self.model.clone(num_classes=0).apply({"params": params}, patches, **named)
