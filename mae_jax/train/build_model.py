@@ -42,6 +42,7 @@ def make_variant(config: Config) -> VitVariant:
         decoder_depth=model.decoder_depth,
         decoder_heads=model.decoder_heads,
         mlp_ratio=model.mlp_ratio,
+        class_tokens=model.class_tokens,
     )
 
 
@@ -84,6 +85,7 @@ def _make_pretrain(config: Config, execution: ExecutionConfig) -> Pretrain:
         channels=model.channels,
         pos_embed=model.position,
         layer_norm_eps=model.layer_norm_eps,
+        drop_path=config.pretrain.drop_path,
         execution=execution,
     )
     mean, std = config.pixel_stats
@@ -95,6 +97,7 @@ def _make_pretrain(config: Config, execution: ExecutionConfig) -> Pretrain:
         std=std,
         mask=config.mask.kind,
         mask_ratio=config.mask.ratio,
+        mask_cell=config.mask.cell,
         user_mask=load_user_mask(config.mask.path),
         predict_ratio=config.decoder.predict_ratio,
         norm_pix=config.target.norm_pix,

@@ -66,9 +66,17 @@ class ModelConfig(Group):
     decoder_depth: int = key(_B.decoder_depth, "decoder blocks", low=1, reshapes=True)
     decoder_heads: int = key(_B.decoder_heads, "attention heads of the decoder", low=1)
     mlp_ratio: float = key(4.0, "hidden width of an MLP over its width", above=0, reshapes=True)
+    class_tokens: int = key(
+        1,
+        "learned tokens before those of the patches, each with a position of its own",
+        low=1,
+        reshapes=True,
+        implied=1,
+    )
     position: str = key(
         "sincos",
-        "positional embedding: 'sincos' is fixed; 'learned' starts from the same table",
+        "positional embedding: 'sincos' is fixed; 'learned' starts from the same table;"
+        " 'learned_random' starts from N(0, 0.02), as Pixio's",
         choices=POS_EMBEDS,
     )
     layer_norm_eps: float = key(1e-6, "epsilon of layer normalization", low=0)
@@ -115,11 +123,33 @@ class MaskConfig(Group):
         "masking strategy: 'random', 'block', 'grid' (paper Table 1f), or 'user' (mask.path)",
         choices=(*SAMPLERS, "user"),
     )
-    ratio: float = key(0.75, "fraction of patches to hide, between 0 and 1; some must stay visible")
+    ratio: float = key(
+        0.75, "fraction of patches (of cells) to hide, between 0 and 1; some must stay visible"
+    )
+    cell: int = key(
+        1,
+        "for kind 'random': hide whole cells of so many patches a side, as Pixio's 4; 1 is MAE",
+        low=1,
+        implied=1,
+    )
     path: str | None = key(
         None,
         "for kind 'user': .npy of bool [patches] or [batch, patches], True where hidden",
         path=True,
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Group):
+    """Regularization of task='pretrain'."""
+
+    prefix: ClassVar[str] = "pretrain."
+    drop_path: float = key(
+        0.0,
+        "stochastic depth rate of the encoder's last block, falling to 0 in the first",
+        low=0,
+        below=1,
+        implied=0.0,
     )
 
 
@@ -550,6 +580,7 @@ class Config(Group):
     init: InitConfig = InitConfig()
     model: ModelConfig = ModelConfig()
     mask: MaskConfig = MaskConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     decoder: DecoderConfig = DecoderConfig()
     target: TargetConfig = TargetConfig()
     classify: ClassifyConfig = ClassifyConfig()

@@ -113,9 +113,11 @@ def adapt(
 
 def _without_sincos_tables(checkpoint: Weights) -> Weights:
     arrays = dict(checkpoint.arrays)
+    grid = checkpoint.info.grid
     for name in [name for name in arrays if name.endswith("pos_embed/table")]:
         table = arrays.pop(name)[0]
-        sincos = sincos_pos_embed_2d(table.shape[1], checkpoint.info.grid).astype(table.dtype)
+        class_tokens = len(table) - grid[0] * grid[1]
+        sincos = sincos_pos_embed_2d(table.shape[1], grid, class_tokens).astype(table.dtype)
         if not np.allclose(table.astype(np.float32), sincos.astype(np.float32), atol=1e-5):
             raise ConvertError(
                 f"{name} of the checkpoint is not the sine-cosine table; to keep and train it, set "
