@@ -182,9 +182,9 @@ class Attention(nn.Module):
         if not self.return_intermediates:
             return x, None
         k = k[:, : self.num_tokens]
-        q = q[:, : self.class_tokens]
-        scores = jnp.einsum("bche,bthe->bcht", q, k).astype(jnp.float32)
-        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5).mean(axis=1)
+        queries = [q[:, i] for i in range(self.class_tokens)]
+        scores = jnp.stack([jnp.einsum("bhe,bthe->bht", query, k) for query in queries])
+        weights = jax.nn.softmax(scores.astype(jnp.float32) * q.shape[-1] ** -0.5).mean(axis=0)
         return x, (weights.mean(axis=1), weights)
 
 
