@@ -63,7 +63,7 @@ def test_intermediates_have_no_padding():
     )
     variables = plain.init(jax.random.key(0), patches)
     expected, actual = (
-        encoder.apply(variables, patches, method="with_intermediates")
+        encoder.apply(variables, patches, return_intermediates=True, method="with_global_feature")
         for encoder in (plain, padded)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)

@@ -82,12 +82,13 @@ class Probe(nn.Module):
 class Outputs(NamedTuple):
     """Outputs of a Classifier.
 
-    tokens: of the encoder, class tokens first; pooled: input of the head, float32; logits: None
-    without a head, [b, y, x, classes] of segmentation; intermediates: of every block, None unless
-    asked for.
+    tokens: of the encoder, class tokens first; global_feature: see `Encoder.global_feature`;
+    pooled: input of the head, float32; logits: None without a head, [b, y, x, classes] of
+    segmentation; intermediates: of every block, None unless asked for.
     """
 
     tokens: Float[Array, "b t d"]
+    global_feature: Float[Array, "b d"]
     pooled: Float[Array, "b *n d"]
     logits: Float[Array, "b *grid classes"] | None
     intermediates: Intermediates | None
@@ -120,10 +121,9 @@ class Classifier(nn.Module):
         drop_path_noise: Float[Array, "depth 2 b"] | None = None,
     ) -> Outputs:
         """Encode, pool and classify; `drop_path_noise` as in `Encoder`."""
-        if return_intermediates:
-            tokens, intermediates = self.encoder.with_intermediates(patches)
-        else:
-            tokens, intermediates = self.encoder(patches, None, drop_path_noise), None
+        tokens, global_feature, intermediates = self.encoder.with_global_feature(
+            patches, drop_path_noise, return_intermediates=return_intermediates
+        )
         pooled = self.pool_tokens(tokens)
         if self.fc_norm:
             pooled = layer_norm("fc_norm", self.encoder.layer_norm_eps, jnp.float32)(pooled)
@@ -142,11 +142,7 @@ class Classifier(nn.Module):
                 init_std=self.head_init_std,
             )
             logits = head(features, train)
-        return Outputs(tokens, pooled, logits, intermediates)
-
-    def global_feature(self, patches: Float[Array, "b n p"]) -> Float[Array, "b d"]:
-        """Return `Encoder.global_feature`."""
-        return self.encoder.global_feature(patches)
+        return Outputs(tokens, global_feature, pooled, logits, intermediates)
 
     def pool_tokens(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b *n d"]:
         """Return the input of the head: all patch tokens for attention pooling and segmentation."""

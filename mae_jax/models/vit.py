@@ -90,22 +90,35 @@ class Encoder(nn.Module):
         """
         return self._encode(patches, ids_keep, drop_path_noise)[0]
 
-    def with_intermediates(
-        self, patches: Float[Array, "b n p"]
-    ) -> tuple[Float[Array, "b t d"], Intermediates]:
-        """Encode every patch; also return the outputs of all blocks, tokens after final norm."""
-        return self._encode(patches, None, None, return_intermediates=True)
-
     def global_feature(self, patches: Float[Array, "b n p"]) -> Float[Array, "b d"]:
         """Return the vector of an image that k-NN compares, float32, from all its patches.
 
         With one class token it is the mean of the patch tokens. With several it is, as in Pixio's
         k-NN evaluation, the mean of the class tokens before the final norm.
         """
+        tokens, unnormed, _ = self._encode(patches, None, None)
+        return self.pool_globally(tokens, unnormed)
+
+    def with_global_feature(
+        self,
+        patches: Float[Array, "b n p"],
+        drop_path_noise: Float[Array, "depth 2 b"] | None = None,
+        *,
+        return_intermediates: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"], Intermediates | None]:
+        """Encode every patch; return tokens, `global_feature`, and intermediates if asked for."""
+        tokens, unnormed, intermediates = self._encode(
+            patches, None, drop_path_noise, return_intermediates=return_intermediates
+        )
+        return tokens, self.pool_globally(tokens, unnormed), intermediates
+
+    def pool_globally(
+        self, tokens: Float[Array, "b t d"], unnormed: Float[Array, "b t d"]
+    ) -> Float[Array, "b d"]:
+        """Return the global feature of tokens after and before the final norm."""
         if self.class_tokens == 1:
-            return self(patches)[:, 1:].astype(jnp.float32).mean(axis=1)
-        tokens, _ = self._encode(patches, None, None, skip_norm=True)
-        return tokens[:, : self.class_tokens].astype(jnp.float32).mean(axis=1)
+            return tokens[:, 1:].astype(jnp.float32).mean(axis=1)
+        return unnormed[:, : self.class_tokens].astype(jnp.float32).mean(axis=1)
 
     @nn.compact
     def _encode(
@@ -115,8 +128,8 @@ class Encoder(nn.Module):
         drop_path_noise: Any,
         *,
         return_intermediates: bool = False,
-        skip_norm: bool = False,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, Any]:
+        """Return the tokens after and before the final norm, and the intermediates or None."""
         dtype, shard = self.execution.dtype, self.execution.shard_activations
         count = self.class_tokens
         positions = PosEmbed(self.pos_embed, self.grid, self.width, count, name="pos_embed")()
@@ -147,12 +160,13 @@ class Encoder(nn.Module):
             class_tokens=count,
             return_intermediates=return_intermediates,
         )
-        if self.final_norm and not skip_norm:
+        unnormed = x
+        if self.final_norm:
             norm = layer_norm("norm", self.layer_norm_eps, dtype)
             x = norm(x)
             if intermediates is not None:
                 intermediates = intermediates._replace(tokens=norm(intermediates.tokens))
-        return x, intermediates
+        return x, unnormed, intermediates
 
 
 def make_encoder(

@@ -129,13 +129,11 @@ class SupervisedTask(ABC):
 
     def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Return `Encoder.global_feature`, float32, or the mean after fc_norm of patch tokens."""
+        outputs = self._encode_without_head(params, images)
         if self.model.fc_norm and self.model.pool == "mean":
-            return self._encode_without_head(params, images).pooled
-        return self._apply_without_head(params, images, method="global_feature")
+            return outputs.pooled
+        return outputs.global_feature
 
     def _encode_without_head(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
-        return self._apply_without_head(params, images)
-
-    def _apply_without_head(self, params: Params, images: Array, **named: Any) -> Any:
         patches = patchify(normalize(images, self.mean, self.std), self.patch)
-        return self.model.clone(num_classes=0).apply({"params": params}, patches, **named)
+        return self.model.clone(num_classes=0).apply({"params": params}, patches)  # type: ignore[return-value]
