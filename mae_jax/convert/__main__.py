@@ -1,6 +1,6 @@
-"""Convert MAE weights between mae_jax, the official code, Hugging Face and timm.
+"""Convert MAE and Pixio weights between mae_jax, the official code, Hugging Face and timm.
 
-mae-jax convert SRC DST --to {mae_jax,official,hf,timm}
+mae-jax convert SRC DST --to {mae_jax,official,timm,hf,pixio}
 mae-jax inspect SRC
 """
 
@@ -111,7 +111,8 @@ def describe(checkpoint: weights.Weights) -> dict[str, str]:
         if info.upsample_width:
             head += f", after upsampling with {info.upsample_width} features"
         head += f", {info.problem}"
-    pools = {"cls": "cls token", "mean": "mean of the patches", "attention": "learned attention"}
+    cls = "cls token" if info.class_tokens == 1 else "mean of the class tokens"
+    pools = {"cls": cls, "mean": "mean of the patches", "attention": "learned attention"}
     pools["grid"] = "none, every patch"
     dtypes = Counter(array.dtype.name for array in checkpoint.arrays.values())
     return {
@@ -119,6 +120,7 @@ def describe(checkpoint: weights.Weights) -> dict[str, str]:
         "weights from": info.source,
         "size": info.size_name,
         "encoder": f"{_count(checkpoint, 'encoder/')}: {size}",
+        "class tokens": str(info.class_tokens),
         "decoder": decoder,
         "head": head,
         "pooling": f"{pools[info.pool]}, "

@@ -43,7 +43,7 @@ def detect(
 
     Args:
       path: for messages.
-      dialect: format: "mae_jax", "official", "hf" or "timm"; None detects it from the keys.
+      dialect: format, one of `DIALECTS`; None detects it from the keys.
       heads, decoder_heads: numbers of attention heads, if the file lacks them and the size is not
         a standard one.
       layer_norm_eps, target, pool: override the metadata of the file and the format's defaults.
@@ -56,7 +56,9 @@ def detect(
     Raises:
       ConvertError: a tensor is missing, unexpected or of a wrong shape, or metadata is unknown.
     """
-    layout = detect_layout(raw.tensors, dialect or raw.dialect, str(path))
+    layout = detect_layout(
+        raw.tensors, dialect or raw.dialect, str(path), pixio=_is_pixio(raw, dialect)
+    )
     log.info("%s is in the format %s", path, layout)
     _check_dtypes(raw.tensors, path)
     structure, num_positions = _structure(layout, raw, path)
@@ -83,6 +85,15 @@ def detect(
     _check_num_heads(info, require_num_heads, path)
     _raise_mismatch(path, layout, find_mismatches(layout, shapes, raw.tensors, info.patch))
     return layout, info, shapes
+
+
+def _is_pixio(raw: RawCheckpoint, dialect: str | None) -> bool:
+    """Return whether a checkpoint is Pixio's, where MAE and ViT have the same keys."""
+    if dialect == "pixio" or raw.metadata.get("source") == "pixio":
+        return True
+    names = ("cls_token", "embeddings.cls_token")
+    tokens = [raw.tensors[name] for name in names if name in raw.tensors]
+    return any(token.ndim == 3 and token.shape[1] > 1 for token in tokens)
 
 
 def _raise_mismatch(path: Path, layout: Layout, lines: list[str]) -> None:
@@ -136,6 +147,7 @@ def _structure(layout: Layout, raw: RawCheckpoint, path: Path) -> tuple[dict[str
     width, channels, patch, _ = shapes["encoder/patch_embed/kernel"]
     fields: dict[str, Any] = {
         "width": width,
+        "class_tokens": shapes["encoder/cls_token"][1],
         "channels": channels,
         "patch": patch,
         "depth": depths["encoder"],
@@ -215,7 +227,8 @@ def _image_size(
                 f"of {patch} pixels: leave out --grid-size (in Python, grid=)"
             )
         return declared
-    num_patches = (num_positions or 1) - 1
+    class_tokens = metadata.get("class_tokens", 1)
+    num_patches = (num_positions or class_tokens) - class_tokens
     side = math.isqrt(num_patches)
     grid = grid or (side, side)
     if grid[0] * grid[1] != num_patches or not num_patches:
@@ -262,14 +275,16 @@ def _check_num_heads(info: ModelInfo, towers: Collection[str], path: Path) -> No
 
 def _fill_defaults(layout: Layout, metadata: dict[str, Any], path: Path) -> ModelInfo:
     """Return a `ModelInfo`, with the format's defaults for metadata that the file lacks."""
-    defaults = dict(DEFAULTS[layout.dialect])
+    hf_pixio = layout.dialect == "hf" and layout.pixio
+    defaults = dict(DEFAULTS["hf_pixio" if hf_pixio else layout.dialect])
     for name in ("mean", "std"):
         defaults[name] = expand_stats(defaults[name], metadata["channels"])
     absent = {name: value for name, value in defaults.items() if name not in metadata}
     if absent:
         values = ", ".join(f"{name}={value}" for name, value in absent.items())
         log.info("%s: using the defaults of %s for %s", path, layout.dialect, values)
-    metadata = {"source": layout.dialect, **defaults, **metadata}
+    source = "pixio" if layout.pixio else layout.dialect
+    metadata = {"source": source, **defaults, **metadata}
     names, num_classes = metadata.get("class_names", ()), metadata.get("num_classes", 0)
     if names and len(names) != num_classes:
         if num_classes:

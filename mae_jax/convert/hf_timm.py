@@ -24,11 +24,14 @@ def parse_hf_config(config: Json) -> Json:
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
         raise ConvertError(f"config.json: hidden_act={activation!r}; only 'gelu' is supported")
+    pixio = config.get("model_type") == "pixio"
     metadata: Json = {
-        "heads": config.get("num_attention_heads", 12),
-        "layer_norm_eps": config.get("layer_norm_eps", 1e-12),
-        "image_size": _pair(config.get("image_size", 224)),
+        "heads": config.get("num_attention_heads", 16 if pixio else 12),
+        "layer_norm_eps": config.get("layer_norm_eps", 1e-6 if pixio else 1e-12),
+        "image_size": _pair(config.get("image_size", 256 if pixio else 224)),
     }
+    if pixio:
+        return metadata
     if config.get("model_type") == "vit_mae":
         metadata["decoder_heads"] = config.get("decoder_num_attention_heads", 16)
         metadata["target"] = "normalized" if config.get("norm_pix_loss") else "pixels"
@@ -77,12 +80,15 @@ _SIZES = (
     *("patch_size", "num_channels", "hidden_size", "num_hidden_layers", "intermediate_size"),
     *("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_intermediate_size"),
     *("embed_dim", "depth", "in_chans"),
+    "n_cls_tokens",
 )
 
 
 def declared_sizes(config: Json) -> Json:
     """Return the sizes in config.json (or model_args) that can be checked against the tensors."""
     sizes = {key: config[key] for key in _SIZES if key in config}
+    if config.get("model_type") == "pixio" and "mlp_ratio" in config:
+        sizes["mlp_ratio"] = config["mlp_ratio"]
     patch = sizes.get("patch_size")
     if isinstance(patch, list) and len(set(patch)) == 1:
         sizes["patch_size"] = patch[0]
@@ -100,24 +106,25 @@ def size_mismatches(declared: Json, info: ModelInfo) -> list[str]:
 
 
 def hf_config(info: ModelInfo) -> Json:
-    """Return config.json of ViTMAEForPreTraining, ViTMAEModel or ViTForImageClassification."""
-    square = info.image_size[0] == info.image_size[1]
-    config: Json = {
+    """Return config.json of the model of transformers that has these parameters.
+
+    It is PixioModel, ViTMAEForPreTraining, ViTMAEModel or ViTForImageClassification.
+    """
+    config = _hf_encoder_config(info)
+    if info.is_pixio:
+        return config | {
+            "architectures": ["PixioModel"],
+            "model_type": "pixio",
+            "apply_layernorm": True,
+            "drop_path_rate": 0.0,
+            "mlp_ratio": int(info.mlp_ratio) if info.mlp_ratio % 1 == 0 else info.mlp_ratio,
+            "n_cls_tokens": info.class_tokens,
+            "reshape_hidden_states": True,
+        }
+    config |= {
         "architectures": ["ViTMAEForPreTraining" if info.decoder_depth else "ViTMAEModel"],
         "model_type": "vit_mae",
-        "attention_probs_dropout_prob": 0.0,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "hidden_size": info.width,
-        "image_size": info.image_size[0] if square else list(info.image_size),
-        "initializer_range": 0.02,
         "intermediate_size": mlp_dim(info.width, info.mlp_ratio),
-        "layer_norm_eps": info.layer_norm_eps,
-        "num_attention_heads": info.heads,
-        "num_channels": info.channels,
-        "num_hidden_layers": info.depth,
-        "patch_size": info.patch,
-        "qkv_bias": True,
     }
     if info.problem_type:
         config["problem_type"] = info.problem_type
@@ -138,6 +145,25 @@ def hf_config(info: ModelInfo) -> Json:
             "decoder_num_hidden_layers": info.decoder_depth,
         }
     return config
+
+
+def _hf_encoder_config(info: ModelInfo) -> Json:
+    """Return the settings that all these models have."""
+    square = info.image_size[0] == info.image_size[1]
+    return {
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": info.width,
+        "image_size": info.image_size[0] if square else list(info.image_size),
+        "initializer_range": 0.02,
+        "layer_norm_eps": info.layer_norm_eps,
+        "num_attention_heads": info.heads,
+        "num_channels": info.channels,
+        "num_hidden_layers": info.depth,
+        "patch_size": info.patch,
+        "qkv_bias": True,
+    }
 
 
 # Arguments of timm models that change the computation, but not the tensors: supported values.

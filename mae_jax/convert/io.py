@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from mae_jax.convert import hf_timm
+from mae_jax.convert import hf_timm, other_methods
 from mae_jax.convert.hf_preprocessor import hf_preprocessor, parse_hf_preprocessor
 from mae_jax.convert.model_info import REQUIRED, ConvertError, ModelInfo
 from mae_jax.convert.weight_files import (
@@ -28,9 +28,11 @@ log = logging.getLogger("mae_jax")
 SINGLE_FILE_SUFFIXES = (".safetensors", ".pth")  # any other name is a directory
 # Added by torch.compile, DistributedDataParallel and Lightning.
 KEY_PREFIXES = ("_orig_mod.", "module.", "model.", "_orig_mod.")
+MODEL_TYPES = ("vit_mae", "vit", "pixio")  # of transformers
 CONFIG_NAMES = {
     "mae_jax": (),
     "official": (),
+    "pixio": (),
     "timm": ("config.json",),
     "hf": ("config.json", "preprocessor_config.json"),
 }
@@ -52,9 +54,12 @@ def load(path: Path, *, ema: bool = False) -> RawCheckpoint:
     if ema:
         raise ConvertError(f"{path} is not a workdir of mae_jax: only these have EMA parameters")
     raw = _load_directory(path) if path.is_dir() else load_file(path)
+    other_methods.read_mae_lite(raw, path)
     for prefix in KEY_PREFIXES:
         if all(name.startswith(prefix) for name in raw.tensors):
             raw.tensors = {n.removeprefix(prefix): x for n, x in raw.tensors.items()}
+    other_methods.read_cross_mae(raw, path)
+    other_methods.read_pixio_backbone(raw, path)
     return raw
 
 
@@ -65,13 +70,14 @@ def _load_directory(path: Path) -> RawCheckpoint:
     with _invalid_values(path / "config.json"):
         if "architecture" in config:
             _add_timm_metadata(raw, config)
-        elif config.get("model_type") in ("vit_mae", "vit"):
+        elif config.get("model_type") in MODEL_TYPES:
             _add_hf_metadata(raw, config, path)
-    if config and config.get("model_type", "vit") not in ("vit_mae", "vit"):
+    if config and config.get("model_type", "vit") not in MODEL_TYPES:
         log.warning(
-            "%s is ignored: its model_type=%r is neither vit_mae nor vit",
+            "%s is ignored: its model_type=%r is none of %s",
             path / "config.json",
             config.get("model_type"),
+            ", ".join(MODEL_TYPES),
         )
     return raw
 
@@ -91,6 +97,8 @@ def _add_hf_metadata(raw: RawCheckpoint, config: dict[str, Any], path: Path) -> 
     """
     raw.declared_sizes = hf_timm.declared_sizes(config)
     declared = hf_timm.parse_hf_config(config)
+    if config["model_type"] == "pixio":
+        raw.metadata.setdefault("source", "pixio")
     if raw.metadata.get("target") == "unknown":  # config.json cannot express that
         declared.pop("target", None)
     info = _header_info(raw)
@@ -206,8 +214,8 @@ def _write_directory(
 
 
 def weights_name(dialect: str) -> str:
-    """Return the name of the weights file in a directory; the official code needs torch.save."""
-    return "checkpoint.pth" if dialect == "official" else "model.safetensors"
+    """Return the name of the weights file in a directory; official code needs torch.save."""
+    return "checkpoint.pth" if dialect in ("official", "pixio") else "model.safetensors"
 
 
 def _configs(dialect: str, info: ModelInfo) -> list[dict[str, Any]]:

@@ -101,16 +101,21 @@ def _timm_blocks(param: str, external: str) -> list[KeyMap]:
     ]
 
 
-def _hf4_blocks(param: str, external: str) -> list[KeyMap]:
+def _hf4_blocks(
+    param: str,
+    external: str,
+    norms: tuple[str, str] = ("layernorm_before", "layernorm_after"),
+    mlp: tuple[str, str] = ("intermediate.dense", "output.dense"),
+) -> list[KeyMap]:
     block = f"{external}.{{i}}"
     attention = [f"{block}.attention.attention.{name}" for name in ("query", "key", "value")]
     return [
-        *_norm(f"{param}/norm1", f"{block}.layernorm_before"),
+        *_norm(f"{param}/norm1", f"{block}.{norms[0]}"),
         *_split_qkv(f"{param}/attn/qkv", attention),
         *_linear(f"{param}/attn/proj", f"{block}.attention.output.dense"),
-        *_norm(f"{param}/norm2", f"{block}.layernorm_after"),
-        *_linear(f"{param}/mlp/fc1", f"{block}.intermediate.dense"),
-        *_linear(f"{param}/mlp/fc2", f"{block}.output.dense"),
+        *_norm(f"{param}/norm2", f"{block}.{norms[1]}"),
+        *_linear(f"{param}/mlp/fc1", f"{block}.{mlp[0]}"),
+        *_linear(f"{param}/mlp/fc2", f"{block}.{mlp[1]}"),
     ]
 
 
@@ -127,14 +132,14 @@ def _hf5_blocks(param: str, external: str) -> list[KeyMap]:
     ]
 
 
-TIMM_ENCODER = [
+PIXIO_ENCODER = [
     _same("encoder/cls_token", "cls_token"),
     _same("encoder/pos_embed/table", "pos_embed"),
     *_patch_embed("encoder/patch_embed", "patch_embed.proj"),
     *_timm_blocks("encoder/blocks", "blocks"),
     *_norm("encoder/norm", "norm"),
-    *_norm("fc_norm", "fc_norm"),
 ]
+TIMM_ENCODER = [*PIXIO_ENCODER, *_norm("fc_norm", "fc_norm")]
 OFFICIAL_DECODER = [
     _same("decoder/mask_token", "mask_token"),
     _same("decoder/pos_embed/table", "decoder_pos_embed"),
@@ -184,13 +189,15 @@ def _hf4(decoder_blocks: str) -> list[KeyMap]:
 class Layout:
     """The state dict keys of one variant of a format.
 
-    dialect: the format: "mae_jax", "official", "timm" or "hf".
+    dialect: the format, one of `DIALECTS`.
     variant: description that distinguishes the layouts of one format; may be empty.
+    pixio: the program that reads these keys runs Pixio's models, not MAE's.
     """
 
     dialect: str
     variant: str
     key_maps: Sequence[KeyMap]
+    pixio: bool = False
 
     @cached_property
     def _params(self) -> dict[str, str]:
@@ -224,6 +231,7 @@ _PARAMS += [
     for name in names
 ]
 
+_PIXIO_NORMS = ("norm1", "norm2")
 # Of the layouts of a format, the first that covers all parameters is written.
 LAYOUTS = (
     Layout("mae_jax", "", [_same(name, name) for name in _PARAMS]),
@@ -251,6 +259,29 @@ LAYOUTS = (
         "hf",
         "5.x in memory, base model",
         _hf_encoder("", _hf5_blocks("encoder/blocks", "layers")),
+    ),
+    Layout("pixio", "", [*PIXIO_ENCODER, *OFFICIAL_DECODER], pixio=True),
+    # 5.0 reads only these keys; it leaves the MLPs of the next layout random.
+    Layout(
+        "hf",
+        "Pixio",
+        _hf_encoder(
+            "",
+            _hf4_blocks("encoder/blocks", "encoder.layer", _PIXIO_NORMS, ("mlp.fc1", "mlp.fc2")),
+        ),
+        pixio=True,
+    ),
+    Layout(
+        "hf",
+        "Pixio as first saved by 5.24",
+        _hf_encoder("", _hf4_blocks("encoder/blocks", "encoder.layer", _PIXIO_NORMS)),
+        pixio=True,
+    ),
+    Layout(
+        "hf",
+        "Pixio, 5.24 in memory",
+        _hf_encoder("", _hf5_blocks("encoder/blocks", "layers")),
+        pixio=True,
     ),
 )
 DIALECTS = tuple(dict.fromkeys(layout.dialect for layout in LAYOUTS))

@@ -37,10 +37,12 @@ class ModelInfo:
 
     source: format that the weights originally came from.
     heads: 0 if unknown; decoder_depth: 0 without decoder; num_classes: 0 without head.
+    class_tokens: number of learned tokens before those of the patches.
     image_size: height and width, pixels.
     pool, fc_norm, head_norm, upsample_width: as in `Classifier`.
     target: what the decoder predicts: "pixels", "normalized" or "unknown".
-    mask_ratio: fraction of patches hidden in pretraining; the paper's if unknown.
+    mask_ratio, mask_cell: fraction of cells hidden in pretraining, and their side in patches; the
+      paper's if unknown.
     resize, crop, size, crop_size, alpha: see `mae_jax.convert.preprocessing`; interpolation: name
       of a filter of Pillow.
     mean, std: per channel, as in `mae_jax.models.image_ops`; exif: EXIF orientation is applied.
@@ -55,6 +57,7 @@ class ModelInfo:
     depth: int
     heads: int
     mlp_ratio: float
+    class_tokens: int = 1
     decoder_width: int = 0
     decoder_depth: int = 0
     decoder_heads: int = 0
@@ -72,6 +75,7 @@ class ModelInfo:
     target: str = "unknown"
     norm_pix_eps: float = 1e-6
     mask_ratio: float = 0.75
+    mask_cell: int = 1
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: str = "crop"
@@ -91,7 +95,7 @@ class ModelInfo:
         for name, expected in types:
             value = vars(self)[name]
             _check(name, value, isinstance(value, expected), f"a {expected.__name__}")
-        counts = ("width", "depth", "patch", "channels")
+        counts = ("width", "depth", "patch", "channels", "class_tokens", "mask_cell")
         for name in (*counts, "heads", "num_classes", "upsample_width", *_DECODER):
             value = vars(self)[name]
             low = 1 if name in counts else 0
@@ -144,6 +148,11 @@ class ModelInfo:
             return "semantic_segmentation"
         single = "regression" if self.num_classes == 1 else "single_label_classification"
         return self.problem_type or single
+
+    @property
+    def is_pixio(self) -> bool:
+        """Return whether Pixio's code runs the model, and that of MAE does not, or need not."""
+        return self.class_tokens > 1 or self.source == "pixio"
 
     @property
     def segments(self) -> bool:
@@ -207,6 +216,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "official": _COMMON | dict(pool="cls"),
     "timm": _COMMON | dict(crop=0.9, pool="cls"),
     "hf": _COMMON | dict(layer_norm_eps=1e-12, resize="squash", crop=1.0, interpolation="bilinear"),
+    # Images as its k-NN evaluation prepares them; those of transformers are squashed.
+    "pixio": _COMMON | dict(crop=1.0, mask_cell=4),
+    "hf_pixio": _COMMON | dict(resize="squash", crop=1.0, mask_cell=4),
 }
 
 
@@ -241,6 +253,7 @@ def _variant(info: ModelInfo) -> VitVariant:
         decoder_depth=info.decoder_depth,
         decoder_heads=info.decoder_heads or 1,
         mlp_ratio=info.mlp_ratio,
+        class_tokens=info.class_tokens,
     )
 
 

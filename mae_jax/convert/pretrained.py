@@ -90,7 +90,7 @@ def load(
 
 
 def _select_attention(info: ModelInfo, wanted: str, dtype: str) -> AttentionImpl:
-    tokens = 1 + info.grid[0] * info.grid[1]
+    tokens = info.class_tokens + info.grid[0] * info.grid[1]
     shapes = {attention_shape(tokens, info.width, info.heads)}
     if info.decoder_heads:
         shapes.add(attention_shape(tokens, info.decoder_width, info.decoder_heads))
@@ -145,11 +145,16 @@ class PretrainedModel:
         "cls" [b, d]: the cls token; "mean" [b, d]: the mean of the patches. Both after the final
         norm; a model with fc_norm has no such norm, and normalizes only the mean.
 
+        A model with several class tokens, as Pixio's, has "cls_tokens" [b, n, d]: all of them, and
+        "cls": their mean, both after the final norm (pooler_output of transformers); and "global"
+        [b, d]: their mean before the final norm, which its k-NN evaluation compares.
+
         Args:
-          layers: also "cls_3", "mean_3" and so on after block 3, counted from 1, with final norm.
+          layers: also "cls_3", "mean_3" (and "cls_tokens_3") and so on after block 3, counted from
+            1, with final norm.
           grid: also "grid" (and "grid_3") [b, rows, columns, d], the token of every patch.
-          attention: also "attention" [b, rows, columns]: of the cls token in the last block, mean
-            over the heads.
+          attention: also "attention" [b, rows, columns]: of the cls tokens in the last block, mean
+            over them and the heads.
           attention_blocks: also "attention_3" [b, heads, rows, columns] and so on: of the cls token
             in block 3, counted from 1, of every head.
 
@@ -162,6 +167,8 @@ class PretrainedModel:
         features = self._pool_tokens(outputs.tokens, "", grid)
         if self.info.fc_norm and self.info.pool == "mean":
             features["mean"] = outputs.pooled
+        if self.info.class_tokens > 1:
+            features["global"] = outputs.global_feature
         for layer in layers:
             assert outputs.intermediates is not None
             tokens = outputs.intermediates.tokens[layer - 1]
@@ -174,7 +181,9 @@ class PretrainedModel:
             assert outputs.intermediates is not None
             weights = outputs.intermediates.head_attention[block - 1]
             features[f"attention_{block}"] = rearrange(
-                weights[..., 1:], "b h (y x) -> b h y x", y=self.info.grid[0]
+                weights[..., self.info.class_tokens :],
+                "b h (y x) -> b h y x",
+                y=self.info.grid[0],
             )
         return features
 
@@ -194,13 +203,20 @@ class PretrainedModel:
 
     def _pool_tokens(self, tokens: Array, suffix: str, grid: bool) -> dict[str, Array]:
         tokens = tokens.astype(jnp.float32)
-        features = {f"cls{suffix}": tokens[:, 0], f"mean{suffix}": tokens[:, 1:].mean(axis=1)}
+        count = self.info.class_tokens
+        features = {
+            f"cls{suffix}": tokens[:, :count].mean(axis=1),
+            f"mean{suffix}": tokens[:, count:].mean(axis=1),
+        }
+        if count > 1:
+            features[f"cls_tokens{suffix}"] = tokens[:, :count]
         if grid:
             features[f"grid{suffix}"] = self._as_grid(tokens)
         return features
 
     def _as_grid(self, tokens: Array) -> Array:
-        return rearrange(tokens[:, 1:], "b (y x) d -> b y x d", y=self.info.grid[0])
+        patches = tokens[:, self.info.class_tokens :]
+        return rearrange(patches, "b (y x) d -> b y x d", y=self.info.grid[0])
 
     def logits(
         self, params: Params, images: Shaped[Array, "b h w c"]
@@ -233,7 +249,8 @@ class PretrainedModel:
 
         Args:
           mask: masking strategy: "random", "block" or "grid".
-          mask_ratio: fraction of the patches to hide; the checkpoint's by default.
+          mask_ratio: fraction of the patches to hide; the checkpoint's by default. "random" masks
+            have cells of its `mask_cell`.
           dtype: of the images.
 
         Raises:
@@ -267,6 +284,7 @@ class PretrainedModel:
             std=std,
             mask=mask,
             mask_ratio=info.mask_ratio if mask_ratio is None else mask_ratio,
+            mask_cell=info.mask_cell if mask == "random" else 1,
             norm_pix=info.target == "normalized",
             norm_pix_eps=info.norm_pix_eps,
         )

@@ -12,12 +12,15 @@ Arrays = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def detect_layout(names: Iterable[str], dialect: str | None, where: str) -> Layout:
+def detect_layout(
+    names: Iterable[str], dialect: str | None, where: str, *, pixio: bool = False
+) -> Layout:
     """Return the layout that matches most of the keys of a state dict.
 
     Args:
       dialect: the expected format; None detects it.
       where: the file, for messages.
+      pixio: choose the layout of Pixio among those that match as many keys.
 
     Raises:
       ConvertError: no format matches, or another than the expected one.
@@ -26,7 +29,8 @@ def detect_layout(names: Iterable[str], dialect: str | None, where: str) -> Layo
         raise ConvertError(f"must be one of {', '.join(DIALECTS)}", key="dialect", value=dialect)
     names = list(names)
     matches = {layout: sum(layout.match(name) is not None for name in names) for layout in LAYOUTS}
-    best = max(LAYOUTS, key=lambda layout: matches[layout])
+    score = lambda layout: (matches[layout], layout.pixio == pixio)
+    best = max(LAYOUTS, key=score)
     if matches[best] < max(len(names) / 4, 4):
         shown = ", ".join(sorted(names)[:6]) or "none"
         raise ConvertError(
@@ -35,7 +39,7 @@ def detect_layout(names: Iterable[str], dialect: str | None, where: str) -> Layo
         )
     if dialect is None:
         return best
-    expected = max((o for o in LAYOUTS if o.dialect == dialect), key=lambda o: matches[o])
+    expected = max((o for o in LAYOUTS if o.dialect == dialect), key=score)
     if matches[expected] < matches[best] / 2:
         raise ConvertError(f"{where} is not in the format {dialect}: its keys are those of {best}")
     return expected
@@ -108,8 +112,13 @@ def export_state_dict(layout: Layout, arrays: Arrays, patch: int) -> Arrays:
     return tensors
 
 
-def select_layout(dialect: str, names: Iterable[str]) -> Layout:
-    """Return the format's first layout that covers all parameters, else the one with most."""
+def select_layout(dialect: str, names: Iterable[str], *, pixio: bool = False) -> Layout:
+    """Return the format's first layout that covers all parameters, else the one with most.
+
+    Args:
+      pixio: choose among the layouts of Pixio's models, if the format has any.
+    """
     names = set(names)
     layouts = [layout for layout in LAYOUTS if layout.dialect == dialect]
+    layouts = [layout for layout in layouts if layout.pixio == pixio] or layouts
     return max(layouts, key=lambda layout: len(names & {k.param for k in layout.key_maps}))

@@ -135,6 +135,8 @@ def _metadata_from_args(args: dict[str, Any]) -> dict[str, Any]:
         metadata["target"] = "normalized" if args["norm_pix_loss"] else "pixels"
     if "mask_ratio" in args:
         metadata["mask_ratio"] = args["mask_ratio"]
+    if "mask_grid" in args:  # of Pixio only
+        metadata |= {"source": "pixio", "mask_cell": args["mask_grid"]}
     return metadata
 
 
@@ -158,7 +160,15 @@ def write_file(
         umask = os.umask(0)  # the only way to read it
         os.umask(umask)
         path.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
-    elif dialect in ("official", "mae_jax"):
-        torch_io.save(path, tensors, {METADATA_KEY: info.to_json()})
-    else:  # transformers and timm load bare state dicts
+    elif is_bare(dialect, info):
         torch_io.save(path, tensors, None)
+    else:
+        torch_io.save(path, tensors, {METADATA_KEY: info.to_json()})
+
+
+def is_bare(dialect: str, info: ModelInfo) -> bool:
+    """Return whether the program of a format reads a .pth that is a state dict, nothing around it.
+
+    As in the reference: of Pixio, encoders are bare, and pretraining checkpoints are not.
+    """
+    return dialect in ("hf", "timm") or (dialect == "pixio" and not info.decoder_depth)

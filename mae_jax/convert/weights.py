@@ -17,7 +17,7 @@ from mae_jax.convert.locate import locate
 from mae_jax.convert.model_info import ConvertError, ModelInfo, expand_stats
 from mae_jax.convert.preprocessing import as_crop, as_processor, with_image_size
 from mae_jax.convert.state_dict import Arrays
-from mae_jax.convert.weight_files import TORCH_SUFFIXES
+from mae_jax.convert.weight_files import TORCH_SUFFIXES, is_bare
 from mae_jax.models.patches import interpolate_pos_embed, patch_grid
 from mae_jax.utils.atomic import check_writable
 from mae_jax.utils.errors import UserError
@@ -89,7 +89,7 @@ def resize_pos_embed(weights: Weights, image_size: tuple[int, int]) -> Weights:
     except UserError as error:
         raise ConvertError(error.problem, key=error.key, value=error.value) from error
     arrays = {
-        name: interpolate_pos_embed(array[0], info.grid, grid)[None]
+        name: interpolate_pos_embed(array[0], info.grid, grid, info.class_tokens)[None]
         if name.endswith("pos_embed/table")
         else array
         for name, array in weights.arrays.items()
@@ -187,9 +187,10 @@ def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool =
     """
     path = local_path(path)
     check_destination(path, dialect, overwrite=overwrite)
-    if dialect == "timm" and weights.info.decoder_depth:
+    if lacks_decoder(dialect, weights.info) and weights.info.decoder_depth:
         log.warning(
-            "timm has no decoder: its %s parameters are not written",
+            "%s has no decoder: its %s parameters are not written",
+            "transformers' PixioModel" if dialect == "hf" else dialect,
             f"{weights.count('decoder/'):,}",
         )
         weights = encoder_only(weights)
@@ -197,11 +198,16 @@ def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool =
     if reason := _unsupported_reason(info, dialect):
         raise ConvertError(reason)
     _warn_lossy(info, path, dialect)
-    layout = state_dict.select_layout(dialect, weights.arrays)
+    layout = state_dict.select_layout(dialect, weights.arrays, pixio=info.is_pixio)
     tensors = state_dict.export_state_dict(layout, dict(weights.arrays), info.patch)
     io.save(path, dialect, tensors, info)
     megabytes = sum(array.nbytes for array in tensors.values()) / 1e6
     log.info("wrote %s: %s, %d tensors, %.1f MB", path, layout, len(tensors), megabytes)
+
+
+def lacks_decoder(dialect: str, info: ModelInfo) -> bool:
+    """Return whether a format has no place for a decoder of the weights."""
+    return dialect == "timm" or (dialect == "hf" and info.is_pixio)
 
 
 def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
@@ -215,6 +221,8 @@ def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
         )
     if info.pool == "attention":
         return f"{dialect} has no learned attention pooling; --to mae_jax has"
+    if reason := _unsupported_tokens(info, dialect):
+        return reason
     if info.head_norm and dialect != "official":
         return f"{dialect} has no BatchNorm in a linear probe's head; --to official has"
     if dialect == "official" and info.fc_norm and info.pool == "cls":
@@ -226,7 +234,7 @@ def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
         )
     if dialect != "timm" and info.num_classes and info.pool == "mean" and not info.fc_norm:
         return f"{dialect} has no head over the mean of the patches without fc_norm; --to timm has"
-    square_only = dialect == "official" or (dialect == "hf" and not info.num_classes)
+    square_only = dialect in ("official", "pixio") or (dialect == "hf" and not info.num_classes)
     if square_only and info.image_size[0] != info.image_size[1]:
         return (
             f"the code of {dialect} takes square images only, not {info.image_size}: use "
@@ -235,14 +243,31 @@ def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
     return None
 
 
+def _unsupported_tokens(info: ModelInfo, dialect: str) -> str | None:
+    """Return why a format of MAE cannot represent a model of Pixio, or the other way round."""
+    if dialect in ("official", "timm") and info.class_tokens > 1:
+        return (
+            f"{dialect} has one class token, not {info.class_tokens}: --to pixio and hf have more"
+        )
+    if dialect == "pixio" and not info.is_pixio:
+        return "pixio is for models with several class tokens: --to official is for MAE"
+    pixio = dialect in ("pixio", "hf") and info.is_pixio
+    if pixio and (info.num_classes or info.fc_norm):
+        model = "Pixio's code" if dialect == "pixio" else "transformers' PixioModel"
+        return f"{model} has neither a head nor fc_norm; --to mae_jax has"
+    if pixio and dialect == "hf" and info.mlp_ratio % 1:
+        return f"transformers' PixioModel has whole numbers as mlp_ratio, not {info.mlp_ratio:g}"
+    return None
+
+
 def compatible_formats(info: ModelInfo) -> list[str]:
-    """Return the formats that can represent the weights (timm: without the decoder)."""
+    """Return the formats that can represent the weights (without the decoder: `lacks_decoder`)."""
     return [dialect for dialect in DIALECTS if _unsupported_reason(info, dialect) is None]
 
 
 def _warn_lossy(info: ModelInfo, path: Path, dialect: str) -> None:
     """Warn of what another program will assume when it opens the file."""
-    if dialect in ("official", "timm") and info.layer_norm_eps != 1e-6:
+    if dialect in ("official", "pixio", "timm") and info.layer_norm_eps != 1e-6:
         log.warning(
             "these weights were trained with layer_norm_eps=%g, which %s cannot store: its code "
             "uses 1e-06",
@@ -258,12 +283,14 @@ def _warn_lossy(info: ModelInfo, path: Path, dialect: str) -> None:
     suffix = io.single_file_suffix(path)
     if dialect == "hf" and suffix:
         log.warning("transformers loads directories; %s has no config.json next to it", path)
-    if dialect in ("hf", "timm") and suffix == ".pth":
+    pth = suffix or Path(io.weights_name(dialect)).suffix
+    if pth == ".pth" and is_bare(dialect, info):
         log.warning(
             "%s has tensors only, as %s expects: the numbers of heads, the preprocessing and "
-            "the class names are not in it. A directory or .safetensors keeps them",
+            "the class names are not in it. %s keeps them",
             path,
             dialect,
+            ".safetensors" if dialect == "pixio" else "A directory or .safetensors",
         )
 
 

@@ -56,6 +56,7 @@ def load_run(
     config = meta["config"]
     model, data = config["model"], config["data"]
     metadata = {name: model[name] for name in ENCODER_KEYS}
+    metadata["class_tokens"] = model.get("class_tokens", 1)
     metadata |= {
         "source": "mae_jax",
         "image_size": tuple(model["image_size"]),
@@ -87,7 +88,7 @@ def load_run(
     widths = {"encoder": metadata["width"], "decoder": metadata.get("decoder_width")}
     for tower, width in widths.items():
         if width:
-            table = sincos_pos_embed_2d(width, grid)[None]
+            table = sincos_pos_embed_2d(width, grid, metadata["class_tokens"])[None]
             tensors.setdefault(f"{tower}/pos_embed/table", table)
     return tensors, metadata
 
@@ -105,6 +106,7 @@ def _decoder_metadata(config: dict[str, Any]) -> dict[str, Any]:
     metadata = {name: model[name] for name in DECODER_KEYS}
     if config["mask"]["kind"] != "user":  # a mask file determines the ratio
         metadata["mask_ratio"] = config["mask"]["ratio"]
+        metadata["mask_cell"] = config["mask"].get("cell", 1)
     return metadata | {
         "decoder_mlp_ratio": model["mlp_ratio"],
         "target": "normalized" if config["target"]["norm_pix"] else "pixels",
