@@ -28,9 +28,19 @@ def read(path, **overrides):
     return weights.read(path, **HEADS, **overrides)
 
 
-def test_official_training_checkpoint(golden, caplog):
+def test_official_training_checkpoint(golden, tmp_path, state_dict, caplog):
+    """What misc.save_model writes; test_pixio.py reads a recorded one."""
+    optimizer = torch.optim.AdamW([x.float().requires_grad_() for x in state_dict.values()])
+    content = {
+        "model": state_dict,
+        "optimizer": optimizer.state_dict(),
+        "epoch": 3,
+        "scaler": {},
+        "args": Namespace(norm_pix_loss=False, mask_ratio=0.75, device="cpu"),
+    }
+    torch.save(content, tmp_path / "checkpoint-3.pth")
     with caplog.at_level(logging.INFO):
-        checkpoint = read(golden / "checkpoints" / "checkpoint-3.pth")
+        checkpoint = read(tmp_path / "checkpoint-3.pth")
     assert_same(checkpoint.arrays, read(golden / OFFICIAL).arrays)
     assert "ignored in checkpoint-3.pth: optimizer, epoch, scaler, args" in caplog.text
 
