@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from mae_jax.convert import cli as convert_cli
-from mae_jax.convert.pretrained import Params, PretrainedModel
+from mae_jax.convert.pretrained import POOLED, Params, PretrainedModel
 from mae_jax.data.sources import FileSource
 from mae_jax.evaluate import feature_figures, feature_map
 from mae_jax.evaluate.figures import check_display_channels, save_png, to_rgb_uint8
@@ -34,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=cli.path_argument,
-        help=".npz with `files`, `cls` and `mean` [n, d], and the features of the flags below",
+        help=".npz with `files`, `cls` and `mean` [n, d] (with several class tokens, these and "
+        "`global`, too), and the features of the flags below",
     )
     parser.add_argument(
         "--layers",
@@ -54,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_figures(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "pictures",
-        "Memory does not grow with the number of images, but for cls and mean, 8 d bytes of each "
+        "Memory does not grow with the number of images, but for cls and mean (of several class "
+        "tokens these, too, and global), 8 d bytes of each "
         "image and layer (614 MB for 100,000 images and d = 768), and for `attention`, 4 bytes of "
         f"each patch. Pictures of patches and attention show the first {MAX_IMAGES} images.",
     )
@@ -96,9 +98,7 @@ def _add_figures(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--map-method", choices=feature_map.PACKAGES, default="pca", help="of --map (pca)"
     )
-    group.add_argument(
-        "--map-features", choices=("mean", "cls"), default="mean", help="of --map (mean)"
-    )
+    group.add_argument("--map-features", choices=POOLED, default="mean", help="of --map (mean)")
     group.add_argument("--thumbnails", action="store_true", help="draw images in --map, too")
 
 
@@ -110,6 +110,7 @@ def main(argv: list[str]) -> None:
         feature_map.check_map(arguments.map_method, source.files, arguments.thumbnails)
     model, params = convert_cli.load_model(arguments)
     model.check_layers([*arguments.layers, *arguments.attention_blocks])
+    model.check_pooled(arguments.map_features)
     show = check_display_channels(arguments.show, model.info.channels)
     extraction = _Extraction(arguments, source, model, params, show)
     features = extraction.features()

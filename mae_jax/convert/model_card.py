@@ -8,7 +8,13 @@ from typing import Any
 from mae_jax.convert.model_info import ConvertError, ModelInfo
 from mae_jax.utils.atomic import atomic_path
 
-LIBRARIES = {"hf": "transformers", "timm": "timm", "mae_jax": "mae_jax", "official": "pytorch"}
+LIBRARIES = {
+    "hf": "transformers",
+    "timm": "timm",
+    "mae_jax": "mae_jax",
+    "official": "pytorch",
+    "pixio": "pytorch",
+}
 TARGETS = {"pixels": "pixels", "normalized": "normalized pixels", "unknown": "pixels"}
 RECIPES = {
     "pretrain": "pretraining",
@@ -93,7 +99,7 @@ def _metadata(info: ModelInfo, dialect: str, facts: Mapping[str, Any], license_i
     values: dict[str, Any] = {
         "library_name": LIBRARIES[dialect],
         "pipeline_tag": task,
-        "tags": ["mae", "masked-autoencoder", "vit", "vision", "jax"],
+        "tags": ["mae", "masked-autoencoder", *_pixio_tag(info), "vit", "vision", "jax"],
     }
     if license_id:
         values["license"] = license_id
@@ -101,6 +107,10 @@ def _metadata(info: ModelInfo, dialect: str, facts: Mapping[str, Any], license_i
         values["base_model"] = base.removeprefix("hf://").split("@")[0]
     lines = [f"{name}: {json.dumps(value)}" for name, value in values.items()]
     return "\n".join(["---", *lines, "---"])
+
+
+def _pixio_tag(info: ModelInfo) -> list[str]:
+    return ["pixio"] if info.is_pixio else []
 
 
 def _start(facts: Mapping[str, Any]) -> str:
@@ -117,10 +127,11 @@ def _description(info: ModelInfo) -> str:
     if info.num_classes:
         parts += f"; head of {info.num_classes} outputs"
     size = f"{info.image_size[0]} x {info.image_size[1]} x {info.channels}"
-    return (
-        "Masked autoencoder ([He et al., CVPR 2022](https://arxiv.org/abs/2111.06377)), a vision "
-        f"transformer ({info.size_name}) for images of {size}: {parts}."
-    )
+    method = "Masked autoencoder ([He et al., CVPR 2022](https://arxiv.org/abs/2111.06377))"
+    if info.is_pixio:
+        method = "Pixio ([Yang et al., CVPR 2026](https://arxiv.org/abs/2512.15715))"
+        parts += f"; {info.class_tokens} class tokens"
+    return f"{method}, a vision transformer ({info.size_name}) for images of {size}: {parts}."
 
 
 def _training(info: ModelInfo, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +154,9 @@ def _training(info: ModelInfo, facts: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config["seed"],
     }
     if config["task"] == "pretrain":
-        rows["masking"] = f"{config['mask']['kind']}, {config['mask']['ratio']:.0%} of the patches"
+        cell = config["mask"].get("cell", 1)
+        unit = "patches" if cell == 1 else f"cells of {cell} x {cell} patches"
+        rows["masking"] = f"{config['mask']['kind']}, {config['mask']['ratio']:.0%} of the {unit}"
     return rows
 
 
@@ -178,6 +191,9 @@ def _usage(info: ModelInfo, dialect: str, repo: str) -> str:
         transformers = f"# transformers: {transformers}"
     if dialect != "timm":
         timm = f"# timm: mae-jax convert {repo} DIR --to timm, then create_model('local-dir:DIR')"
+    if info.is_pixio:
+        transformers += "  # of version 5.0 or later"
+        timm = "# timm has no model with several class tokens"
     ours = f'import mae_jax; model, params = mae_jax.load("{repo}")'
     return "\n".join(["```python", transformers, timm, ours, "```"])
 

@@ -37,6 +37,7 @@ from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import unflatten
 
 Params = dict[str, Any]
+POOLED = ("mean", "cls", "global")  # features of whole images
 EIGHT_BITS = "The model takes 8 bits: scale values of {} bits to all bits of the file"
 
 
@@ -145,13 +146,13 @@ class PretrainedModel:
         "cls" [b, d]: the cls token; "mean" [b, d]: the mean of the patches. Both after the final
         norm; a model with fc_norm has no such norm, and normalizes only the mean.
 
-        A model with several class tokens, as Pixio's, has "cls_tokens" [b, n, d]: all of them, and
-        "cls": their mean, both after the final norm (pooler_output of transformers); and "global"
-        [b, d]: their mean before the final norm, which its k-NN evaluation compares.
+        A model with several class tokens, as Pixio's, has all of them, "class_tokens" [b, n, d],
+        and "cls" is their mean, both after the final norm (pooler_output of transformers).
+        "global" [b, d] is their mean before the final norm, which its k-NN evaluation compares.
 
         Args:
-          layers: also "cls_3", "mean_3" (and "cls_tokens_3") and so on after block 3, counted from
-            1, with final norm.
+          layers: also "cls_3", "mean_3" (and "class_tokens_3") and so on after block 3, counted
+            from 1, with final norm.
           grid: also "grid" (and "grid_3") [b, rows, columns, d], the token of every patch.
           attention: also "attention" [b, rows, columns]: of the cls tokens in the last block, mean
             over them and the heads.
@@ -194,6 +195,14 @@ class PretrainedModel:
             if not 1 <= layer <= depth:
                 raise ConvertError(f"there is no layer {layer}: {self.path} has 1 to {depth}")
 
+    def check_pooled(self, name: str) -> None:
+        """Raise ConvertError unless the model has this feature of whole images."""
+        if name == "global" and self.info.class_tokens == 1:
+            raise ConvertError(
+                f"{self.path} has one class token: 'global' is of models with several, as Pixio's; "
+                "use mean or cls"
+            )
+
     def random_params(self, seed: int) -> Params:
         """Return the parameters of an untrained encoder, as a baseline of its features."""
         rows, columns = self.info.grid
@@ -209,7 +218,7 @@ class PretrainedModel:
             f"mean{suffix}": tokens[:, count:].mean(axis=1),
         }
         if count > 1:
-            features[f"cls_tokens{suffix}"] = tokens[:, :count]
+            features[f"class_tokens{suffix}"] = tokens[:, :count]
         if grid:
             features[f"grid{suffix}"] = self._as_grid(tokens)
         return features

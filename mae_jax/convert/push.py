@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
     dialect = arguments.to or next(
         each for each in FORMATS if each in weights.compatible_formats(checkpoint.info)
     )
-    if dialect == "timm" and checkpoint.info.decoder_depth:
-        log.warning("timm has no decoder: it is left out")
+    if weights.lacks_decoder(dialect, checkpoint.info) and checkpoint.info.decoder_depth:
+        log.warning("the model of %s has no decoder: it is left out", dialect)
         checkpoint = weights.encoder_only(checkpoint)
     text = model_card(
         checkpoint.info,

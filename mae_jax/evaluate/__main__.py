@@ -222,7 +222,12 @@ def _check_memory(
 ) -> None:
     """Raise UserError if the features would not fit into memory."""
     rows, columns = model.info.grid
-    vectors = 2 + 2 * len(_layers(model, measures)) + rows * columns * ("attentive" in measures)
+    vectors = (
+        2
+        + (model.info.class_tokens > 1)
+        + 2 * len(_layers(model, measures))
+        + rows * columns * ("attentive" in measures)
+    )
     required = num_images * vectors * model.info.width * 4 / 1e9
     if required > max_gb:
         raise UserError(
@@ -248,9 +253,12 @@ def _extract(
     def features_fn(params: Params, images: Array) -> dict[str, Array]:
         features = {}
         if measures != ["head"]:
-            features = model.features(params, images, layers=layers)
+            pooled = model.features(params, images, layers=layers)
+            # Measures take one vector per image and layer: all class tokens would fill the memory.
+            features = {name: x for name, x in pooled.items() if "class_tokens" not in name}
         if "attentive" in measures:
-            features["patches"] = model.outputs(params, images).tokens[:, 1:].astype("float32")
+            tokens = model.outputs(params, images).tokens
+            features["patches"] = tokens[:, model.info.class_tokens :].astype("float32")
         if "head" in measures:
             features["ranking"] = top_k(model.logits(params, images))
         return features

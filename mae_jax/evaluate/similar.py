@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mae_jax.convert import cli as convert_cli
+from mae_jax.convert.pretrained import POOLED
 from mae_jax.data.sources import FileSource, printable_path
 from mae_jax.evaluate.feature_figures import read_tiles, tile_rows
 from mae_jax.evaluate.figures import check_display_channels, save_png
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert_cli.add_checkpoint(parser)
     convert_cli.add_batch_size(parser)
     parser.add_argument(
-        "--features", choices=("mean", "cls"), default="mean", help="to compare (mean)"
+        "--features", choices=POOLED, default="mean", help="to compare (mean); global: of Pixio's"
     )
     parser.add_argument(
         "--top", type=cli.positive_int, help=f"images per query; drawn per group ({TOP}, or all)"
@@ -92,6 +93,7 @@ def main(argv: list[str]) -> None:
     show = check_display_channels(arguments.show, model.info.channels)
 
     name = arguments.features
+    model.check_pooled(name)
     function = jax.jit(lambda params, images: {name: model.features(params, images)[name]})
 
     def extract(source: FileSource) -> Float[np.ndarray, "n d"]:

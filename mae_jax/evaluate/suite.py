@@ -174,13 +174,19 @@ def measure(
     return [dataclasses.replace(result, seconds=seconds) for result in results]
 
 
+def _global_names(splits: SplitFeatures) -> list[str]:
+    """Return the features of whole images; "global" is of models with several class tokens."""
+    assert splits.train is not None
+    return [name for name in ("global", "mean", "cls") if name in splits.train.features]
+
+
 def _knn(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
     del options
     assert splits.train is not None
     ks = [k for k in KS if k <= len(splits.train.labels)]
     return [
         SuiteResult(f"k-NN, k = {k}", name, score)
-        for name, scores in splits.knn(["mean", "cls"], ks).items()
+        for name, scores in splits.knn(_global_names(splits), ks).items()
         for k, score in scores.items()
     ]
 
@@ -189,7 +195,7 @@ def _rankme(splits: SplitFeatures, options: SuiteOptions) -> list[RankResult]:
     del options
     assert splits.train is not None
     images = min(len(splits.train.labels), MAX_IMAGES)
-    ranks = splits.rankme(["mean", "cls"])
+    ranks = splits.rankme(_global_names(splits))
     return [RankResult("RankMe", name, rank, images) for name, rank in ranks.items()]
 
 
@@ -240,13 +246,13 @@ def _head(splits: SplitFeatures, options: SuiteOptions) -> list[SuiteResult]:
 
 
 SUITE = {
-    "knn": Measure("k nearest neighbors, of cls and mean of the patches", _knn),
+    "knn": Measure("k nearest neighbors, of cls, mean of the patches and global", _knn),
     "linear": Measure("linear probe of cls and mean", _linear),
     "attentive": Measure("attentive probe: a learned query over the patches", _attentive),
     "layers": Measure("linear probes of cls and mean after every block", _layers),
     "few_shot": Measure("linear probes on a few images per class, mean of 5 samples", _few_shot),
     "rankme": Measure(
-        "effective rank of cls and mean; needs no labels and no evaluation split", _rankme
+        "effective rank of cls, mean and global; needs no labels and no evaluation split", _rankme
     ),
     "head": Measure("the checkpoint's own head", _head),
 }

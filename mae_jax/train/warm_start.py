@@ -64,6 +64,7 @@ def load_init_weights(
     else:
         heads = dict(heads=model.heads, decoder_heads=model.decoder_heads)
         checkpoint = weights.read(path, ema=init.ema, **heads)
+    check_class_tokens(checkpoint.info, model.class_tokens)
     settings: dict[str, Any] = {
         "layer_norm_eps": model.layer_norm_eps,
         "mean": task.mean,
@@ -84,6 +85,17 @@ def load_init_weights(
         check_head(checkpoint, arrays, task.model.pool, classes)
     warn_mismatched_settings(path, checkpoint.info, settings)
     return merge(arrays, checkpoint)
+
+
+def check_class_tokens(info: ModelInfo, class_tokens: int) -> None:
+    """Raise ConvertError unless a checkpoint has the class tokens of the model of a run."""
+    if info.class_tokens != class_tokens:
+        flags = f"--config.model.class_tokens={info.class_tokens}"
+        if info.class_tokens > 1:
+            flags += " --config.model.position=learned"
+        raise ConvertError(
+            f"it has {info.class_tokens} class tokens, this model {class_tokens}: set {flags}"
+        )
 
 
 def adapt(
