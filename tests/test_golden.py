@@ -25,8 +25,8 @@ MODELS = [
     "p3_patch4_r50",
     "p4_gray",
     "p6_eps1e-5_mlp2",
-    "p7_eps_sensitive",
 ]
+RECORDED = 1  # images of a batch of which targets and predictions are recorded
 
 
 def make_task(config: dict) -> Pretrain:
@@ -127,26 +127,23 @@ def test_mask_is_exact(case):
 def test_patchify_is_exact(case):
     patch, grid = case.config["patch_size"], case.task.grid
     np.testing.assert_array_equal(unpatchify(case.patches, patch, grid), nhwc(case.io["images"]))
-    if "patchify" in case.io:
-        np.testing.assert_array_equal(case.patches, case.io["patchify"])
-        np.testing.assert_array_equal(
-            unpatchify(jnp.asarray(case.io["pred"]), patch, grid), nhwc(case.io["unpatchify_pred"])
-        )
+    if not case.task.norm_pix:  # then the recorded target is the patches themselves
+        np.testing.assert_array_equal(case.patches[:RECORDED], case.io["target"])
 
 
 def test_latent_and_prediction(case):
     tolerance = dict(atol=2e-5, rtol=1e-5)
-    pred = case.outputs["pred"]
+    pred, expected = case.outputs["pred"], case.io["pred"]
     np.testing.assert_allclose(case.outputs["latent"], case.io["latent"], **tolerance)
-    np.testing.assert_allclose(pred, case.io["pred"], **tolerance)
+    np.testing.assert_allclose(pred[:RECORDED], expected, **tolerance)
     # A tanh GELU would change the prediction by 2e-4 of its maximum.
-    assert np.abs(pred - case.io["pred"]).max() <= 5e-5 * np.abs(case.io["pred"]).max()
+    assert np.abs(pred[:RECORDED] - expected).max() <= 5e-5 * np.abs(expected).max()
     picked = jnp.take_along_axis(pred, case.mask.ids_masked[..., None], axis=1)
     np.testing.assert_allclose(case.outputs["masked_pred"], picked, atol=1e-6, rtol=1e-6)
 
 
 def test_target(case):
-    target = case.patches
+    target = case.patches[:RECORDED]
     if case.task.norm_pix:
         mean, std = patch_statistics(target, case.task.norm_pix_eps)
         target = (target - mean) / std
@@ -187,7 +184,7 @@ def schedule_of(config):
 
 
 def test_training_trajectory(golden):
-    """Ten AdamW steps."""
+    """Four AdamW steps, with fixed positions; tests/test_pixio.py takes more and learns them."""
     folder = golden / "pretrain_traj" / "t0"
     config = json.loads((folder / "config.json").read_text())
     io = load_file(folder / "io.safetensors")
@@ -207,18 +204,11 @@ def test_training_trajectory(golden):
     kept = masking.len_keep(task.num_patches, task.mask_ratio)
     for i in range(config["opt_steps"]):
         np.testing.assert_allclose(lr(jnp.float32(i)), io["lr"][i], rtol=1e-6, atol=0)
+    for i in range(len(io["images"])):
         mask = masking.mask_from_noise(jnp.asarray(io["noise"][i]), kept)
         patches = patchify(nhwc(io["images"][i]), task.patch)
         loss, params, opt_state = step(params, opt_state, patches, mask)
         np.testing.assert_allclose(loss, io["losses"][i], atol=2e-5)
-
-    final = flatten(to_params(load_file(folder / "final_state_dict.safetensors"), False))
-    for path, array in flatten(params).items():
-        atol = np.full(array.shape[-1], 1e-5)
-        if path.endswith("qkv/bias"):  # AdamW amplifies rounding errors of the key bias to lr
-            width = array.shape[-1] // 3
-            atol[width : 2 * width] = io["lr"].sum()
-        assert (np.abs(array - final[path]) <= atol).all(), path
 
 
 def test_initializers(golden):

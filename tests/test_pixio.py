@@ -294,11 +294,12 @@ def test_initializers(golden, name):
             noise = 6 / np.sqrt(x.size) * max(ref["std"], 1e-12)
             assert abs(x.mean() - ref["mean"]) <= 2 * noise + 1e-6, official
             assert abs(x.std() - ref["std"]) <= noise + 1e-6, official
-            quantiles = np.quantile(x, [0.05, 0.25, 0.5, 0.75, 0.95])
-            expected = ref.get("quantiles_5_25_50_75_95", ref["mean"])  # constants have none
-            np.testing.assert_allclose(quantiles, expected, atol=2 * noise + 1e-6, err_msg=official)
+            if "quantiles_5_25_50_75_95" in ref:  # not of constants and small arrays
+                quantiles = np.quantile(x, [0.05, 0.25, 0.5, 0.75, 0.95])
+                expected = ref["quantiles_5_25_50_75_95"]
+                np.testing.assert_allclose(quantiles, expected, atol=2 * noise, err_msg=official)
             if "token" in official or "pos_embed" in official:  # normal: the maximum is random
-                assert np.abs(x).max() > 2.2 * ref["std"], official
+                assert x.size < 1000 or np.abs(x).max() > 2.2 * ref["std"], official
             else:
                 assert np.abs(x).max() <= 1.03 * ref["absmax"] + 1e-9, official
 
