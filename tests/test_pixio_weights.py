@@ -10,12 +10,17 @@ from convert_helpers import HEADS, OFFICIAL, assert_close, assert_same
 from safetensors.numpy import load_file, save_file
 
 import mae_jax
+from configs import attentive, finetune, knn, linprobe, pretrain, segment
 from mae_jax.convert import __main__ as command
 from mae_jax.convert import push, weights
 from mae_jax.convert.detect import detect
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.convert.weight_files import RawCheckpoint
+from mae_jax.distributed.sharding import make_mesh
 from mae_jax.models.variants import VARIANTS
+from mae_jax.train.build_model import make_task
+from mae_jax.train.config import from_config_dict
+from mae_jax.train.warm_start import load_init_weights
 
 FILES = "pixio/checkpoints"
 ENCODER = f"{FILES}/official_encoder.safetensors"
@@ -207,6 +212,46 @@ def test_pretraining_weights_reconstruct(golden):
     assert model.task().mask_cell == 4
     assert model.task(mask="block").mask_cell == 1
     assert model.reconstruct(params, images).shape == images.shape
+
+
+# ---------------------------------------------------------------- warm starts
+
+MODEL = dict(image_size=(32, 32), patch=8, width=16, depth=2, heads=2, position="learned")
+
+
+def warm_start(recipe, path, classes=("a", "b"), **changes):
+    config = recipe.get_config()
+    config.init.update(path=str(path), **changes.pop("init", {}))
+    config.model.update(MODEL | changes)
+    config = from_config_dict(config)
+    task = make_task(config, make_mesh(), classes)
+    arrays = jax.eval_shape(task.init, jax.random.key(0))
+    return load_init_weights(config, task, arrays, classes)
+
+
+@pytest.mark.parametrize("recipe", [finetune, linprobe, knn, attentive, segment])
+def test_the_encoder_starts_every_downstream_task(golden, encoder, recipe):
+    start = warm_start(recipe, golden / FILES / HF[0], class_tokens=4)
+    kept = {name for name in encoder.arrays if recipe is not finetune or "encoder/norm" not in name}
+    assert set(start.loaded) == kept
+    np.testing.assert_array_equal(
+        start.params["encoder"]["cls_token"], encoder.arrays["encoder/cls_token"]
+    )
+    with pytest.raises(
+        ConvertError, match=r"has 4 class tokens, this model 1: set --config.model."
+    ):
+        warm_start(recipe, golden / FILES / HF[0])
+
+
+def test_pretraining_continues_from_an_encoder(golden, encoder):
+    """The decoder is fresh, and a larger image interpolates the positions."""
+    path, init = golden / FILES / HF[0], {"encoder_only": True}
+    start = warm_start(pretrain, path, class_tokens=4, init=init, image_size=(64, 64))
+    assert set(start.loaded) == encoder.arrays.keys()
+    assert {name.split("/")[0] for name in start.missing} == {"decoder"}
+    assert start.params["encoder"]["pos_embed"]["table"].shape == (1, 68, 16)
+    with pytest.raises(ConvertError, match=r"not the sine-cosine table.*model.position=learned"):
+        warm_start(pretrain, path, class_tokens=4, init=init, position="sincos")
 
 
 # ---------------------------------------------------------------- formats without Pixio
