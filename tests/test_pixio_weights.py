@@ -7,16 +7,20 @@ import jax
 import numpy as np
 import pytest
 from convert_helpers import HEADS, OFFICIAL, assert_close, assert_same
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import mae_jax
 from configs import attentive, finetune, knn, linprobe, pretrain, segment
+from mae_jax import features
 from mae_jax.convert import __main__ as command
 from mae_jax.convert import push, weights
 from mae_jax.convert.detect import detect
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.convert.weight_files import RawCheckpoint
 from mae_jax.distributed.sharding import make_mesh
+from mae_jax.evaluate import __main__ as evaluate
+from mae_jax.evaluate import similar
 from mae_jax.models.variants import VARIANTS
 from mae_jax.train.build_model import make_task
 from mae_jax.train.config import from_config_dict
@@ -183,24 +187,24 @@ def test_features_at_every_size(golden, size):
     name = f"{size[0]}x{size[1]}"
     images = np.moveaxis(io[f"{name}_images_u8"], 1, -1)
     model, params = mae_jax.load(golden / ENCODER, heads=2, image_size=size)
-    features = jax.jit(lambda p, x: model.features(p, x, layers=(1,), grid=True))(params, images)
+    outputs = jax.jit(lambda p, x: model.features(p, x, layers=(1,), grid=True))(params, images)
     tokens = io[f"{name}_tokens_norm"]
-    assert_close(features["class_tokens"], tokens[:, :4])
-    assert_close(features["grid"], tokens[:, 4:].reshape(features["grid"].shape))
-    assert_close(features["mean"], tokens[:, 4:].mean(axis=1))
-    assert_close(features["global"], io[f"{name}_global_feature"])
-    assert_close(features["cls"], pooler[f"{name}_pooler_output"])
+    assert_close(outputs["class_tokens"], tokens[:, :4])
+    assert_close(outputs["grid"], tokens[:, 4:].reshape(outputs["grid"].shape))
+    assert_close(outputs["mean"], tokens[:, 4:].mean(axis=1))
+    assert_close(outputs["global"], io[f"{name}_global_feature"])
+    assert_close(outputs["cls"], pooler[f"{name}_pooler_output"])
     if size == (32, 32):
-        assert_close(features["class_tokens_1"], io["32x32_block0_tokens_norm"][:, :4])
-        assert_close(features["grid_1"].reshape(2, 16, 16), io["32x32_block0_tokens_norm"][:, 4:])
+        assert_close(outputs["class_tokens_1"], io["32x32_block0_tokens_norm"][:, :4])
+        assert_close(outputs["grid_1"].reshape(2, 16, 16), io["32x32_block0_tokens_norm"][:, 4:])
 
 
 def test_attention_maps_have_one_value_per_patch(golden):
     model, params = mae_jax.load(golden / ENCODER, heads=2)
     images = np.zeros((1, 32, 32, 3), np.uint8)
-    features = model.features(params, images, attention=True, attention_blocks=(1,))
-    assert features["attention"].shape == (1, 4, 4)
-    assert features["attention_1"].shape == (1, 2, 4, 4)
+    outputs = model.features(params, images, attention=True, attention_blocks=(1,))
+    assert outputs["attention"].shape == (1, 4, 4)
+    assert outputs["attention_1"].shape == (1, 2, 4, 4)
 
 
 def test_pretraining_weights_reconstruct(golden):
@@ -212,6 +216,37 @@ def test_pretraining_weights_reconstruct(golden):
     assert model.task().mask_cell == 4
     assert model.task(mask="block").mask_cell == 1
     assert model.reconstruct(params, images).shape == images.shape
+
+
+def test_commands_use_all_class_tokens(golden, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("validation", 2)):
+        for label in ("dark", "light"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                low = 128 * (label == "light")
+                pixels = rng.integers(low, low + 128, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / label / f"{i}.png")
+    checkpoint = ["--checkpoint", str(golden / FILES / HF[0])]
+    out = tmp_path / "f.npz"
+    features.main([str(tmp_path / "train"), *checkpoint, "--out", str(out)])
+    with np.load(out) as arrays:
+        assert {n: arrays[n].shape for n in arrays if n != "files"} == {
+            "cls": (12, 16),
+            "mean": (12, 16),
+            "global": (12, 16),
+            "class_tokens": (12, 4, 16),
+        }
+    report = tmp_path / "r.json"
+    argv = [*checkpoint, "--data", str(tmp_path), "--suite", "knn,rankme", "--out", str(report)]
+    evaluate.main(argv)
+    rows = json.loads(report.read_text())["results"]
+    assert {row["features"] for row in rows} == {"global", "mean", "cls"}
+    argv = ["--among", str(tmp_path / "train"), "--duplicates", "0.5", "--features", "global"]
+    similar.main([*argv, *checkpoint, "--csv", str(tmp_path / "d.csv")])
+    mae = ["--checkpoint", str(golden / OFFICIAL), "--num-heads", "2"]
+    with pytest.raises(ConvertError, match="has one class token: 'global' is of models with sev"):
+        similar.main([*argv, *mae, "--csv", str(tmp_path / "e.csv")])
 
 
 # ---------------------------------------------------------------- warm starts
