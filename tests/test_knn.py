@@ -1,5 +1,7 @@
 """Weighted k-NN against a loop over the queries, and extraction of features."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,21 @@ def test_votes_are_weighted_by_similarity(tiles):
         wrong = (expected + 1) % 5
         scores = knn_scores(bank, labels, queries, wrong, num_classes=5, ks=(k,), **tiles)
         assert scores[k].top1 == 0.0
+
+
+def test_accuracies_of_the_knn_classifier_of_pixio(golden):
+    """Classes without a vote are in any order, so some images may be in the top 5 or not."""
+    recorded = json.loads((golden / "pixio/knn.json").read_text())
+    with np.load(golden / "pixio/knn.npz") as arrays:
+        names = ("train_features", "train_labels", "test_features", "test_labels")
+        sets = [arrays[name] for name in names]
+    ks = [result["k"] for result in recorded["results"]]
+    scores = knn_scores(*sets, num_classes=recorded["classes"], ks=ks)
+    for result in recorded["results"]:
+        score = scores[result["k"]]
+        assert 100 * score.top1 == pytest.approx(result["top1"])
+        undecided = 100 * result["top5_undecided_images"] / len(sets[-1])
+        assert abs(100 * score.top5 - result["top5"]) <= undecided
 
 
 def test_several_k_and_top_5():
