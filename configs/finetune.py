@@ -16,11 +16,15 @@ Last k blocks only (paper figure 9): --config.optim.train_last_blocks=4. Few-sho
 
 from mae_jax.train import recipes
 
-# Epochs, base learning rate, layer decay, drop path; Ti and S are not in the paper and use B's.
+# Epochs, base learning rate, layer decay, drop path. Sizes that are not in the paper use those of
+# another: Ti and S of B, H/16 and larger of H/14.
 RECIPES = {
     "vit_b16": (100.0, 5e-4, 0.65, 0.1),
     "vit_l16": (50.0, 1e-3, 0.75, 0.2),
     "vit_h14": (50.0, 1e-3, 0.75, 0.3),
+    "vit_h16": (50.0, 1e-3, 0.75, 0.3),
+    "vit_1b16": (50.0, 1e-3, 0.75, 0.3),
+    "vit_5b16": (50.0, 1e-3, 0.75, 0.3),
 }
 
 

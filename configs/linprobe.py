@@ -21,7 +21,7 @@ def get_config(size: str = "vit_b16"):
     recipes.set_size(config, size)
     config.task = "classify"
     config.batch_size = 16384
-    config.epochs = 50.0 if size in ("vit_l16", "vit_h14") else 90.0
+    config.epochs = 90.0 if size in ("vit_ti16", "vit_s16", "vit_b16") else 50.0
     config.model.update(position="learned", dtype="bfloat16")  # learned: the checkpoint's table
     config.classify.head_norm = True
     config.optim.update(name="lars", base_lr=0.1, weight_decay=0.0, train_last_blocks=0)

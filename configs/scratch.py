@@ -11,7 +11,7 @@ from mae_jax.train import recipes
 
 def get_config(size: str = "vit_b16"):
     config = recipes.get("finetune", size)
-    large = size in ("vit_l16", "vit_h14")
+    large = size not in ("vit_ti16", "vit_s16", "vit_b16")
     config.init.path = "random"
     config.batch_size = 4096
     config.epochs = 200.0 if large else 300.0

@@ -15,6 +15,7 @@ from configs import (
     finetune,
     knn,
     linprobe,
+    pixio,
     pretrain,
     scratch,
     segment,
@@ -113,7 +114,7 @@ def test_recipes_add_no_keys():
     configs += [
         ablations.get_config(f"{s},{row}") for s in ablations.SCALES for row in ablations.ROWS
     ]
-    for recipe in (pretrain, finetune, linprobe, attentive, scratch, segment, knn):
+    for recipe in (pretrain, pixio, finetune, linprobe, attentive, scratch, segment, knn):
         configs += [recipe.get_config(size) for size in VARIANTS]
     for config in configs:
         assert flat(config).keys() == known

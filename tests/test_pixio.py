@@ -13,6 +13,8 @@ from official_state_dict import official_names, to_params
 from safetensors.numpy import load_file
 from test_golden import check_gradients, nhwc
 
+from configs import pixio
+from mae_jax.distributed import sharding
 from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD, normalize
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import interpolate_pos_embed, patchify
@@ -22,6 +24,8 @@ from mae_jax.tasks.masking import Mask
 from mae_jax.tasks.optimizer import adamw, warmup_cosine, weight_decay_mask
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.train_step import init_state, make_train_step
+from mae_jax.train import build_model
+from mae_jax.train.config import from_config_dict
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import diff, flatten
 
@@ -342,6 +346,54 @@ def test_parameter_counts_of_the_recipe(name, encoder, decoder):
     counts = {part: sum(x.size for x in jax.tree.leaves(shapes[part])) for part in shapes}
     assert counts["encoder"] == encoder
     assert decoder in (None, counts["decoder"])
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "steps", "warmup"),
+    [
+        ("vit_h16", 8192, 642000, 64200),
+        ("vit_1b16", 8192, 642000, 64200),
+        ("vit_5b16", 16384, 1284000, 128400),
+        ("vit_b16", 8192, 642000, 64200),
+        ("vit_l16", 8192, 642000, 64200),
+    ],
+)
+def test_recipe(size, batch_size, steps, warmup):
+    config = from_config_dict(pixio.get_config(size))
+    length = build_model.make_run_length(config, num_images=13_000_000)
+    assert (config.batch_size, length.total_steps, length.warmup_steps) == (
+        batch_size,
+        steps,
+        warmup,
+    )
+    rate = build_model.make_learning_rate(config, length)
+    np.testing.assert_allclose(
+        [rate(0), rate(warmup), rate(steps)], [0, 8e-4, 0], rtol=1e-6, atol=1e-12
+    )
+    task = build_model.make_task(config, sharding.make_mesh(1), ())
+    assert isinstance(task, Pretrain)
+    encoder, decoder, variant = task.model.encoder, task.model.decoder, get_variant(size)
+    assert (encoder.width, encoder.depth, encoder.num_heads, task.patch) == (
+        variant.width,
+        variant.depth,
+        variant.heads,
+        16,
+    )
+    assert (decoder.width, decoder.depth, decoder.num_heads) == (512, 32, 16)
+    assert encoder.class_tokens == decoder.class_tokens == 8
+    assert encoder.pos_embed == decoder.pos_embed == "learned_random"
+    assert (encoder.drop_path, encoder.layer_norm_eps) == (0.4, 1e-6)
+    assert (task.mask, task.mask_cell, task.mask_ratio, task.num_kept) == ("random", 4, 0.75, 64)
+    assert task.norm_pix
+    assert (config.data.augment, config.data.crop_scale, config.data.flip) == (
+        "crop",
+        (0.2, 1.0),
+        False,
+    )
+    optim = config.optim
+    assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.95, 1e-8, 0.05)
+    assert optim.decay_embeddings
+    assert optim.clip_norm is None
 
 
 TINY = VitVariant(16, 3, 2, 8, decoder_width=16, decoder_depth=1, decoder_heads=2, class_tokens=3)
