@@ -192,7 +192,8 @@ def _usage(info: ModelInfo, dialect: str, repo: str) -> str:
     if dialect != "timm":
         timm = f"# timm: mae-jax convert {repo} DIR --to timm, then create_model('local-dir:DIR')"
     if info.is_pixio:
-        transformers += "  # of version 5.0 or later"
+        head = "# transformers has no head for several class tokens"
+        transformers = head if info.num_classes else f"{transformers}  # of version 5.0 or later"
         timm = "# timm has no model with several class tokens"
     ours = f'import mae_jax; model, params = mae_jax.load("{repo}")'
     return "\n".join(["```python", transformers, timm, ours, "```"])

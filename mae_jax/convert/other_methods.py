@@ -59,7 +59,6 @@ def read_cross_mae(raw: RawCheckpoint, path: Path) -> None:
         return
     left_out = [name for name in raw.tensors if _CROSS_DECODER.match(name)]
     raw.tensors = {name: x for name, x in raw.tensors.items() if name not in set(left_out)}
-    raw.metadata.pop("target", None)  # of the decoder
     _warn_left_out(path, "CrossMAE", left_out)
     token = raw.tensors.get("cls_token")
     if token is not None and not any(name.startswith("norm.") for name in raw.tensors):

@@ -187,6 +187,8 @@ def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool =
     """
     path = local_path(path)
     check_destination(path, dialect, overwrite=overwrite)
+    if reason := _unsupported_reason(weights.info, dialect):
+        raise ConvertError(reason)
     if lacks_decoder(dialect, weights.info) and weights.info.decoder_depth:
         log.warning(
             "%s has no decoder: its %s parameters are not written",
@@ -195,8 +197,6 @@ def write(weights: Weights, path: str | Path, dialect: str, *, overwrite: bool =
         )
         weights = encoder_only(weights)
     info = weights.info
-    if reason := _unsupported_reason(info, dialect):
-        raise ConvertError(reason)
     _warn_lossy(info, path, dialect)
     layout = state_dict.select_layout(dialect, weights.arrays, pixio=info.is_pixio)
     tensors = state_dict.export_state_dict(layout, dict(weights.arrays), info.patch)
