@@ -39,7 +39,7 @@ from mae_jax.utils.atomic import write_json
 from mae_jax.utils.cli import make_parser, path_argument, positive_int, run_command
 from mae_jax.utils.errors import UserError
 
-RECIPES = {"pretrain": "pretrain", "finetune": "finetune", "probe": "linprobe"}
+RECIPES = {"pretrain": "pretrain", "pixio": "pixio", "finetune": "finetune", "probe": "linprobe"}
 TASKS = (*RECIPES, "features")
 CLASSES = tuple(map(str, range(1000)))
 STEPS_PER_EPOCH = 1000

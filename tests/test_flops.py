@@ -1,5 +1,7 @@
 """Analytic FLOPs against the paper and XLA."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,10 +26,27 @@ def test_flops_of_the_papers_variants(name, patches, values, forward, train):
     assert train_flops(*args) / 1e9 == pytest.approx(train, abs=5e-3)
 
 
-@pytest.mark.parametrize("predicted", [147, 74, 1])
-def test_forward_flops_are_xlas(predicted):
+@pytest.mark.parametrize(
+    ("name", "patches", "train", "images", "gpu_hours"),
+    [
+        ("vit_h16", 256, 449.4, 8192 * 400 * 1605, 1660),
+        ("vit_1b16", 256, 767.0, 8192 * 400 * 1605, 2832),
+        ("vit_5b16", 256, 2534.3, 16384 * 800 * 1605, 37436),
+    ],
+)
+def test_cost_of_pixios_recipe(name, patches, train, images, gpu_hours):
+    """The numbers of docs/reproduce.md: at 40 % of an H100's peak."""
+    flops = train_flops(VARIANTS[name], patches, patches // 4, 768)
+    assert flops / 1e9 == pytest.approx(train, abs=0.05)
+    hours = flops * images / (0.4 * peak_flops("NVIDIA H100") * 3600)
+    assert hours == pytest.approx(gpu_hours, abs=1)
+
+
+@pytest.mark.parametrize(("predicted", "class_tokens"), [(147, 1), (74, 1), (1, 1), (74, 8)])
+def test_forward_flops_are_xlas(predicted, class_tokens):
     """For ViT-B/16, unrolled: XLA counts the body of a loop once."""
     variant, n, kept = VARIANTS["vit_b16"], 196, 49
+    variant = dataclasses.replace(variant, class_tokens=class_tokens)
     model = make_mae(variant, grid=(14, 14), execution=ExecutionConfig(scan_unroll=12))
     ids = jnp.arange(n)[None]
     args = jnp.zeros((1, n, 768)), ids[:, :kept], ids[:, kept : kept + predicted]
