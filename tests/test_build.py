@@ -525,7 +525,7 @@ SEEN = {
     "accumulate": "test_accumulation_and_the_average_reach_the_step",
     "optim.ema": "test_accumulation_and_the_average_reach_the_step",
     "mask.path": "test_a_mask_of_the_users",
-    "mask.cell": "test_pixio.py: the recipe",
+    "mask.cell": "test_pixio_recipe.py: test_recipe",
     "model.attention": "test_attention_that_does_not_run_here_is_refused",
     "data.name": "test_a_tfds_data_set_is_found_by_its_name_folder_and_feature",
     "data.image_feature": "test_a_tfds_data_set_is_found_by_its_name_folder_and_feature",
