@@ -8,8 +8,8 @@ On a folder of images, without labels:
         --config.data.source=folder --config.data.path=DIR --config.batch_size=256
 
 Sizes: vit_ti16, vit_s16, vit_b16 (default), vit_l16, vit_h14; Pixio's have a recipe of their own.
-Reported by the paper for B after 1600 epochs, not reproduced here: top-1 of 83.6 % fine-tuned, 68.0 %
-by linear probe.
+Reported by the paper for B after 1600 epochs, not reproduced here: top-1 of 83.6 % fine-tuned,
+68.0 % by linear probe.
 """
 
 from mae_jax.train import recipes
