@@ -69,6 +69,11 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="official, Hugging Face or timm file, a workdir, or org/name on the hub",
     )
+    add_model_flags(parser)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the model of a checkpoint."""
     parser.add_argument(
         "--image-size", type=int_pair, metavar="H,W", help="pixels (the checkpoint's)"
     )
@@ -94,7 +99,7 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[PretrainedModel, Params]:
-    """Load the model that the flags of `add_checkpoint` name."""
+    """Load the model of `arguments.checkpoint` and of the flags of `add_model_flags`."""
     return load(
         arguments.checkpoint,
         image_size=arguments.image_size,

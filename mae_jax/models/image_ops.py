@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Size = Any  # of an axis: an int, an int32 array [], or a symbolic dimension of jax.export
 CHUNK = 64  # crops that are resized at a time, to bound memory
 
 
@@ -88,18 +89,66 @@ def crop_resize(
     return jax.lax.map(lambda x: one(*x), (crops, sizes, flip), batch_size=CHUNK)
 
 
-def resize_weights(new: int, old: Int[Array, ""], capacity: int) -> Float[Array, "new capacity"]:
-    """Return the matrix that resizes the first `old` of `capacity` samples to `new` samples.
+def resize_center_crop(
+    images: UInt8[Array, "b h w c"],
+    size: tuple[Size, Size],
+    crop: tuple[int, int],
+    interpolation: str = "bicubic",
+) -> UInt8[Array, "b y x c"]:
+    """Resize images of one size, which may be symbolic, and crop their centers.
 
-    Keys' cubic with a = -0.5; when downsampling it is stretched for antialiasing.
+    As Pillow and torchvision, except that Pillow 13 and later resizes some tall images vertically
+    first.
+
+    Args:
+      size: height and width of the resized images, pixels, at least those of `crop`.
+      crop: height and width of the result, pixels.
+      interpolation: a key of `FILTERS`.
     """
-    x, y = jnp.arange(capacity), jnp.arange(new)[:, None]
-    # Distance of sample centers; integers until the division, to be exact.
-    away = jnp.abs((2 * x + 1) * new - (2 * y + 1) * old) / (2 * jnp.maximum(old, new))
+    # As in torchvision: half a pixel is rounded to the even side.
+    starts = [jnp.round((full - side) / 2).astype(jnp.int32) for full, side in zip(size, crop)]
+    vertical, horizontal = (
+        resize_weights(side, old, old, total=full, start=start, interpolation=interpolation)
+        for side, old, full, start in zip(crop, images.shape[1:3], size, starts)
+    )
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    rows = _to_uint8_range(einsum("bhwc,xw->bhxc", images.astype(jnp.float32), horizontal))
+    return _to_uint8_range(einsum("bhxc,yh->byxc", rows, vertical)).astype(jnp.uint8)
+
+
+def _bicubic(away: Array) -> Array:
+    """Return Keys' cubic with a = -0.5."""
     near = (1.5 * away - 2.5) * away * away + 1
     far = ((2.5 - 0.5 * away) * away - 4) * away + 2
-    weights = jnp.where(away < 1, near, jnp.where(away < 2, far, 0))
-    weights = jnp.where(x < old, weights, 0)
+    return jnp.where(away < 1, near, jnp.where(away < 2, far, 0))
+
+
+def _bilinear(away: Array) -> Array:
+    return jnp.maximum(1 - away, 0)
+
+
+FILTERS = {"bicubic": _bicubic, "bilinear": _bilinear}
+
+
+def resize_weights(
+    new: int,
+    old: Size,
+    capacity: Size,
+    *,
+    total: Size = None,
+    start: Size = 0,
+    interpolation: str = "bicubic",
+) -> Float[Array, "new capacity"]:
+    """Return the matrix that resizes the first `old` of `capacity` samples.
+
+    They become `total` samples (`new` by default), of which it returns `new`, from `start` on. When
+    downsampling, the filter, a key of `FILTERS`, is stretched for antialiasing.
+    """
+    total = new if total is None else total
+    x, y = jnp.arange(capacity), start + jnp.arange(new)[:, None]
+    # Distance of sample centers; integers until the division, to be exact.
+    away = jnp.abs((2 * x + 1) * total - (2 * y + 1) * old) / (2 * jnp.maximum(old, total))
+    weights = jnp.where(x < old, FILTERS[interpolation](away), 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 

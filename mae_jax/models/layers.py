@@ -287,6 +287,7 @@ def apply_blocks(
         split_rngs={"params": True},
         length=depth,
         unroll=unroll,
+        check_constancy_invariants=False,  # which symbolic batch sizes would fail
     )
     tokens = x.shape[1]
     padding = execution.attention.padding(attention_shape(tokens, x.shape[2], num_heads))

@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         x = shard(x + jnp.broadcast_to(positions, x.shape).astype(dtype))
         # As in the reference: cls and mask tokens are N(0, 0.02), not truncated.
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, count, self.width))
-        cls = jnp.broadcast_to(cls + cls_positions, (len(x), count, self.width)).astype(dtype)
+        cls = jnp.broadcast_to(cls + cls_positions, (x.shape[0], count, self.width)).astype(dtype)
         drop_path = None
         if drop_path_noise is not None:
             rates = jnp.linspace(0.0, self.drop_path, self.depth)

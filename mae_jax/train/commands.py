@@ -39,6 +39,7 @@ COMMANDS = {
     "inspect": Command(
         "mae_jax.convert.__main__", "describe a checkpoint", "inspect", "build_inspect_parser"
     ),
+    "export": Command("mae_jax.convert.export", "write a StableHLO or ONNX file for serving"),
     "push": Command("mae_jax.convert.push", "prepare a folder for the Hugging Face hub"),
     "compare": Command("mae_jax.train.compare", "compare the results and curves of runs"),
     "data": Command("mae_jax.data.__main__", "check, stats, score, prepare or cache a dataset"),

@@ -108,10 +108,10 @@ def make_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
 
 
-def check_output(flag: str, path: Path, suffix: str) -> None:
+def check_output(flag: str, path: Path, *suffixes: str) -> None:
     """Raise UserError, before any work is done, unless a file of that name can be written."""
-    if path.suffix != suffix:
-        raise UserError(f"{flag} {path} must end in {suffix}")
+    if path.suffix not in suffixes:
+        raise UserError(f"{flag} {path} must end in {' or '.join(suffixes)}")
     check_writable(flag, path)
     if path.is_dir():
         raise UserError(f"{flag} {path} is a directory")
