@@ -4,12 +4,30 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mae_jax.convert.model_info import ModelInfo, expected_shapes
+from mae_jax.convert.weights import Weights
+from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD
+
 HEADS = dict(heads=2, decoder_heads=2)  # which the official file lacks
 OFFICIAL = "checkpoints/full_state_dict.safetensors"
 
 
 def nhwc(images):
     return jnp.moveaxis(jnp.asarray(images), -3, -1)
+
+
+def random_weights(**info):
+    """Return weights of a very small model with random arrays; `info` as in `ModelInfo`."""
+    sizes = dict(
+        width=16, depth=2, heads=2, mlp_ratio=2.0, patch=8, channels=3, layer_norm_eps=1e-6
+    )
+    stats = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    info = ModelInfo(**(sizes | stats | dict(source="mae_jax", image_size=(32, 32)) | info))
+    rng = np.random.default_rng(0)
+    shapes = expected_shapes(info)
+    arrays = {name: rng.uniform(0.1, 0.5, shape) for name, shape in shapes.items()}
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    return Weights(arrays, info)
 
 
 def assert_same(arrays, expected):

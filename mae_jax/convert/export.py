@@ -6,7 +6,6 @@ mae-jax export CHECKPOINT OUT.onnx
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable
@@ -94,24 +93,28 @@ def make_program(
     _check_size(model, params)
     size = ("h", "w") if resize else info.image_size
     inputs: dict[str, Any] = {"images": (("b", *size, info.channels), dtype)}
-    prepare = (lambda images: images) if not resize else _make_resize(model)
-    if output == "logits":
-        model.check_head()
-        function = lambda images: {"logits": model.logits(params, prepare(images))}
-    elif output == "features":
+    prepare = _make_resize(model) if resize else lambda images: images
+    function: Callable[..., dict[str, Array]]
+    settings: dict[str, Any] = {}
+    if output == "features":
         function = lambda images: model.features(params, prepare(images), grid=True)
+    elif output == "logits":
+        model.check_head()
+        settings = {"problem": info.problem, "class_names": info.class_names}
+        function = lambda images: {"logits": model.logits(params, prepare(images))}
     else:
         task = model.task(mask_ratio=mask_ratio, dtype=dtype)
+        settings = {"kept_patches": task.num_kept, "patch_statistics": stats}
         inputs["noise"] = (("b", task.num_patches), np.float32)
 
-        def function(images: Array, noise: Array) -> dict[str, Array]:
+        def reconstruct(images: Array, noise: Array) -> dict[str, Array]:
             mask = mask_from_noise(noise, task.num_kept)
             return {"reconstruction": task.reconstruct(params, prepare(images), mask, stats)}
 
+        function = reconstruct
+
     program = Program(function, inputs, {})
-    metadata = _metadata(model, program, output, resize)
-    if output == "reconstruction":
-        metadata["kept_patches"] = task.num_kept
+    metadata = _metadata(model, program, output, resize) | settings
     return dataclasses.replace(program, metadata=metadata)
 
 
@@ -179,9 +182,9 @@ def _metadata(
         "shape": [axis if isinstance(axis, int) else str(axis) for axis in shape],
         "dtype": np.dtype(dtype).name,
     }
-    metadata = {
+    return {
         "format": "mae_jax export",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+        "versions": {"mae_jax": __version__, "jax": jax.__version__},
         "checkpoint": Path(model.path).name,
         "output": output,
         "inputs": {name: describe(*spec) for name, spec in program.inputs.items()},
@@ -192,10 +195,6 @@ def _metadata(
         "preprocessing": {name: vars(info)[name] for name in PREPROCESSING},
         "compute_dtype": jnp.dtype(model.execution.dtype).name,
     }
-    metadata["versions"]["mae_jax"] = __version__
-    if output == "logits":
-        metadata |= {"problem": info.problem, "class_names": info.class_names}
-    return metadata
 
 
 def to_stablehlo(program: Program) -> bytes:
