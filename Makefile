@@ -24,7 +24,7 @@ test-slow: $(VENV)/.dev  ## more fault tolerance tests, programs for hundreds of
 test-soak: $(VENV)/.dev  ## memory, open files and threads of a run of 20,000 steps
 	$(BIN)/python -m pytest -s tests/soak $(ARGS)
 
-test-torch: .venv-torch/.peers  ## run the interoperability tests against torch, transformers and timm
+test-torch: .venv-torch/.peers  ## run the interoperability tests against torch, transformers, timm and onnxruntime
 	XLA_FLAGS= HF_HUB_OFFLINE=1 TIMM=.venv-torch/timm .venv-torch/bin/python -m pytest tests/interop $(ARGS)
 
 test-compile: .venv-compile/.tpu  ## compile the train step for a TPU, without one, and check the program
@@ -77,7 +77,7 @@ endef
 # separate folder, which only the timm tests use.
 .venv-torch/.peers: $(VENV)/.dev
 	$(call derive_venv,.venv-torch)
-	.venv-torch/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers --editable '.[demo,dev,mlflow,wandb]'
+	.venv-torch/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers onnxruntime --editable '.[demo,dev,mlflow,onnx,wandb]'
 	.venv-torch/bin/python -m pip install --quiet --no-compile --no-deps --upgrade --target .venv-torch/timm \
 		timm==1.0.31 torchvision==0.28.0
 	touch $@

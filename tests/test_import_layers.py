@@ -39,6 +39,8 @@ FENCES = {  # package -> the only places that may import it
     "huggingface_hub": ["convert/hub.py"],
     "tensorflow": [],
     "torch": ["convert/torch_io.py"],
+    "jax2onnx": ["convert/onnx_io.py"],
+    "onnx": ["convert/onnx_io.py"],
 }
 FILES = sorted((ROOT / "mae_jax").rglob("*.py"))
 
