@@ -253,6 +253,6 @@ class Pretrain:
 
     def _gaussian_weights(self, ids_keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
         """Return weights of the kept patches for every patch: a Gaussian with sigma one patch."""
-        positions = jnp.indices(self.grid).reshape(2, -1).T.astype(jnp.float32)
+        positions = jnp.asarray(np.indices(self.grid).reshape(2, -1).T, jnp.float32)
         offsets = positions[None, :, None] - positions[ids_keep][:, None]
         return jax.nn.softmax(-jnp.square(offsets).sum(axis=-1) / 2, axis=-1)
