@@ -214,7 +214,11 @@ def to_onnx(program: Program) -> bytes:
       ConvertError: jax2onnx is missing, or cannot convert the program.
     """
     names = list(program.metadata["outputs"])
-    outputs = lambda *inputs: [program.function(*inputs)[name] for name in names]
+
+    def outputs(*inputs: Array) -> list[Array]:
+        arrays = program.function(*inputs)
+        return [arrays[name] for name in names]
+
     return onnx_io.convert(outputs, program.specs(), list(program.inputs), names, program.metadata)
 
 

@@ -4,6 +4,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from convert_helpers import random_weights
@@ -52,6 +53,13 @@ def test_features(exported):
         images = images_of(count)
         expected = model.features(params, images, grid=True)
         assert_close(run(session, images), expected)
+
+
+def test_the_network_is_computed_once_for_all_outputs(tmp_path):
+    weights.write(random_weights(), tmp_path / "model.safetensors", "mae_jax")
+    program = export.make_program(*mae_jax.load(tmp_path / "model.safetensors"))
+    graph = onnx.load_from_string(export.to_onnx(program)).graph
+    assert [node.op_type for node in graph.node].count("Loop") == 1, "over the blocks"
 
 
 @pytest.mark.parametrize(
