@@ -39,6 +39,11 @@ ROWS = {
     **{
         f"mask_ratio_{p}": {"mask.ratio": p / 100} for p in (10, 20, 25, 30, 40, 50, 60, 70, 80, 90)
     },
+    # Pixio: cells of masks, class tokens, and these with a deep decoder
+    "cell_2": {"mask.cell": 2},
+    "cell_4": {"mask.cell": 4},
+    "class_tokens_8": {"model.class_tokens": 8},
+    "pixio": {"mask.cell": 2, "model.class_tokens": 8, "model.decoder_depth": 8},
     # not in the paper: share of the masked patches that is predicted, percent
     **{f"predict_{p}": {"decoder.predict_ratio": p / 100} for p in (50, 25)},
 }
@@ -58,5 +63,7 @@ def get_config(arg: str = "vit_l16,baseline"):
             knn_every_epochs=0.0, pictures_every_epochs=0.0, linear=False, baselines=False
         )
         config.checkpoint.update(every_steps=600, max_to_keep=1)
+    elif "mask.cell" in ROWS[row]:
+        config.model.image_size = (256, 256)  # Pixio's: cells of 4 do not divide 14x14 patches
     config.update_from_flattened_dict(ROWS[row])
     return config

@@ -1,6 +1,6 @@
 """Export a model for serving: a StableHLO or ONNX file with its weights, which needs no mae_jax.
 
-mae-jax export CHECKPOINT OUT.stablehlo [--output {features,logits,reconstruction}] [--resize]
+mae-jax export CHECKPOINT OUT.stablehlo --output features --resize
 mae-jax export CHECKPOINT OUT.onnx
 """
 
