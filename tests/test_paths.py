@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import operator
 import os
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_local_folders_of_such_names_stay_local(name):
 # Every module with a parser, and the arguments that select it.
 COMMANDS = {
     "mae_jax.convert.__main__": ([], ["inspect"]),
+    "mae_jax.convert.export": ([],),
     "mae_jax.convert.push": ([],),
     "mae_jax.data.__main__": ([],),
     "mae_jax.evaluate.__main__": ([],),
@@ -167,8 +169,7 @@ def test_every_path_of_the_config_is_checked(group, field, monkeypatch):
     with pytest.raises(UserError, match=f"^{name}: s3://b/x .* s3:// is not supported"):
         from_config_dict(config)
     config.update_from_flattened_dict({name: "~/y"})
-    typed = getattr(from_config_dict(config), name.split(".")[0])
-    assert getattr(typed, field.name) == "/home/x/y"
+    assert operator.attrgetter(name)(from_config_dict(config)) == "/home/x/y"
 
 
 def test_python_functions_check_paths(tmp_path, monkeypatch, golden):

@@ -87,7 +87,7 @@ _SIZES = (
 def declared_sizes(config: Json) -> Json:
     """Return the sizes in config.json (or model_args) that can be checked against the tensors."""
     sizes = {key: config[key] for key in _SIZES if key in config}
-    if config.get("model_type") == "pixio" and "mlp_ratio" in config:
+    if "n_cls_tokens" in sizes and "mlp_ratio" in config:  # of Pixio
         sizes["mlp_ratio"] = config["mlp_ratio"]
     patch = sizes.get("patch_size")
     if isinstance(patch, list) and len(set(patch)) == 1:

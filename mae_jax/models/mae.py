@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         x = jnp.concatenate([x, mask_tokens.astype(dtype)], axis=1)
 
         table = PosEmbed(self.pos_embed, self.grid, self.width, count, name="pos_embed")()
-        class_rows = jnp.broadcast_to(jnp.arange(count), (len(x), count))
+        class_rows = jnp.broadcast_to(jnp.arange(count), (x.shape[0], count))
         rows = jnp.concatenate([class_rows, ids_keep + count, ids_masked + count], axis=1)
         x = shard(x + jnp.take(table[0], rows, axis=0).astype(dtype))
 
