@@ -148,8 +148,8 @@ def test_the_ratio_counts_cells():
     [
         (
             lambda: tiny_task(grid=(14, 14), mask_cell=4),
-            "mask.cell=4 does not divide the 14x14 patches of an image: use mask.cell=1 or 2 or 7 "
-            "or 14, or model.image_size with a height of 96 or 128 and a width of 96 or 128",
+            "mask.cell=4 does not divide the 14x14 patches of an image: use mask.cell=1 or 2 or "
+            "7, or model.image_size with a height of 96 or 128 and a width of 96 or 128",
         ),
         (lambda: tiny_task(mask_cell=0), "mask.cell=0 must be at least 1"),
         (lambda: tiny_task(mask_cell=4, mask="grid"), "mask.cell=4 is for mask.kind='random'"),

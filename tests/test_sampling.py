@@ -105,8 +105,10 @@ def test_scores_of_other_images_are_refused(tmp_path):
     with pytest.raises(DataError, match="files have changed since"):
         kept(make_scores([1, 2, 3], fingerprint="before"))
     (tmp_path / "scores.npz").write_bytes(b"PK")
-    with pytest.raises(DataError, match="scores.npz is not a table that mae-jax data score wrote"):
+    with pytest.raises(DataError, match=r"sampling.scores='.*scores.npz' is not a table that mae"):
         read_scores(tmp_path / "scores.npz")
+    with pytest.raises(DataError, match=r"data.sampling.scores='.*nope.npz' does not exist"):
+        read_scores(tmp_path / "nope.npz")
 
 
 @pytest.fixture(scope="module")

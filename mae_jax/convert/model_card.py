@@ -141,7 +141,7 @@ def _training(info: ModelInfo, facts: Mapping[str, Any]) -> dict[str, Any]:
         return {"weights from": info.source}
     data, optim, summary = config["data"], config["optim"], facts["summary"]
     steps = summary.get("steps") or config["steps"]
-    dataset = data["name"] if data["source"] == "tfds" else Path(data["path"]).name
+    dataset = data["name"] if data["source"] in ("tfds", "hf") else Path(data["path"]).name
     rows = {
         "recipe": RECIPES[config["task"]],
         "data": f"{dataset}, split {data['train_split']}",
@@ -157,6 +157,11 @@ def _training(info: ModelInfo, facts: Mapping[str, Any]) -> dict[str, Any]:
         cell = config["mask"].get("cell", 1)
         unit = "patches" if cell == 1 else f"cells of {cell} x {cell} patches"
         rows["masking"] = f"{config['mask']['kind']}, {config['mask']['ratio']:.0%} of the {unit}"
+        if rate := config.get("pretrain", {}).get("drop_path"):
+            rows["drop path"] = rate
+    sampling = {k: x for k, x in data.get("sampling", {}).items() if x and k != "scores"}
+    if sampling:
+        rows["images sampled by"] = ", ".join(f"{name}={x:g}" for name, x in sampling.items())
     return rows
 
 
@@ -194,6 +199,8 @@ def _usage(info: ModelInfo, dialect: str, repo: str) -> str:
     if info.is_pixio:
         head = "# transformers has no head for several class tokens"
         transformers = head if info.num_classes else f"{transformers}  # of version 5.0 or later"
+        if info.image_size[0] != info.image_size[1] and dialect != "hf":
+            transformers = "# transformers takes square images only of Pixio's models"
         timm = "# timm has no model with several class tokens"
     ours = f'import mae_jax; model, params = mae_jax.load("{repo}")'
     return "\n".join(["```python", transformers, timm, ours, "```"])

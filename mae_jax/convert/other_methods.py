@@ -29,9 +29,11 @@ def read_mae_lite(raw: RawCheckpoint, path: Path) -> None:
     """
     names = [name for name in raw.tensors if name.startswith(_MAE_LITE)]
     left_out = [name for name in raw.tensors if _MAE_LITE_OTHERS.match(name)]
-    if not names or len(names) + len(left_out) < len(raw.tensors):
+    if not names or not all(name.startswith("module.") for name in raw.tensors):
         return
-    raw.tensors = {name.removeprefix(_MAE_LITE): raw.tensors[name] for name in names}
+    # Unknown tensors keep their names, by which the check of all tensors refuses them.
+    kept = {name: x for name, x in raw.tensors.items() if name not in set(left_out)}
+    raw.tensors = {name.removeprefix(_MAE_LITE): x for name, x in kept.items()}
     _warn_left_out(path, "MAE-Lite", left_out)
     width, decoder_width = (_last_axis(raw, name) for name in ("cls_token", "mask_token"))
     blocks = {name.split(".")[1] for name in raw.tensors if name.startswith("decoder_blocks.")}

@@ -267,6 +267,11 @@ class PretrainedModel:
         """
         info = self.info
         if not info.decoder_depth:
+            if info.is_pixio:
+                raise ConvertError(
+                    f"{self.path} has no decoder, so it cannot reconstruct: the published files of "
+                    "Pixio are encoders. Use a run, or a checkpoint of its pretraining code"
+                )
             names = {"vit_b16": "base", "vit_l16": "large", "vit_h14": "huge"}
             size = names.get(info.size_name, "base")
             raise ConvertError(
@@ -283,6 +288,12 @@ class PretrainedModel:
             raise ConvertError(
                 f"{self.path} does not record the number of attention heads of its decoder: set "
                 "--decoder-num-heads (in Python, decoder_heads=)"
+            )
+        if mask == "random" and any(side % info.mask_cell for side in info.grid):
+            raise ConvertError(
+                f"the masks of {self.path} have cells of {info.mask_cell} x {info.mask_cell} "
+                f"patches, which do not divide {info.grid[0]} x {info.grid[1]} patches: use "
+                f"--image-size with multiples of {info.mask_cell * info.patch}, or --mask block"
             )
         mean, std = info.stats(dtype)
         return Pretrain(

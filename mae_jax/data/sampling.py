@@ -20,6 +20,7 @@ from mae_jax.data.subsets import Subset
 from mae_jax.utils.atomic import atomic_path
 
 BINS = 256  # of the histogram of a channel
+KEY = "data.sampling.scores"
 ARRAYS = ("loss", "entropy", "short_side")
 
 log = logging.getLogger("mae_jax")
@@ -58,8 +59,11 @@ def read_scores(path: Path) -> ImageScores:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS}
             return ImageScores(**arrays, about=json.loads(str(file["about"])))
+    except FileNotFoundError as error:
+        raise DataError("does not exist", key=KEY, value=str(path)) from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a table that mae-jax data score wrote: {error}") from error
+        problem = f"is not a table that mae-jax data score wrote: {error}"
+        raise DataError(problem, key=KEY, value=str(path)) from error
 
 
 def color_entropy(image: Num[np.ndarray, "h w c"]) -> float:
@@ -103,7 +107,7 @@ def sample(
     about, count = scores.about, len(scores.loss)
     if about.get("fingerprint") != source.fingerprint() or count != len(source):
         raise DataError(
-            f"the scores are of {count:,} images of {about.get('data')}, not of these "
+            f"{KEY}: the scores are of {count:,} images of {about.get('data')}, not of these "
             f"{len(source):,}, or files have changed since: score them again with mae-jax data "
             "score"
         )

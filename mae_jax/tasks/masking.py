@@ -76,10 +76,11 @@ def cell_grid(grid: tuple[int, int], cell: int, patch: int) -> tuple[int, int]:
     if cell < 1:
         raise UserError("must be at least 1", key="mask.cell", value=cell)
     if grid[0] % cell or grid[1] % cell:
-        divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
+        divides = lambda n: not (grid[0] % n or grid[1] % n) and n * n < grid[0] * grid[1]
+        divisors = [n for n in range(1, min(grid) + 1) if divides(n)]  # several cells each
         side = cell * patch
         sizes = [
-            sorted({max(n * patch // side, 1) * side, -(-n * patch // side) * side}) for n in grid
+            sorted({max(n * patch // side, 2) * side, -(-n * patch // side) * side}) for n in grid
         ]
         height, width = (" or ".join(map(str, size)) for size in sizes)
         raise UserError(

@@ -90,11 +90,9 @@ def load_init_weights(
 def check_class_tokens(info: ModelInfo, class_tokens: int) -> None:
     """Raise ConvertError unless a checkpoint has the class tokens of the model of a run."""
     if info.class_tokens != class_tokens:
-        flags = f"--config.model.class_tokens={info.class_tokens}"
-        if info.class_tokens > 1:
-            flags += " --config.model.position=learned"
         raise ConvertError(
-            f"it has {info.class_tokens} class tokens, this model {class_tokens}: set {flags}"
+            f"it has {info.class_tokens} class tokens, this model {class_tokens}: set "
+            f"--config.model.class_tokens={info.class_tokens}"
         )
 
 
