@@ -51,7 +51,7 @@ def test_padded_blocks_compute_the_same(kept):
 
     expected, actual = (jax.jit(run, static_argnums=0)(encoder) for encoder in encoders)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * jnp.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * jnp.abs(b).max())
 
 
 def test_intermediates_have_no_padding():
