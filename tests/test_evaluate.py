@@ -210,8 +210,8 @@ def test_runs_evaluate_baselines_at_the_end(monkeypatch, caplog):
         shardings = state_shardings(params, evaluator.mesh)
         return SimpleNamespace(params=jax.device_put(params, shardings))
 
-    encoder, *random = [evaluator.run(0, state(index))["knn_top1"] for index in range(4)]
-    assert len(set(random)) > 1
+    encoder, random = [evaluator.run(0, state(index))["knn_top1"] for index in range(2)]
+    assert encoder != random
     heartbeats.clear()
     caplog.set_level("INFO")
     results = evaluator.finish(0, state(0))
@@ -219,7 +219,7 @@ def test_runs_evaluate_baselines_at_the_end(monkeypatch, caplog):
     measures = ("knn_top1", "knn_top1_k5", "linear_top1")
     assert set(results) == {measure + kind for measure in measures for kind in kinds}
     assert results["knn_top1"] == encoder
-    assert results["knn_top1_random_init"] == pytest.approx(np.mean(random))
+    assert results["knn_top1_random_init"] == random
     assert results["linear_top1_pixels"] == len("pixels") / 20
     assert heartbeats[0] == "features of 200 training images"
     assert [f"evaluating: {text}" for text in heartbeats] == caplog.messages

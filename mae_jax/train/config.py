@@ -462,7 +462,7 @@ class EvalConfig(Group):
     linear: bool = key(False, "at the end, also a linear probe on the same images")
     baselines: bool = key(
         False,
-        "at the end, also raw pixels and 3 random encoders; the pixels of knn_bank images must fit"
+        "at the end, also raw pixels and a random encoder; the pixels of knn_bank images must fit"
         " into memory, 12 bytes each",
     )
     pictures_every_epochs: float = key(

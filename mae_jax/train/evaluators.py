@@ -1,7 +1,6 @@
 """Evaluators that run during and after training."""
 
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.tasks.train_step import TrainState
 from mae_jax.train.loop import Hook
 from mae_jax.train.metrics_writer import MetricsWriter
-from mae_jax.train.report import RANDOM_ENCODERS, print_summary
+from mae_jax.train.report import print_summary
 from mae_jax.utils import console
 from mae_jax.utils.atomic import write_json
 
@@ -256,8 +255,8 @@ class FeatureEvaluator:
       queries: evaluation images; None, without labels, computes RankMe alone.
       ks: numbers of neighbors, of which the first is used during training.
       linear: whether to train a linear probe at the end; rankme: whether to compute RankMe.
-      baseline_key: PRNG key of random encoders, whose mean accuracy is a baseline at the end, like
-        that of raw pixels; None computes no baselines.
+      baseline_key: PRNG key of a random encoder, whose accuracy is a baseline at the end, like that
+        of raw pixels; None computes no baselines.
     """
 
     task: Pretrain | SupervisedTask
@@ -286,9 +285,7 @@ class FeatureEvaluator:
         if self.baseline_key is not None:
             shardings = jax.tree.map(lambda x: x.sharding, state.params)
             init = jax.jit(self.task.init, out_shardings=shardings)
-            for number in range(RANDOM_ENCODERS):
-                key = jax.random.fold_in(self.baseline_key, 1 + number)
-                encoders[f"random_init_{number}"] = init(key)
+            encoders["random_init"] = init(jax.random.fold_in(self.baseline_key, 1))
 
         def report(text: str) -> None:
             self.heartbeat(text)
@@ -336,7 +333,7 @@ class FeatureEvaluator:
         if linear and self.queries is not None:
             for name, suffix in suffixes.items():  # one by one: together, rounding would differ
                 results[f"linear_top1{suffix}"] = splits.probe([name])[name].top1
-        return _average_random_encoders(results)
+        return results
 
     @cached_property  # compiled once per run
     def _features(self) -> Callable[..., Array]:
@@ -345,14 +342,6 @@ class FeatureEvaluator:
 
 def _flatten_pixels(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1)
-
-
-def _average_random_encoders(results: Results) -> Results:
-    """Replace results named *_random_init_0, 1, ... by their mean, *_random_init."""
-    by_name: dict[str, list[float]] = {}
-    for name, value in results.items():
-        by_name.setdefault(re.sub(r"(?<=_random_init)_\d+$", "", name), []).append(value)
-    return {name: float(np.mean(values)) for name, values in by_name.items()}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from mae_jax.utils.console import print_summary_table
 
 log = logging.getLogger("mae_jax.run")
 
-RANDOM_ENCODERS = 3  # their mean accuracy is the baseline
-
 
 def log_run_summary(
     config: Config,
@@ -120,7 +118,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     """Print the results of a run as a short table."""
     kinds = {
         "": "this encoder",
-        "_random_init": f"random encoder (mean of {RANDOM_ENCODERS})",
+        "_random_init": "random encoder",
         "_pixels": "raw pixels",
     }
     names = {"top1": "top-1", "top5": "top-5", "top1_ema": "top-1, EMA parameters"}
