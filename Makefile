@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])'))
 CUDA := $(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 BIN = $(VENV)/bin
+# Compiled modules are kept, for every process would compile all packages anew (3 s instead of 1).
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test test-faults test-slow test-soak test-torch test-compile test-compile-gpu docs notebook lint clean
 

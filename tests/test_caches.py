@@ -100,7 +100,7 @@ def test_commands_run_as_a_user_without_home_and_passwd_entry(tmp_path):
     flags += ["--config.eval.knn_every_epochs=-1", "--config.optim.warmup_steps=0"]
     for command in (
         [f"{ROOT}/train.py", f"--config={config}", "--workdir=run", *flags],
-        ["-m", "mae_jax.data", "cache", f"{tmp_path}/images", "copy"],
+        ["-m", "mae_jax.data", "cache", f"{tmp_path}/images/train", "copy"],
     ):
         done = subprocess.run(
             [*CONTAINER, sys.executable, *command],

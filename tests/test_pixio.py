@@ -213,6 +213,7 @@ class Recorded:
         return self.task.loss(params, stats, batch)
 
 
+@pytest.mark.parametrize("case", ["p0_grid2", "p2_grid4_droppath"], indirect=True)
 def test_training_trajectory(case):
     """Ten AdamW steps of the train step, with accumulation, drop path and the schedule."""
     task, config, recorded = (

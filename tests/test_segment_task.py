@@ -163,7 +163,7 @@ def test_masks_that_do_not_fit_are_refused():
         few(image, np.random.default_rng(0), mask)
 
 
-def test_batches_do_not_depend_on_workers_threads_or_hosts(tmp_path):
+def test_batches_do_not_depend_on_threads_or_hosts(tmp_path):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8) for i in range(12)]
     masks = [rng.integers(0, 6, (20 + i, 30), dtype=np.uint8) for i in range(12)]
@@ -179,7 +179,7 @@ def test_batches_do_not_depend_on_workers_threads_or_hosts(tmp_path):
 
     expected = take(5)
     assert expected[0]["mask"].shape == (4, 16, 24)
-    others = [take(5, threads=1), take(5, workers=1), take(2, 3)]
+    others = [take(5, threads=1), take(2, 3)]
     others.append(
         [
             {name: np.concatenate([a[name], b[name]]) for name in a}
