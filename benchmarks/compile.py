@@ -30,6 +30,7 @@ from mae_jax.distributed import sharding
 from mae_jax.models import flops
 from mae_jax.models.attention import AttentionImpl
 from mae_jax.models.layers import REMAT_POLICIES
+from mae_jax.models.patches import num_patch_values
 from mae_jax.models.variants import VARIANTS
 from mae_jax.tasks.train_step import jit_step, make_train_step
 from mae_jax.train import build_data, build_model
@@ -144,7 +145,7 @@ def flops_per_image(config: Config, task_name: str, mesh: jax.sharding.Mesh) -> 
     if task_name != "features":
         return build_model.flops_per_image(config, task)
     variant, num_patches = build_model.make_variant(config), task.num_patches
-    patch_values = variant.patch**2 * config.model.channels
+    patch_values = num_patch_values(variant.patch, config.model.channels)
     return flops.encoder_flops(variant, num_patches, num_patches, patch_values)
 
 

@@ -14,6 +14,7 @@ from mae_jax.convert.locate import checkpoint_argument, locate
 from mae_jax.convert.model_card import model_card, run_facts, write_card
 from mae_jax.utils import cli
 from mae_jax.utils.console import print_summary_table
+from mae_jax.utils.sides import sides_text
 
 SOURCE = "a weights file or directory, a workdir, or org/name on the hub"
 
@@ -126,7 +127,7 @@ def describe(checkpoint: weights.Weights) -> dict[str, str]:
         "pooling": f"{pools[info.pool]}, "
         f"{'then fc_norm' if info.fc_norm else 'after the final norm'}",
         "images": f"{info.image_size[0]} x {info.image_size[1]} x {info.channels}, "
-        f"patches of {info.patch}",
+        f"patches of {sides_text(info.patch)}",
         "preprocessing": _preprocessing(info),
         "mean, std": f"{_numbers(info.mean)}, {_numbers(info.std)}",
         "target": f"{info.target} (norm_pix_eps {info.norm_pix_eps:g})"

@@ -22,6 +22,7 @@ from mae_jax.convert.state_dict import Arrays, Shapes, detect_layout, find_misma
 from mae_jax.convert.weight_files import RawCheckpoint
 from mae_jax.models.variants import VARIANTS
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.sides import height_width, sides_text, simplify
 
 log = logging.getLogger("mae_jax")
 
@@ -144,12 +145,12 @@ def _structure(layout: Layout, raw: RawCheckpoint, path: Path) -> tuple[dict[str
         tower: _depth({block for param, block in matches if param.startswith(f"{tower}/blocks/")})
         for tower in ("encoder", "decoder")
     }
-    width, channels, patch, _ = shapes["encoder/patch_embed/kernel"]
+    width, channels, *sides = shapes["encoder/patch_embed/kernel"]
     fields: dict[str, Any] = {
         "width": width,
         "class_tokens": shapes["encoder/cls_token"][1],
         "channels": channels,
-        "patch": patch,
+        "patch": simplify(*sides),
         "depth": depths["encoder"],
         "mlp_ratio": shapes["encoder/blocks/mlp/fc1/bias"][0] / width,
         "fc_norm": "fc_norm" in parts,
@@ -201,10 +202,6 @@ def _reference_shapes(
                 lines.append(f"! {name} has shape {shape}, the model needs {ndim} axes")
             else:
                 shapes[param] = tensors[name].shape
-    kernel = shapes.get("encoder/patch_embed/kernel", (1, 1, 1, 1))
-    if kernel[2] != kernel[3]:
-        name = layout.external_name("encoder/patch_embed/kernel")
-        lines.append(f"! {name} {kernel} is not square")
     if lines:
         lines += [
             f"+ {name} {array.shape} is not part of the model"
@@ -220,16 +217,22 @@ def _image_size(
 ) -> tuple[int, int]:
     """Return height and width in pixels: as declared, else of the grid, else square."""
     patch, declared = metadata["patch"], metadata.get("image_size")
+    height, width = height_width(patch)
     if declared:
-        if grid and (grid[0] * patch, grid[1] * patch) != declared:
+        if grid and (grid[0] * height, grid[1] * width) != declared:
             raise ConvertError(
                 f"{path} has image_size={declared}, which does not match a grid of {grid} patches "
-                f"of {patch} pixels: leave out --grid-size (in Python, grid=)"
+                f"of {sides_text(patch)} pixels: leave out --grid-size (in Python, grid=)"
             )
         return declared
     class_tokens = metadata.get("class_tokens", 1)
     num_patches = (num_positions or class_tokens) - class_tokens
     side = math.isqrt(num_patches)
+    if not grid and height != width:
+        raise ConvertError(
+            f"{path} does not record the size of its images, of which {num_patches} patches of "
+            f"{sides_text(patch)} pixels cover one: set --grid-size ROWS,COLUMNS (in Python, grid=)"
+        )
     grid = grid or (side, side)
     if grid[0] * grid[1] != num_patches or not num_patches:
         raise ConvertError(
@@ -237,7 +240,7 @@ def _image_size(
             f"{grid[1]}: set --grid-size ROWS,COLUMNS (in Python, grid=). Positional embeddings "
             "without a row for the cls token (timm's no_embed_class) are not supported"
         )
-    return grid[0] * patch, grid[1] * patch
+    return grid[0] * height, grid[1] * width
 
 
 def _num_heads(metadata: dict[str, Any], tower: str, override: int | None, path: Path) -> int:

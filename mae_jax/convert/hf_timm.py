@@ -8,15 +8,11 @@ from mae_jax.convert.model_info import PROBLEM_TYPES, ConvertError, ModelInfo
 from mae_jax.convert.preprocessing import as_crop
 from mae_jax.convert.timm_preprocessing import check_value, parse_timm_preprocessing
 from mae_jax.models.layers import mlp_dim
+from mae_jax.utils.sides import Sides, height_width
 
 log = logging.getLogger("mae_jax")
 
 Json = dict[str, Any]
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else value
-    return height, width
 
 
 def parse_hf_config(config: Json) -> Json:
@@ -28,7 +24,7 @@ def parse_hf_config(config: Json) -> Json:
     metadata: Json = {
         "heads": config.get("num_attention_heads", 16 if pixio else 12),
         "layer_norm_eps": config.get("layer_norm_eps", 1e-6 if pixio else 1e-12),
-        "image_size": _pair(config.get("image_size", 256 if pixio else 224)),
+        "image_size": height_width(config.get("image_size", 256 if pixio else 224)),
     }
     if pixio:
         return metadata
@@ -147,21 +143,25 @@ def hf_config(info: ModelInfo) -> Json:
     return config
 
 
+def _json_sides(sides: Sides) -> int | list[int]:
+    height, width = height_width(sides)
+    return height if height == width else [height, width]
+
+
 def _hf_encoder_config(info: ModelInfo) -> Json:
     """Return the settings that all these models have."""
-    square = info.image_size[0] == info.image_size[1]
     return {
         "attention_probs_dropout_prob": 0.0,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "hidden_size": info.width,
-        "image_size": info.image_size[0] if square else list(info.image_size),
+        "image_size": _json_sides(info.image_size),
         "initializer_range": 0.02,
         "layer_norm_eps": info.layer_norm_eps,
         "num_attention_heads": info.heads,
         "num_channels": info.channels,
         "num_hidden_layers": info.depth,
-        "patch_size": info.patch,
+        "patch_size": _json_sides(info.patch),
         "qkv_bias": True,
     }
 
@@ -222,7 +222,7 @@ def timm_model_args(info: ModelInfo) -> Json:
     """Return the keyword arguments of timm.create_model for a model of any size."""
     return {
         "img_size": list(info.image_size),
-        "patch_size": info.patch,
+        "patch_size": _json_sides(info.patch),
         "in_chans": info.channels,
         "embed_dim": info.width,
         "depth": info.depth,

@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from mae_jax.models.segmentation import LEVELS
+from mae_jax.utils.sides import Sides, height_width
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class KeyMap:
     param: path of the parameter.
     external: keys of the tensors in the state dict.
     to_param: external tensors -> parameter (of one block).
-    from_param: parameter, patch size in pixels -> external tensors.
+    from_param: parameter, side of a patch, or height and width, pixels -> external tensors.
     """
 
     param: str
     external: tuple[str, ...]
     to_param: Callable[..., np.ndarray]
-    from_param: Callable[[np.ndarray, int], Sequence[np.ndarray]]
+    from_param: Callable[[np.ndarray, Sides], Sequence[np.ndarray]]
 
     def external_names(self, depth: int) -> list[tuple[str, ...]]:
         """Return the external keys of each block; a parameter that is not stacked has one."""
@@ -63,12 +64,13 @@ def _norm(param: str, external: str) -> list[KeyMap]:
 
 def _patch_embed(param: str, external: str) -> list[KeyMap]:
     """Map a convolution (d, channel, row, column) to a matrix (row column channel, d)."""
-    kernel = KeyMap(
-        f"{param}/kernel",
-        (f"{external}.weight",),
-        lambda w: rearrange(w, "d c r s -> (r s c) d"),
-        lambda kernel, patch: (rearrange(kernel, "(r s c) d -> d c r s", r=patch, s=patch),),
-    )
+
+    def from_param(kernel: np.ndarray, patch: Sides) -> tuple[np.ndarray]:
+        height, width = height_width(patch)
+        return (rearrange(kernel, "(r s c) d -> d c r s", r=height, s=width),)
+
+    to_param = lambda w: rearrange(w, "d c r s -> (r s c) d")
+    kernel = KeyMap(f"{param}/kernel", (f"{external}.weight",), to_param, from_param)
     return [kernel, _same(f"{param}/bias", f"{external}.bias")]
 
 

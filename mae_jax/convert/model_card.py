@@ -7,6 +7,7 @@ from typing import Any
 
 from mae_jax.convert.model_info import ConvertError, ModelInfo
 from mae_jax.utils.atomic import atomic_path
+from mae_jax.utils.sides import sides_text
 
 LIBRARIES = {
     "hf": "transformers",
@@ -121,7 +122,8 @@ def _start(facts: Mapping[str, Any]) -> str:
 
 
 def _description(info: ModelInfo) -> str:
-    parts = f"encoder of {info.depth} blocks, {info.width} features, patches of {info.patch} pixels"
+    parts = f"encoder of {info.depth} blocks, {info.width} features, "
+    parts += f"patches of {sides_text(info.patch)} pixels"
     if info.decoder_depth:
         parts += f"; decoder of {info.decoder_depth} blocks, which predicts {TARGETS[info.target]}"
     if info.num_classes:

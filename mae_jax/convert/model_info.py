@@ -16,11 +16,12 @@ from mae_jax.models.classifier import POOLS, Classifier
 from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD, stats_match_dtype
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import MAE, make_mae
-from mae_jax.models.patches import patch_grid
+from mae_jax.models.patches import num_patch_values, patch_grid
 from mae_jax.models.variants import VARIANTS, VitVariant
 from mae_jax.models.vit import make_encoder
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import flatten
+from mae_jax.utils.sides import Sides
 
 TARGETS = ("pixels", "normalized", "unknown")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -38,7 +39,7 @@ class ModelInfo:
     source: format that the weights originally came from.
     heads: 0 if unknown; decoder_depth: 0 without decoder; num_classes: 0 without head.
     class_tokens: number of learned tokens before those of the patches.
-    image_size: height and width, pixels.
+    image_size: height and width, pixels; patch: side of a patch, or its height and width.
     pool, fc_norm, head_norm, upsample_width: as in `Classifier`.
     target: what the decoder predicts: "pixels", "normalized" or "unknown".
     mask_ratio, mask_cell: fraction of cells hidden in pretraining, and their side in patches; the
@@ -62,7 +63,7 @@ class ModelInfo:
     decoder_depth: int = 0
     decoder_heads: int = 0
     decoder_mlp_ratio: float = 4.0
-    patch: int
+    patch: Sides
     image_size: tuple[int, int]
     channels: int
     layer_norm_eps: float
@@ -95,11 +96,14 @@ class ModelInfo:
         for name, expected in types:
             value = vars(self)[name]
             _check(name, value, isinstance(value, expected), f"a {expected.__name__}")
-        counts = ("width", "depth", "patch", "channels", "class_tokens", "mask_cell")
+        counts = ("width", "depth", "channels", "class_tokens", "mask_cell")
         for name in (*counts, "heads", "num_classes", "upsample_width", *_DECODER):
             value = vars(self)[name]
             low = 1 if name in counts else 0
             _check(name, value, type(value) is int and value >= low, f"an integer >= {low}")
+        sides = self.patch if isinstance(self.patch, tuple) else (self.patch, self.patch)
+        valid = len(sides) == 2 and all(type(side) is int and side >= 1 for side in sides)
+        _check("patch", self.patch, valid, "an integer >= 1, or two, height and width")
         for name in ("mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "crop"):
             value = vars(self)[name]
             valid = isinstance(value, (int, float)) and 0 < value < math.inf
@@ -303,7 +307,7 @@ def expected_shapes(info: ModelInfo) -> dict[str, tuple[int, ...]]:
     """Return the shape of every array of a checkpoint, by parameter path."""
     network = make_autoencoder(info) if info.decoder_depth else make_classifier(info)
     num_patches = info.grid[0] * info.grid[1]
-    patch_dim = info.patch**2 * info.channels
+    patch_dim = num_patch_values(info.patch, info.channels)
     return dict(_init_shapes(network, num_patches, patch_dim))  # pyright: ignore[reportArgumentType]
 
 

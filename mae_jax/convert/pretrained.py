@@ -30,11 +30,12 @@ from mae_jax.models.attention import AttentionImpl, attention_shape
 from mae_jax.models.classifier import Outputs
 from mae_jax.models.image_ops import normalize
 from mae_jax.models.layers import ExecutionConfig
-from mae_jax.models.patches import patchify
+from mae_jax.models.patches import num_patch_values, patchify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.utils.cpus import available_cpus
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import unflatten
+from mae_jax.utils.sides import height_width, sides_text, simplify
 
 Params = dict[str, Any]
 POOLED = ("mean", "cls", "global")  # features of whole images
@@ -206,7 +207,9 @@ class PretrainedModel:
     def random_params(self, seed: int) -> Params:
         """Return the parameters of an untrained encoder, as a baseline of its features."""
         rows, columns = self.info.grid
-        patches = jnp.zeros((1, rows * columns, self.info.patch**2 * self.info.channels))
+        patches = jnp.zeros(
+            (1, rows * columns, num_patch_values(self.info.patch, self.info.channels))
+        )
         variables: Any = make_classifier(self.info).init(jax.random.key(seed), patches)
         return {**variables["params"], **variables.get("batch_stats", {})}
 
@@ -290,10 +293,11 @@ class PretrainedModel:
                 "--decoder-num-heads (in Python, decoder_heads=)"
             )
         if mask == "random" and any(side % info.mask_cell for side in info.grid):
+            cell = simplify(*(info.mask_cell * side for side in height_width(info.patch)))
             raise ConvertError(
                 f"the masks of {self.path} have cells of {info.mask_cell} x {info.mask_cell} "
                 f"patches, which do not divide {info.grid[0]} x {info.grid[1]} patches: use "
-                f"--image-size with multiples of {info.mask_cell * info.patch}, or --mask block"
+                f"--image-size with multiples of {sides_text(cell)}, or --mask block"
             )
         mean, std = info.stats(dtype)
         return Pretrain(

@@ -7,6 +7,7 @@ import numpy as np
 from mae_jax.convert.key_maps import DIALECTS, LAYOUTS, Layout
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.utils.pytree import diff
+from mae_jax.utils.sides import Sides
 
 Arrays = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,7 +47,7 @@ def detect_layout(
 
 
 def find_mismatches(
-    layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray], patch: int
+    layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray], patch: Sides
 ) -> list[str]:
     """Return a line for every missing or unexpected tensor, or wrong shape or dtype.
 
@@ -99,7 +100,7 @@ def import_state_dict(layout: Layout, shapes: Shapes, tensors: Arrays) -> Arrays
     return arrays
 
 
-def export_state_dict(layout: Layout, arrays: Arrays, patch: int) -> Arrays:
+def export_state_dict(layout: Layout, arrays: Arrays, patch: Sides) -> Arrays:
     """Return the state dict; removes the parameters used, all that the layout has keys for."""
     tensors = {}
     for key_map in layout.key_maps:

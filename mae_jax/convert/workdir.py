@@ -11,6 +11,7 @@ from mae_jax.data.transforms import default_crop_ratio
 from mae_jax.distributed.checkpoint_reader import CheckpointError, load_run_checkpoint
 from mae_jax.models.patches import patch_grid, sincos_pos_embed_2d
 from mae_jax.utils.pytree import flatten
+from mae_jax.utils.sides import height_width, simplify
 
 log = logging.getLogger("mae_jax")
 
@@ -56,6 +57,7 @@ def load_run(
     config = meta["config"]
     model, data = config["model"], config["data"]
     metadata = {name: model[name] for name in ENCODER_KEYS}
+    metadata["patch"] = simplify(*height_width(model["patch"]))
     metadata["class_tokens"] = model.get("class_tokens", 1)
     metadata |= {
         "source": "mae_jax",

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mae_jax.convert.pretrained import PretrainedModel
 from mae_jax.data.sources import FileSource
 from mae_jax.evaluate.figures import GAP, MIN_SIDE, image_grid, to_rgb_uint8
+from mae_jax.models.patches import enlarge_grid
 
 READ_BATCH = 16  # images in memory at a time
 LINE = 18  # pixels
@@ -69,8 +70,7 @@ def pca_figure(
     images: UInt8[np.ndarray, "b h w c"], colors: Mapping[str, UInt8[np.ndarray, "b y x 3"]]
 ) -> UInt8[np.ndarray, "v u 3"]:
     """Draw images, and the colors of their patches in a column for each layer."""
-    patch = images.shape[1] // next(iter(colors.values())).shape[1]
-    columns = [grid.repeat(patch, axis=1).repeat(patch, axis=2) for grid in colors.values()]
+    columns = [enlarge_grid(grid, images.shape[1:3]) for grid in colors.values()]
     return image_grid([images, *columns], ["image", *map(_column_label, colors)])
 
 
@@ -82,7 +82,7 @@ def attention_figure(
     images: UInt8[np.ndarray, "b h w c"], attention: Float[np.ndarray, "b y x"]
 ) -> UInt8[np.ndarray, "v u 3"]:
     """Return images, their attention (white is the maximum), and images weighted by it."""
-    mask = _enlarge(attention, images.shape[1])
+    mask = _enlarge(attention, images.shape[1:3])
     weighted = (images * (0.15 + 0.85 * mask)).astype(np.uint8)
     return image_grid(
         [images, (255 * mask).astype(np.uint8), weighted], ["image", "attention of cls", "both"]
@@ -104,7 +104,7 @@ def head_figure(
         for block, weights in attention.items()
         for head in range(weights.shape[1] if every_head else 1)
     }
-    enlarged = {key: _enlarge(weights, images.shape[1]) for key, weights in maps.items()}
+    enlarged = {key: _enlarge(weights, images.shape[1:3]) for key, weights in maps.items()}
     columns = {key: (255 * mask).astype(np.uint8) for key, mask in enlarged.items()}
     if not every_head:
         return image_grid([images, *columns.values()], ["image", *(f"block {b}" for b, _ in maps)])
@@ -124,7 +124,8 @@ def head_figure(
     return tile_rows(rows)
 
 
-def _enlarge(attention: Float[np.ndarray, "b y x"], height: int) -> Float[np.ndarray, "b h w 1"]:
-    patch = height // attention.shape[1]
+def _enlarge(
+    attention: Float[np.ndarray, "b y x"], image_size: tuple[int, int]
+) -> Float[np.ndarray, "b h w 1"]:
     mask = attention / attention.max(axis=(1, 2), keepdims=True)
-    return mask.repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
+    return enlarge_grid(mask[..., None], image_size)

@@ -12,10 +12,12 @@ from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax.distributed import sharding
+from mae_jax.models.patches import enlarge_grid, patch_grid
 from mae_jax.tasks.masking import Mask
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.utils.atomic import atomic_path
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.sides import Sides
 
 GRAY = 128  # masked patches
 GAP = 6  # pixels between images
@@ -63,13 +65,11 @@ def reconstruction_panels(
     images: UInt8[np.ndarray, "b h w c"],
     reconstructions: UInt8[np.ndarray, "b h w c"],
     masked: Bool[np.ndarray, "b n"],
-    patch: int,
+    patch: Sides,
 ) -> list[UInt8[np.ndarray, "b h w c"]]:
     """Return masked image, reconstruction, reconstruction with visible patches, and original."""
-    rows, columns = images.shape[1] // patch, images.shape[2] // patch
-    hidden = (
-        masked.reshape(-1, rows, columns).repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
-    )
+    image_size = images.shape[1:3]
+    hidden = enlarge_grid(masked.reshape(-1, *patch_grid(image_size, patch), 1), image_size)
     visible = np.where(hidden, np.uint8(GRAY), images)
     pasted = np.where(hidden, reconstructions, images)
     return [visible, reconstructions, pasted, images]
@@ -159,7 +159,7 @@ class ReconstructionFigure:
         labels = [f"masked, {self.task.num_masked} of {self.task.num_patches} patches hidden", text]
         labels += ["with the visible patches", "original"]
         if colors is not None:
-            columns.append(colors.repeat(self.task.patch, axis=1).repeat(self.task.patch, axis=2))
+            columns.append(enlarge_grid(colors, originals.shape[1:3]))
             labels.append("features: 3 principal components")
         return image_grid(columns, labels)
 

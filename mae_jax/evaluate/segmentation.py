@@ -30,12 +30,14 @@ from mae_jax.evaluate.segmentation_metrics import (
     segmentation_score,
 )
 from mae_jax.evaluate.segmentation_views import Example, Views
+from mae_jax.models.patches import num_patch_values
 from mae_jax.models.segmentation import LinearHead, bilinear_weights
 from mae_jax.tasks.segment import SegmentationProbe
 from mae_jax.tasks.train_step import TrainState, init_state, make_train_step
 from mae_jax.utils import console
 from mae_jax.utils.cpus import available_cpus
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.sides import Sides, height_width
 
 Grids = dict[str, np.ndarray]  # features [..., rows, columns, d] by name
 GridFn = Callable[[np.ndarray], Mapping[str, Any]]  # images [b, h, w, c] -> features by name
@@ -51,7 +53,7 @@ class SegmentationSetup:
     Args:
       grids: returns the features [b, rows, columns, d] of images, by name.
       batch_size: views that `grids` takes at a time.
-      patch: side of a patch, pixels.
+      patch: side of a patch, or its height and width, pixels.
       ignore: class number of pixels without label.
       align_corners: of upsampling, see `bilinear_weights`.
       convention: of the metrics, see `segmentation_score`.
@@ -60,7 +62,7 @@ class SegmentationSetup:
     grids: GridFn
     views: Views
     batch_size: int
-    patch: int
+    patch: Sides
     num_classes: int
     ignore: int
     align_corners: bool = False
@@ -170,7 +172,7 @@ def extract_patches(
                         "more with --max-gb, or use fewer images with --train-images"
                     )
             if bank:
-                axes = dict(p=setup.patch, q=setup.patch)
+                axes = dict(zip("pq", height_width(setup.patch)))
                 pixels = rearrange(to_dtype(mask), "(y p) (x q) -> (y x) (p q)", **axes)
                 flat = {name: x[number].reshape(-1, x.shape[-1]) for name, x in features.items()}
                 sample.add(flat | {_PIXELS: pixels})
@@ -179,7 +181,7 @@ def extract_patches(
         {name: np.stack(x) for name, x in grids.items()},
         np.stack(masks) if masks else np.zeros((0, *setup.views.size), np.uint8),
         {name: x for name, x in sampled.items() if name != _PIXELS},
-        sampled.get(_PIXELS, np.zeros((0, setup.patch**2), np.uint8)),
+        sampled.get(_PIXELS, np.zeros((0, num_patch_values(setup.patch, 1)), np.uint8)),
     )
 
 
@@ -300,7 +302,7 @@ def pixel_knn_probe(
         _, index = neighbors.search(standardize(grid.reshape(-1, grid.shape[-1])), k)
         votes = columns[index].swapaxes(1, 2).reshape(-1, index.shape[1])  # by pixel
         counts = _count_classes(votes, setup.num_classes, setup.num_classes)
-        counts = counts.reshape(*grid.shape[:-1], setup.patch, setup.patch, -1)
+        counts = counts.reshape(*grid.shape[:-1], *height_width(setup.patch), -1)
         return rearrange(counts, "v y x p q c -> v (y p) (x q) c")
 
     return probe

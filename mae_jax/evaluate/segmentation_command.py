@@ -41,7 +41,7 @@ from mae_jax.evaluate.segmentation_figure import segmentation_figure
 from mae_jax.evaluate.segmentation_metrics import CONVENTIONS, SegmentationScore
 from mae_jax.evaluate.segmentation_views import Views
 from mae_jax.models.image_ops import normalize
-from mae_jax.models.patches import patchify
+from mae_jax.models.patches import num_patch_values, patchify
 from mae_jax.utils import cli, console
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.cpus import available_cpus
@@ -291,12 +291,12 @@ def _check_memory(
     """Raise UserError if the training features would not fit into memory."""
     rows, columns = model.info.grid
     patches = len(train) * rows * columns  # of one view per image
-    required = 0.0
+    pixels, required = num_patch_values(setup.patch, 1), 0.0
     if "segment_linear" in measures:
-        required += patches * (_widths(model, arguments) * 4 + setup.patch**2)
+        required += patches * (_widths(model, arguments) * 4 + pixels)
     if "segment_knn" in measures:
         bank = min(arguments.bank, patches)
-        required += bank * (_widths(model, arguments) * 4 + setup.patch**2 + 4 * setup.num_classes)
+        required += bank * (_widths(model, arguments) * 4 + pixels + 4 * setup.num_classes)
     if required / 1e9 > arguments.max_gb:
         raise UserError(
             f"the features of {len(train)} training images take {required / 1e9:.1f} GB: allow "

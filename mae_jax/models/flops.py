@@ -5,7 +5,7 @@ embedded; decoder and head see all tokens. The MFU uses this count whatever shor
 implementation takes, so that it can be compared across implementations.
 
 Arguments: num_patches of an image; kept: those that the encoder sees; patch_values: values of a
-patch (patch * patch * channels); predicted: masked patches that the decoder predicts (None: all).
+patch (height * width * channels); predicted: masked patches that the decoder predicts (None: all).
 """
 
 import re

@@ -5,7 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from mae_jax.models.layers import Dense, ExecutionConfig, apply_blocks, layer_norm
-from mae_jax.models.patches import gather_patches
+from mae_jax.models.patches import gather_patches, num_patch_values
 from mae_jax.models.variants import VitVariant
 from mae_jax.models.vit import Encoder, PosEmbed, check_width, make_encoder
 
@@ -133,7 +133,7 @@ def make_mae(
     )
     check_width("model.decoder_width", variant.decoder_width, variant.decoder_heads)
     decoder = Decoder(
-        variant.patch**2 * channels,
+        num_patch_values(variant.patch, channels),
         variant.decoder_width,
         variant.decoder_depth,
         variant.decoder_heads,

@@ -2,8 +2,11 @@
 
 Letters of array shapes in this project: b batch, n patches of an image, k kept patches, m masked
 patches (k + m = n), t tokens (class tokens, then patches), d width (embedding dimension), p values
-of a patch (patch * patch * channels), h w c height, width and channels of an image.
+of a patch (height * width * channels), h w c height, width and channels of an image. The size of
+a patch is its side, or its height and width, in pixels.
 """
+
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,39 +14,61 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Shaped
 
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.sides import Sides, height_width
 
 
-def patch_grid(image_size: tuple[int, int], patch: int) -> tuple[int, int]:
+def patch_grid(image_size: tuple[int, int], patch: Sides) -> tuple[int, int]:
     """Return rows and columns of patches.
 
     Raises:
       UserError: the height or width of images (pixels) is not a multiple of the patch size.
     """
-    for side in image_size:
-        if side < patch or side % patch:
-            below, above = side // patch * patch, (side // patch + 1) * patch
+    height, width = height_width(patch)
+    for name, side, step in (("height", image_size[0], height), ("width", image_size[1], width)):
+        if side < step or side % step:
+            below, above = side // step * step, (side // step + 1) * step
             use = f"{below} or {above}" if below else f"{above}"
+            which = f"the {name} of " if height != width else ""
             raise UserError(
-                f"must be a multiple of model.patch={patch}: {side} = {side // patch} * {patch} + "
-                f"{side % patch}. Use {use}.",
+                f"must be a multiple of {which}model.patch={patch}: {side} = {side // step} * "
+                f"{step} + {side % step}. Use {use}.",
                 key="model.image_size",
                 value=tuple(image_size),
             )
-    return image_size[0] // patch, image_size[1] // patch
+    return image_size[0] // height, image_size[1] // width
 
 
-def patchify(images: Shaped[Array, "b h w c"], patch: int) -> Shaped[Array, "b n p"]:
+def num_patch_values(patch: Sides, channels: int) -> int:
+    """Return the number of values of a patch: its pixels times the channels."""
+    return math.prod(height_width(patch)) * channels
+
+
+def patchify(images: Shaped[Array, "b h w c"], patch: Sides) -> Shaped[Array, "b n p"]:
     """Cut images into patches, row by row, each flattened as (row, column, channel)."""
-    return rearrange(images, "b (gh r) (gw s) c -> b (gh gw) (r s c)", r=patch, s=patch)
+    height, width = height_width(patch)
+    return rearrange(images, "b (gh r) (gw s) c -> b (gh gw) (r s c)", r=height, s=width)
 
 
 def unpatchify(
-    patches: Shaped[Array, "b n p"], patch: int, grid: tuple[int, int]
+    patches: Shaped[Array, "b n p"], patch: Sides, grid: tuple[int, int]
 ) -> Shaped[Array, "b h w c"]:
     """Invert `patchify`."""
-    return rearrange(
-        patches, "b (gh gw) (r s c) -> b (gh r) (gw s) c", r=patch, s=patch, gh=grid[0], gw=grid[1]
-    )
+    (height, width), (rows, columns) = height_width(patch), grid
+    axes = dict(r=height, s=width, gh=rows, gw=columns)
+    return rearrange(patches, "b (gh gw) (r s c) -> b (gh r) (gw s) c", **axes)
+
+
+def patch_corners(grid: tuple[int, int], patch: Sides) -> Int[np.ndarray, "n 2"]:
+    """Return the row and the column, in pixels, of the upper left corner of every patch."""
+    return np.indices(grid).reshape(2, -1).T * height_width(patch)
+
+
+def enlarge_grid(
+    values: Shaped[np.ndarray, "b y x *c"], image_size: tuple[int, int]
+) -> Shaped[np.ndarray, "b h w *c"]:
+    """Repeat the values of patches for all their pixels in images of a height and width."""
+    height, width = (new // old for new, old in zip(image_size, values.shape[1:3]))
+    return values.repeat(height, axis=1).repeat(width, axis=2)
 
 
 def gather_patches(

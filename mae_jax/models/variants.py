@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.sides import Sides
 
 
 @dataclass(frozen=True)
@@ -10,14 +11,14 @@ class VitVariant:
     """The shape of a ViT encoder and of the decoder of its MAE.
 
     width: embedding dimension; depth: number of blocks; heads: attention heads; patch: side of a
-    patch, pixels; mlp_ratio: hidden width of an MLP over its width, in encoder and decoder;
-    class_tokens: learned tokens before those of the patches.
+    patch, or its height and width, pixels; mlp_ratio: hidden width of an MLP over its width, in
+    encoder and decoder; class_tokens: learned tokens before those of the patches.
     """
 
     width: int
     depth: int
     heads: int
-    patch: int
+    patch: Sides
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16

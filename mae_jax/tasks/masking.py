@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.sides import Sides, height_width
 
 
 class Mask(NamedTuple):
@@ -64,11 +65,12 @@ def random_mask(key: Key[Array, ""], batch: int, grid: tuple[int, int], kept: in
     return mask_from_noise(jax.random.uniform(key, (batch, grid[0] * grid[1])), kept)
 
 
-def cell_grid(grid: tuple[int, int], cell: int, patch: int) -> tuple[int, int]:
+def cell_grid(grid: tuple[int, int], cell: int, patch: Sides) -> tuple[int, int]:
     """Return rows and columns of cells of `cell` patches a side.
 
     Args:
-      patch: side of a patch, pixels, to name the image sizes that would do.
+      patch: side of a patch, or its height and width, pixels, to name the image sizes that would
+        do.
 
     Raises:
       UserError: the cells do not divide the grid of patches.
@@ -78,9 +80,9 @@ def cell_grid(grid: tuple[int, int], cell: int, patch: int) -> tuple[int, int]:
     if grid[0] % cell or grid[1] % cell:
         divides = lambda n: not (grid[0] % n or grid[1] % n) and n * n < grid[0] * grid[1]
         divisors = [n for n in range(1, min(grid) + 1) if divides(n)]  # several cells each
-        side = cell * patch
         sizes = [
-            sorted({max(n * patch // side, 2) * side, -(-n * patch // side) * side}) for n in grid
+            sorted({max(n // cell, 2) * cell * side, -(-n // cell) * cell * side})
+            for n, side in zip(grid, height_width(patch))
         ]
         height, width = (" or ".join(map(str, size)) for size in sizes)
         raise UserError(

@@ -1,5 +1,6 @@
 """Masked-image pretraining: reconstruct the pixels of the masked patches (paper section 3)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,10 +13,11 @@ from mae_jax.models.attention import AttentionShape, attention_shape
 from mae_jax.models.image_ops import denormalize, normalize
 from mae_jax.models.layers import make_variables
 from mae_jax.models.mae import MAE
-from mae_jax.models.patches import gather_patches, patchify, unpatchify
+from mae_jax.models.patches import gather_patches, patch_corners, patchify, unpatchify
 from mae_jax.tasks import masking
 from mae_jax.tasks.masking import Mask
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.sides import Sides, height_width
 
 Params = dict[str, Any]
 
@@ -38,12 +40,12 @@ def patch_statistics(
 class Pretrain:
     """The MAE objective over batches {"image": [b, h, w, c]}, of any dtype of `normalize`.
 
-    grid: rows and columns of patches; patch: side of a patch, pixels; mean, std: per channel;
-    mask: masking strategy, "random", "block", "grid", or "user" with `user_mask`, bool [n] or
-    [r, n], True = masked; mask_cell: side, in patches, of the cells that "random" hides, and
-    `mask_ratio` counts; predict_ratio: fraction of the masked patches that the decoder sees and
-    predicts in training; norm_pix: normalize the pixels of each target patch (norm_pix_loss). The
-    encoder's drop path is on in training.
+    grid: rows and columns of patches; patch: side of a patch, or its height and width, pixels;
+    mean, std: per channel; mask: masking strategy, "random", "block", "grid", or "user" with
+    `user_mask`, bool [n] or [r, n], True = masked; mask_cell: side, in patches, of the cells that
+    "random" hides, and `mask_ratio` counts; predict_ratio: fraction of the masked patches that the
+    decoder sees and predicts in training; norm_pix: normalize the pixels of each target patch
+    (norm_pix_loss). The encoder's drop path is on in training.
 
     Raises:
       UserError: a value is invalid; the error has the config key.
@@ -51,7 +53,7 @@ class Pretrain:
 
     model: MAE
     grid: tuple[int, int]
-    patch: int
+    patch: Sides
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mask: str = "random"
@@ -252,7 +254,11 @@ class Pretrain:
         return denormalize(pixels, self.mean, self.std, images.dtype)
 
     def _gaussian_weights(self, ids_keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
-        """Return weights of the kept patches for every patch: a Gaussian with sigma one patch."""
-        positions = jnp.asarray(np.indices(self.grid).reshape(2, -1).T, jnp.float32)
+        """Return weights of the kept patches for every patch.
+
+        They are a Gaussian of the distance; sigma is the side of a square of a patch's area.
+        """
+        sigma = math.sqrt(math.prod(height_width(self.patch)))
+        positions = jnp.asarray(patch_corners(self.grid, self.patch) / sigma, jnp.float32)
         offsets = positions[None, :, None] - positions[ids_keep][:, None]
         return jax.nn.softmax(-jnp.square(offsets).sum(axis=-1) / 2, axis=-1)

@@ -12,9 +12,10 @@ from mae_jax.models.attention import AttentionShape, attention_shape
 from mae_jax.models.classifier import Classifier, Outputs
 from mae_jax.models.image_ops import normalize
 from mae_jax.models.layers import make_variables
-from mae_jax.models.patches import patchify
+from mae_jax.models.patches import num_patch_values, patchify
 from mae_jax.tasks.optimizer import stop_frozen_gradients
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.sides import Sides
 
 Params = dict[str, Any]
 Stats = dict[str, Any]
@@ -32,8 +33,9 @@ def apply_with_stats(
 class SupervisedTask(ABC):
     """An encoder of whole images with a head; subclasses add the loss.
 
-    patch: side of a patch, pixels; mean, std: per channel; train_last_blocks: None trains all
-    parameters, 0 the head, k also the last k blocks (partial fine-tuning).
+    patch: side of a patch, or its height and width, pixels; mean, std: per channel;
+    train_last_blocks: None trains all parameters, 0 the head, k also the last k blocks (partial
+    fine-tuning).
 
     Raises:
       UserError: a value is invalid; the error has the config key.
@@ -42,7 +44,7 @@ class SupervisedTask(ABC):
     prefix: ClassVar[str]  # of config keys
 
     model: Classifier
-    patch: int
+    patch: Sides
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train_last_blocks: int | None = None
@@ -75,7 +77,7 @@ class SupervisedTask(ABC):
 
     def _init(self, key: Key[Array, ""]) -> dict[str, Any]:
         rows, columns = self.model.encoder.grid
-        values = self.patch**2 * len(self.mean)
+        values = num_patch_values(self.patch, len(self.mean))
         return dict(self.model.init(key, jnp.zeros((1, rows * columns, values))))
 
     @abstractmethod

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from mae_jax.models.image_ops import normalize
-from mae_jax.models.patches import patchify
+from mae_jax.models.patches import enlarge_grid, patch_corners, patchify
 from mae_jax.tasks.masking import Mask
 from mae_jax.tasks.pretrain import Pretrain
 
@@ -39,11 +39,11 @@ def yardstick_losses(
         rows = slice(done, done + len(batch))
         pixels = np.asarray(to_images(batch))
         targets = np.asarray(to_targets(pixels))
-        filled = fill_masked(pixels, visible_pixels(ids_keep[rows], task.grid, task.patch))
+        visible = visible_pixels(ids_keep[rows], task.grid, pixels.shape[1:3])
         predictions = {
             "patch_mean": targets.mean(axis=-1, keepdims=True),
-            "nearest": copy_nearest(targets, ids_keep[rows], task.grid),
-            "interpolation": np.asarray(to_targets(filled)),
+            "nearest": copy_nearest(targets, ids_keep[rows], patch_corners(task.grid, task.patch)),
+            "interpolation": np.asarray(to_targets(fill_masked(pixels, visible))),
         }
         for name, predicted in predictions.items():
             squared = np.square(predicted - targets).mean(axis=-1)
@@ -53,10 +53,11 @@ def yardstick_losses(
 
 
 def copy_nearest(
-    patches: Float[np.ndarray, "b n p"], ids_keep: Int[np.ndarray, "b k"], grid: tuple[int, int]
+    patches: Float[np.ndarray, "b n p"],
+    ids_keep: Int[np.ndarray, "b k"],
+    positions: Int[np.ndarray, "n 2"],
 ) -> Float[np.ndarray, "b n p"]:
-    """Replace every patch by the visible one with the nearest center, of several the first."""
-    positions = np.indices(grid).reshape(2, -1).T
+    """Replace every patch by the nearest visible one, of several the first."""
     copied = np.empty_like(patches)
     for row, kept in enumerate(np.sort(ids_keep, axis=1)):
         squared = sum((a[:, None] - a[kept]) ** 2 for a in positions.T)
@@ -65,12 +66,12 @@ def copy_nearest(
 
 
 def visible_pixels(
-    ids_keep: Int[np.ndarray, "b k"], grid: tuple[int, int], patch: int
+    ids_keep: Int[np.ndarray, "b k"], grid: tuple[int, int], image_size: tuple[int, int]
 ) -> Bool[np.ndarray, "b h w"]:
     """Return which pixels belong to visible patches."""
     visible = np.zeros((len(ids_keep), grid[0] * grid[1]), bool)
     np.put_along_axis(visible, ids_keep, True, axis=1)
-    return visible.reshape(-1, *grid).repeat(patch, axis=1).repeat(patch, axis=2)
+    return enlarge_grid(visible.reshape(-1, *grid), image_size)
 
 
 def fill_masked(

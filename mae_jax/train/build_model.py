@@ -14,7 +14,7 @@ from mae_jax.models.attention import AttentionImpl
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.mae import make_mae
-from mae_jax.models.patches import patch_grid
+from mae_jax.models.patches import num_patch_values, patch_grid
 from mae_jax.models.segmentation import upsample_head_flops
 from mae_jax.models.variants import VitVariant
 from mae_jax.models.vit import Encoder, make_encoder
@@ -206,7 +206,7 @@ def load_user_mask(path: str | None) -> np.ndarray | None:
 def flops_per_image(config: Config, task: Pretrain | SupervisedTask) -> float:
     """Return the model FLOPs of one training step per image, as the paper counts them."""
     variant = make_variant(config)
-    patch_values = variant.patch**2 * config.model.channels
+    patch_values = num_patch_values(variant.patch, config.model.channels)
     if isinstance(task, Pretrain):
         return flops.train_flops(
             variant,

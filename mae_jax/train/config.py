@@ -26,6 +26,7 @@ from mae_jax.tasks.masking import SAMPLERS
 from mae_jax.tasks.mixup import MODES
 from mae_jax.train.config_schema import Group, group_from_dict, key
 from mae_jax.train.loggers import NAMES
+from mae_jax.utils.sides import Sides
 
 _B = get_variant("vit_b16")
 
@@ -56,7 +57,12 @@ class ModelConfig(Group):
     channels: int = key(
         3, "1 (gray), 3 (RGB), or as many as the arrays of the dataset have", low=1, reshapes=True
     )
-    patch: int = key(_B.patch, "side of a patch, pixels", low=1, reshapes=True)
+    patch: Sides = key(
+        _B.patch,
+        "side of a patch, or (height, width) as in (4, 256), pixels",
+        low=1,
+        reshapes=True,
+    )
     width: int = key(_B.width, "embedding dimension of the encoder", low=1, reshapes=True)
     depth: int = key(_B.depth, "encoder blocks", low=1, reshapes=True)
     heads: int = key(_B.heads, "attention heads of the encoder", low=1)

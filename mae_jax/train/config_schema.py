@@ -4,15 +4,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
 
 from mae_jax.convert.locate import checkpoint_text
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import expand_path
+from mae_jax.utils.sides import Sides, height_width, simplify
 
 INF = math.inf
+INT_OR_TUPLE = int | tuple  # type of a key of `Sides` in a ConfigDict
 
 
 def key(
@@ -80,15 +82,17 @@ def _check(name: str, value: Any, field: dataclasses.Field, hints: dict[str, Any
     hint, metadata = hints[field.name], field.metadata
     if value is None and type(None) in get_args(hint):
         return
-    kind, elements = _scalar_type(hint), (value,)
+    kind, elements, default = _scalar_type(hint), (value,), cast(Any, field.default)
+    if hint == Sides and isinstance(value, tuple):
+        hint, default = tuple[int, int], height_width(default)
     if get_origin(hint) is tuple:
         elements = value if isinstance(value, tuple) else ()
         length = None if ... in get_args(hint) else len(get_args(hint))
         if not elements or length not in (None, len(elements)):
             unit = "names" if kind is str else "numbers"
             count = f"{length} {unit}" if length else f"a tuple of {unit}"
-            raise UserError(f"must be {count}, as in {field.default}", key=name, value=value)
-    example = kind(1) if field.default is None else field.default
+            raise UserError(f"must be {count}, as in {default}", key=name, value=value)
+    example = kind(1) if default is None else default
     for element in elements:
         if metadata["choices"] and element not in metadata["choices"]:
             choices = ", ".join(metadata["choices"])
@@ -101,7 +105,7 @@ def _check(name: str, value: Any, field: dataclasses.Field, hints: dict[str, Any
 
 
 def _scalar_type(hint: Any) -> type:
-    """Return int of `int`, `int | None`, `tuple[int, int]` and `tuple[int, ...]`."""
+    """Return int of `int`, `int | None`, `tuple[int, int]`, `tuple[int, ...]` and `Sides`."""
     args = [arg for arg in get_args(hint) if arg not in (type(None), ...)]
     return _scalar_type(args[0]) if args else hint
 
@@ -147,6 +151,8 @@ def to_config_dict(group: Group) -> ConfigDict:
             value = to_config_dict(value)
         elif value is None:
             value = config_dict.placeholder(_scalar_type(hints[field.name]))
+        elif hints[field.name] == Sides:
+            value = config_dict.FieldReference(value, field_type=INT_OR_TUPLE)
         result[field.name] = value
     return result
 
@@ -168,7 +174,10 @@ def group_from_dict(group: type[G], values: dict[str, Any]) -> G:
             value = _as_float(value)
         elif isinstance(value, str):
             value = _expand(f"{group.prefix}{name}", value, fields[name].metadata)
-        arguments[name] = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
+        if hints[name] == Sides and isinstance(value, tuple) and len(value) == 2:
+            value = simplify(*value)
+        arguments[name] = value
     return group(**arguments)
 
 

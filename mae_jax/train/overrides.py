@@ -8,6 +8,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.tuple_parser import TupleParser
 
 from mae_jax.train import recipes
+from mae_jax.train.config_schema import INT_OR_TUPLE
 from mae_jax.utils.paths import expand_path
 
 
@@ -44,6 +45,10 @@ def _parse_tuple(text: str) -> tuple[Any, ...]:
     return names if all(map(str.isidentifier, names)) else TupleParser().parse(text)
 
 
+def _parse_sides(text: str) -> int | tuple[Any, ...]:
+    return _parse_tuple(text) if "," in text else flags.IntegerParser().parse(text)
+
+
 def register_parsers() -> None:
     """Replace the parsers of ml_collections, which append tuples given twice and refuse None."""
     for kind, parse_text, expected in (
@@ -51,6 +56,7 @@ def register_parsers() -> None:
         (float, flags.FloatParser().parse, "a number, as in 0.5 or 1e-4"),
         (bool, flags.BooleanParser().parse, "True or False"),
         (str, str, "text"),
+        (INT_OR_TUPLE, _parse_sides, "an integer or two, height and width, as in 16 or 4,256"),
         (tuple, _parse_tuple, "one or more values with commas between them, as in 32,48"),
         (ConfigDict, _refuse, "set key by key, as in --config.model.width=64: it is a group"),
     ):

@@ -16,6 +16,7 @@ from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.train.config import Config
 from mae_jax.utils.pytree import diff, flatten, unflatten
+from mae_jax.utils.sides import sides_text
 
 log = logging.getLogger("mae_jax")
 
@@ -169,7 +170,8 @@ def _mismatch_hint(mismatches: list[str], info: ModelInfo) -> str:
     """Return the flags with which a checkpoint fits, from lines of `diff`."""
     modules = {_top_module(line.split()[1]) for line in mismatches}
     if "encoder" in modules:
-        sizes = {name: vars(info)[name] for name in ("width", "depth", "heads", "patch")}
+        sizes = {name: vars(info)[name] for name in ("width", "depth", "heads")}
+        sizes["patch"] = sides_text(info.patch, ",")
         flags = " ".join(f"--config.model.{name}={value}" for name, value in sizes.items())
         return f"\nThe checkpoint's encoder has {flags}"
     if "decoder" in modules:
