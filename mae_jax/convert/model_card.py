@@ -204,6 +204,8 @@ def _usage(info: ModelInfo, dialect: str, repo: str) -> str:
         if info.image_size[0] != info.image_size[1] and dialect != "hf":
             transformers = "# transformers takes square images only of Pixio's models"
         timm = "# timm has no model with several class tokens"
+    if not isinstance(info.patch, int) and not info.num_classes:
+        transformers = "# transformers takes square patches only, except of models with a head"
     ours = f'import mae_jax; model, params = mae_jax.load("{repo}")'
     return "\n".join(["```python", transformers, timm, ours, "```"])
 

@@ -101,9 +101,11 @@ class ModelInfo:
             value = vars(self)[name]
             low = 1 if name in counts else 0
             _check(name, value, type(value) is int and value >= low, f"an integer >= {low}")
-        sides = self.patch if isinstance(self.patch, tuple) else (self.patch, self.patch)
-        valid = len(sides) == 2 and all(type(side) is int and side >= 1 for side in sides)
-        _check("patch", self.patch, valid, "an integer >= 1, or two, height and width")
+        is_side = lambda value: type(value) is int and value >= 1
+        valid = is_side(self.patch)
+        if isinstance(self.patch, tuple):
+            valid = len({*self.patch}) == len(self.patch) == 2 and all(map(is_side, self.patch))
+        _check("patch", self.patch, valid, "an integer >= 1, or two that differ, height and width")
         for name in ("mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "crop"):
             value = vars(self)[name]
             valid = isinstance(value, (int, float)) and 0 < value < math.inf

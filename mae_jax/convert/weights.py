@@ -22,6 +22,7 @@ from mae_jax.models.patches import interpolate_pos_embed, patch_grid
 from mae_jax.utils.atomic import check_writable
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import local_path
+from mae_jax.utils.sides import sides_text
 
 log = logging.getLogger("mae_jax")
 
@@ -239,6 +240,12 @@ def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
         return (
             f"the code of {dialect} takes square images only, not {info.image_size}: use "
             "--image-size, or another format"
+        )
+    if square_only and not isinstance(info.patch, int):
+        others = "--to mae_jax has" if info.is_pixio else "--to timm (the encoder) and mae_jax have"
+        return (
+            f"the code of {dialect} has square patches only, not {sides_text(info.patch)} pixels: "
+            f"{others} others"
         )
     return None
 
