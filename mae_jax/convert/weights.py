@@ -236,16 +236,16 @@ def _unsupported_reason(info: ModelInfo, dialect: str) -> str | None:
     if dialect != "timm" and info.num_classes and info.pool == "mean" and not info.fc_norm:
         return f"{dialect} has no head over the mean of the patches without fc_norm; --to timm has"
     square_only = dialect in ("official", "pixio") or (dialect == "hf" and not info.num_classes)
-    if square_only and info.image_size[0] != info.image_size[1]:
-        return (
-            f"the code of {dialect} takes square images only, not {info.image_size}: use "
-            "--image-size, or another format"
-        )
     if square_only and not isinstance(info.patch, int):
         others = "--to mae_jax has" if info.is_pixio else "--to timm (the encoder) and mae_jax have"
         return (
             f"the code of {dialect} has square patches only, not {sides_text(info.patch)} pixels: "
             f"{others} others"
+        )
+    if square_only and info.image_size[0] != info.image_size[1]:
+        return (
+            f"the code of {dialect} takes square images only, not {info.image_size}: use "
+            "--image-size, or another format"
         )
     return None
 
