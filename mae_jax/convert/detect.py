@@ -215,7 +215,10 @@ def _reference_shapes(
 def _image_size(
     metadata: dict[str, Any], num_positions: int | None, grid: tuple[int, int] | None, path: Path
 ) -> tuple[int, int]:
-    """Return height and width in pixels: as declared, else of the grid, else square."""
+    """Return height and width in pixels: as declared, else of the grid, else of a square grid.
+
+    That of patches that are not square cannot be guessed.
+    """
     patch, declared = metadata["patch"], metadata.get("image_size")
     height, width = height_width(patch)
     if declared:
@@ -227,12 +230,12 @@ def _image_size(
         return declared
     class_tokens = metadata.get("class_tokens", 1)
     num_patches = (num_positions or class_tokens) - class_tokens
-    side = math.isqrt(num_patches)
     if not grid and height != width:
         raise ConvertError(
-            f"{path} does not record the size of its images, of which {num_patches} patches of "
-            f"{sides_text(patch)} pixels cover one: set --grid-size ROWS,COLUMNS (in Python, grid=)"
+            f"{path} does not record how its {num_patches} patches of {sides_text(patch)} pixels "
+            "are arranged: set --grid-size ROWS,COLUMNS (in Python, grid=)"
         )
+    side = math.isqrt(num_patches)
     grid = grid or (side, side)
     if grid[0] * grid[1] != num_patches or not num_patches:
         raise ConvertError(

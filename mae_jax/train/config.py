@@ -58,10 +58,7 @@ class ModelConfig(Group):
         3, "1 (gray), 3 (RGB), or as many as the arrays of the dataset have", low=1, reshapes=True
     )
     patch: Sides = key(
-        _B.patch,
-        "side of a patch, or (height, width) as in (4, 256), pixels",
-        low=1,
-        reshapes=True,
+        _B.patch, "side of a patch, or (height, width), pixels", low=1, reshapes=True
     )
     width: int = key(_B.width, "embedding dimension of the encoder", low=1, reshapes=True)
     depth: int = key(_B.depth, "encoder blocks", low=1, reshapes=True)
