@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mae_jax.convert.model_info import ModelInfo, expected_shapes
+from mae_jax.convert.model_info import ModelInfo
+from mae_jax.convert.networks import expected_shapes
 from mae_jax.convert.weights import Weights
 from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD
 

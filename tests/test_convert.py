@@ -18,12 +18,8 @@ import mae_jax
 from mae_jax.convert import __main__ as command
 from mae_jax.convert import state_dict, weights
 from mae_jax.convert.key_maps import LAYOUTS
-from mae_jax.convert.model_info import (
-    ConvertError,
-    make_autoencoder,
-    make_classifier,
-    to_variables,
-)
+from mae_jax.convert.model_info import ConvertError
+from mae_jax.convert.networks import make_autoencoder, make_classifier, to_variables
 from mae_jax.models.layers import ExecutionConfig
 from mae_jax.models.patches import interpolate_pos_embed, patchify
 from mae_jax.tasks import masking

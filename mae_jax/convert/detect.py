@@ -10,14 +10,8 @@ import jax.numpy as jnp
 
 from mae_jax.convert.hf_timm import size_mismatches
 from mae_jax.convert.key_maps import Layout
-from mae_jax.convert.model_info import (
-    DEFAULTS,
-    REQUIRED,
-    ConvertError,
-    ModelInfo,
-    expand_stats,
-    expected_shapes,
-)
+from mae_jax.convert.model_info import DEFAULTS, REQUIRED, ConvertError, ModelInfo, expand_stats
+from mae_jax.convert.networks import expected_shapes
 from mae_jax.convert.state_dict import Arrays, Shapes, detect_layout, find_mismatches
 from mae_jax.convert.weight_files import RawCheckpoint
 from mae_jax.models.variants import VARIANTS

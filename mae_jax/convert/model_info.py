@@ -1,27 +1,20 @@
-"""Metadata of a checkpoint, and the network that it describes."""
+"""Metadata of a checkpoint."""
 
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.models.classifier import POOLS, Classifier
+from mae_jax.models.classifier import POOLS
 from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD, stats_match_dtype
-from mae_jax.models.layers import ExecutionConfig
-from mae_jax.models.mae import MAE, make_mae
-from mae_jax.models.patches import num_patch_values, patch_grid
-from mae_jax.models.variants import VARIANTS, VitVariant
-from mae_jax.models.vit import make_encoder
+from mae_jax.models.patches import patch_grid
+from mae_jax.models.variants import VARIANTS
 from mae_jax.utils.errors import UserError
-from mae_jax.utils.pytree import flatten
-from mae_jax.utils.sides import Sides
+from mae_jax.utils.sides import Sides, height_width, sides_text, simplify
 
 TARGETS = ("pixels", "normalized", "unknown")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -249,79 +242,39 @@ def expand_stats(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values[i % len(values)] for i in range(channels))
 
 
-def _variant(info: ModelInfo) -> VitVariant:
-    return VitVariant(
-        width=info.width,
-        depth=info.depth,
-        heads=info.heads or 1,  # has no influence on shapes
-        patch=info.patch,
-        decoder_width=info.decoder_width,
-        decoder_depth=info.decoder_depth,
-        decoder_heads=info.decoder_heads or 1,
-        mlp_ratio=info.mlp_ratio,
-        class_tokens=info.class_tokens,
-    )
+def check_reconstructs(info: ModelInfo, path: str, mask: str) -> None:
+    """Raise ConvertError, with the remedy, unless a model reconstructs images under such masks.
 
-
-def make_autoencoder(info: ModelInfo, execution: ExecutionConfig = ExecutionConfig()) -> MAE:
-    """Return the MAE of a checkpoint with a decoder; positional embeddings are parameters."""
-    return make_mae(
-        _variant(info),
-        grid=info.grid,
-        channels=info.channels,
-        decoder_mlp_ratio=info.decoder_mlp_ratio,
-        pos_embed="learned",
-        layer_norm_eps=info.layer_norm_eps,
-        execution=execution,
-    )
-
-
-def make_classifier(info: ModelInfo, execution: ExecutionConfig = ExecutionConfig()) -> Classifier:
-    """Return the encoder of a checkpoint with its pooling and head."""
-    encoder = make_encoder(
-        _variant(info),
-        info.grid,
-        pos_embed="learned",
-        layer_norm_eps=info.layer_norm_eps,
-        final_norm=not info.fc_norm,
-        execution=execution,
-    )
-    return Classifier(
-        encoder,
-        num_classes=info.num_classes,
-        pool=info.pool,
-        fc_norm=info.fc_norm,
-        head_norm=info.head_norm,
-        upsample_width=info.upsample_width,
-    )
-
-
-def to_variables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Split a tree of all arrays into flax collections."""
-    statistics = {name: tree for name, tree in params.items() if name == "head_norm"}
-    return {
-        "params": {name: tree for name, tree in params.items() if name not in statistics},
-        "batch_stats": statistics,
-    }
-
-
-def expected_shapes(info: ModelInfo) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every array of a checkpoint, by parameter path."""
-    network = make_autoencoder(info) if info.decoder_depth else make_classifier(info)
-    num_patches = info.grid[0] * info.grid[1]
-    patch_dim = num_patch_values(info.patch, info.channels)
-    return dict(_init_shapes(network, num_patches, patch_dim))  # pyright: ignore[reportArgumentType]
-
-
-@functools.lru_cache(maxsize=8)
-def _init_shapes(
-    network: MAE | Classifier, num_patches: int, patch_dim: int
-) -> dict[str, tuple[int, ...]]:
-    """Trace the initialization of a network, which takes longer than reading a small file."""
-    inputs = [jnp.zeros((1, num_patches, patch_dim))]
-    if isinstance(network, MAE):
-        order = jnp.arange(num_patches)[None]
-        inputs += [order[:, :1], order[:, 1:]]
-    shapes: Any = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-    tree = {**shapes["params"], **shapes.get("batch_stats", {})}
-    return {name: leaf.shape for name, leaf in flatten(tree).items()}
+    Args:
+      path: of the checkpoint, for the message; mask: as in `Pretrain`.
+    """
+    if not info.decoder_depth:
+        if info.is_pixio:
+            raise ConvertError(
+                f"{path} has no decoder, so it cannot reconstruct: the published files of Pixio "
+                "are encoders. Use a run, or a checkpoint of its pretraining code"
+            )
+        names = {"vit_b16": "base", "vit_l16": "large", "vit_h14": "huge"}
+        size = names.get(info.size_name, "base")
+        raise ConvertError(
+            f"{path} has no decoder, so it cannot reconstruct. Of the official files, "
+            f"mae_pretrain_vit_{size}_full.pth (normalized pixels) and "
+            f"mae_visualize_vit_{size}.pth (pixels) have one"
+        )
+    if info.target == "unknown":
+        raise ConvertError(
+            f"{path} does not record whether its decoder predicts pixels or normalized pixels: set "
+            "--target pixels or normalized (in Python, target=)"
+        )
+    if not info.decoder_heads:
+        raise ConvertError(
+            f"{path} does not record the number of attention heads of its decoder: set "
+            "--decoder-num-heads (in Python, decoder_heads=)"
+        )
+    if mask == "random" and any(side % info.mask_cell for side in info.grid):
+        cell = simplify(*(info.mask_cell * side for side in height_width(info.patch)))
+        raise ConvertError(
+            f"the masks of {path} have cells of {info.mask_cell} x {info.mask_cell} patches, which "
+            f"do not divide {info.grid[0]} x {info.grid[1]} patches: use --image-size with "
+            f"multiples of {sides_text(cell)}, or --mask block"
+        )

@@ -13,13 +13,8 @@ from einops import rearrange
 from jaxtyping import Array, Float, Key, Shaped
 
 from mae_jax.convert import weights
-from mae_jax.convert.model_info import (
-    ConvertError,
-    ModelInfo,
-    make_autoencoder,
-    make_classifier,
-    to_variables,
-)
+from mae_jax.convert.model_info import ConvertError, ModelInfo, check_reconstructs
+from mae_jax.convert.networks import make_autoencoder, make_classifier, to_variables
 from mae_jax.convert.preprocessing import ModelTransform, make_transform
 from mae_jax.data.bit_depth import warn_of_loss
 from mae_jax.data.loader import eval_batches
@@ -35,7 +30,6 @@ from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.utils.cpus import available_cpus
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import unflatten
-from mae_jax.utils.sides import height_width, sides_text, simplify
 
 Params = dict[str, Any]
 POOLED = ("mean", "cls", "global")  # features of whole images
@@ -269,36 +263,7 @@ class PretrainedModel:
           ConvertError: there is no decoder, or its target or number of heads is unknown.
         """
         info = self.info
-        if not info.decoder_depth:
-            if info.is_pixio:
-                raise ConvertError(
-                    f"{self.path} has no decoder, so it cannot reconstruct: the published files of "
-                    "Pixio are encoders. Use a run, or a checkpoint of its pretraining code"
-                )
-            names = {"vit_b16": "base", "vit_l16": "large", "vit_h14": "huge"}
-            size = names.get(info.size_name, "base")
-            raise ConvertError(
-                f"{self.path} has no decoder, so it cannot reconstruct. Of the official files, "
-                f"mae_pretrain_vit_{size}_full.pth (normalized pixels) and "
-                f"mae_visualize_vit_{size}.pth (pixels) have one"
-            )
-        if info.target == "unknown":
-            raise ConvertError(
-                f"{self.path} does not record whether its decoder predicts pixels or normalized "
-                "pixels: set --target pixels or normalized (in Python, target=)"
-            )
-        if not info.decoder_heads:
-            raise ConvertError(
-                f"{self.path} does not record the number of attention heads of its decoder: set "
-                "--decoder-num-heads (in Python, decoder_heads=)"
-            )
-        if mask == "random" and any(side % info.mask_cell for side in info.grid):
-            cell = simplify(*(info.mask_cell * side for side in height_width(info.patch)))
-            raise ConvertError(
-                f"the masks of {self.path} have cells of {info.mask_cell} x {info.mask_cell} "
-                f"patches, which do not divide {info.grid[0]} x {info.grid[1]} patches: use "
-                f"--image-size with multiples of {sides_text(cell)}, or --mask block"
-            )
+        check_reconstructs(info, self.path, mask)
         mean, std = info.stats(dtype)
         return Pretrain(
             model=make_autoencoder(info, self.execution),

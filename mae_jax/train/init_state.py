@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from mae_jax.convert.locate import locate
-from mae_jax.convert.model_info import ConvertError, to_variables
+from mae_jax.convert.model_info import ConvertError
+from mae_jax.convert.networks import to_variables
 from mae_jax.distributed import processes, sharding
 from mae_jax.distributed.checkpointer import Checkpointer
 from mae_jax.distributed.checksums import checksums

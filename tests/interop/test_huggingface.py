@@ -18,7 +18,7 @@ from transformers import (
 
 import mae_jax
 from mae_jax.convert import weights
-from mae_jax.convert.model_info import make_classifier, to_variables
+from mae_jax.convert.networks import make_classifier, to_variables
 from mae_jax.models.patches import patchify
 from mae_jax.tasks import masking
 

@@ -17,7 +17,7 @@ from transformers import ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTr
 import mae_jax
 from mae_jax.convert import export, weights
 from mae_jax.convert.hf_timm import timm_model_args
-from mae_jax.convert.model_info import make_classifier, to_variables
+from mae_jax.convert.networks import make_classifier, to_variables
 from mae_jax.models.patches import patchify
 from mae_jax.tasks.masking import mask_from_noise
 

@@ -15,7 +15,7 @@ from convert_helpers import HEADS, OFFICIAL
 import mae_jax
 from mae_jax.convert import weights
 from mae_jax.convert.hf_timm import timm_model_args
-from mae_jax.convert.model_info import make_classifier, to_variables
+from mae_jax.convert.networks import make_classifier, to_variables
 from mae_jax.models.image_ops import normalize
 from mae_jax.models.patches import patchify
 
