@@ -1,4 +1,7 @@
-"""Comparison of sources with a folder of the same images."""
+"""Comparison of sources with a folder of the same images, and tar shards of it."""
+
+import io
+import tarfile
 
 import jax
 import numpy as np
@@ -46,3 +49,28 @@ def assert_same_as_folder(folder, index_dir, **data):
         np.testing.assert_array_equal(array, expected[3][name])
     evaluation, images = make_eval_source(config, (), None), FolderSource(str(folder), "validation")
     assert [evaluation[i] for i in range(len(evaluation))] == [images[i] for i in range(20)]
+
+
+def write_tar(path, members, **options):
+    """Write a tar file of members (bytes or text by name); return its path."""
+    with tarfile.open(path, "w", **options) as file:
+        for name, content in members.items():
+            content = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shards(source, folder, name, count=3):
+    """Write the images of a folder of classes to shards, in order, with labels."""
+    folder.mkdir(exist_ok=True)
+    for shard, indices in enumerate(np.array_split(np.arange(len(source)), count)):
+        members = {}
+        for index in indices:
+            key = source.files[index].replace("/", "_").removesuffix(".png")
+            members |= {
+                f"{key}.cls": str(source.label(index)),
+                f"{key}.png": source[index]["image"],
+            }
+        write_tar(folder / f"{name}-{shard:03}.tar", members)

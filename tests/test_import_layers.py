@@ -37,6 +37,8 @@ FENCES = {  # package -> the only places that may import it
         "train/recipes.py",
     ],
     "huggingface_hub": ["convert/hub.py"],
+    "fsspec": ["utils/remote.py"],
+    "tenacity": ["utils/remote.py"],
     "tensorflow": [],
     "torch": ["convert/torch_io.py"],
     "jax2onnx": ["convert/onnx_io.py"],

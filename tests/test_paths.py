@@ -75,7 +75,7 @@ COMMANDS = {
 }
 # The first takes the name of a command, the second is for maintainers.
 NO_PATHS = {"mae_jax.train.commands", "scripts.run_notebook"}
-PATH_TYPES = (cli.path_argument, cli.path_text, checkpoint_argument)
+PATH_TYPES = (cli.path_argument, cli.path_text, cli.dataset_text, checkpoint_argument)
 # Flags that take text which is no path.
 TEXTS = {
     "help",
@@ -119,8 +119,9 @@ def test_every_path_of_every_command_is_checked(module, arguments, monkeypatch):
                 assert action.dest in TEXTS, f"{action.dest}: a path, or text?"
             if action.type in PATH_TYPES:
                 paths += 1
-                with pytest.raises(argparse.ArgumentError, match="gs:// is not supported"):
-                    parser._get_value(action, "gs://b/x")
+                scheme = "az" if action.type is cli.dataset_text else "gs"
+                with pytest.raises(argparse.ArgumentError, match=f"{scheme}:// is not supported"):
+                    parser._get_value(action, f"{scheme}://b/x")
     assert paths
 
 
@@ -165,8 +166,9 @@ def text_fields(group: Group):
 def test_every_path_of_the_config_is_checked(group, field, monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     config, name = to_config_dict(Config()), f"{group.prefix}{field.name}"
-    config.update_from_flattened_dict({name: "s3://b/x"})
-    with pytest.raises(UserError, match=f"^{name}: s3://b/x .* s3:// is not supported"):
+    scheme = "az" if field.metadata["remote"] else "s3"
+    config.update_from_flattened_dict({name: f"{scheme}://b/x"})
+    with pytest.raises(UserError, match=f"^{name}: {scheme}://b/x .* {scheme}:// is not supported"):
         from_config_dict(config)
     config.update_from_flattened_dict({name: "~/y"})
     assert operator.attrgetter(name)(from_config_dict(config)) == "/home/x/y"

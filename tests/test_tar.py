@@ -1,6 +1,5 @@
 """Tar files of images (WebDataset), read by index."""
 
-import io
 import json
 import pickle
 import subprocess
@@ -9,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 from image_helpers import encoded, fill_folder, noise_image, saved
-from source_helpers import assert_same_as_folder
+from source_helpers import assert_same_as_folder, write_shards, write_tar
 
 from mae_jax.data import __main__ as data
 from mae_jax.data import tar
@@ -21,31 +20,6 @@ from mae_jax.data.tar import TARS, TarSource
 from mae_jax.data.transforms import EvalTransform
 
 PICTURE = encoded(noise_image(0))
-
-
-def write_tar(path, members, **options):
-    """Write a tar file of members (bytes or text by name); return its path."""
-    with tarfile.open(path, "w", **options) as file:
-        for name, content in members.items():
-            content = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            file.addfile(info, io.BytesIO(content))
-    return path
-
-
-def write_shards(source, folder, name, count=3):
-    """Write the images of a folder of classes to shards, in order, with labels."""
-    folder.mkdir(exist_ok=True)
-    for shard, indices in enumerate(np.array_split(np.arange(len(source)), count)):
-        members = {}
-        for index in indices:
-            key = source.files[index].replace("/", "_").removesuffix(".png")
-            members |= {
-                f"{key}.cls": str(source.label(index)),
-                f"{key}.png": source[index]["image"],
-            }
-        write_tar(folder / f"{name}-{shard:03}.tar", members)
 
 
 @pytest.fixture

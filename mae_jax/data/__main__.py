@@ -227,7 +227,7 @@ def cache_command(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser, default_split: str = "all") -> None:
     parser.add_argument(
-        "data", type=cli.path_text, help="folder of images, or name of a TFDS dataset"
+        "data", type=cli.dataset_text, help="folder of images, or name of a TFDS dataset"
     )
     parser.add_argument(
         "--data-dir", type=cli.path_text, help="directory of TFDS datasets (the default of TFDS)"

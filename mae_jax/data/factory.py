@@ -8,6 +8,8 @@ from mae_jax.data.shard_files import SPLIT_NAMES
 from mae_jax.data.sources import DataError, FolderSource, Source
 from mae_jax.data.tables import PARQUET, TableSource, cached_splits, find_cached
 from mae_jax.data.tar import TARS, TarSource
+from mae_jax.utils.paths import is_address
+from mae_jax.utils.remote import any_path
 
 SOURCE_TYPES = ("tfds", "folder", "arrays", "tar", "parquet", "hf")
 HF_PREFIX = "hf:"  # of names of datasets of "hf" on the command line
@@ -16,7 +18,7 @@ SHARDS = {"tar": TARS, "parquet": PARQUET}
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A dataset on disk.
+    """A dataset on disk, or tar or Parquet files in an object store.
 
     Args:
       source_type: one of SOURCE_TYPES; None detects a folder of images, an array file, or tar or
@@ -116,8 +118,12 @@ def detect_dataset(data: str, data_dir: str | None, image_feature: str = "image"
 
 
 def is_path(data: str) -> bool:
-    """Return whether a command-line argument is a folder, or a pattern of tar or Parquet files."""
-    return Path(data).is_dir() or any(kind.is_pattern(data) for kind in SHARDS.values())
+    """Return whether an argument is a folder, an address, or a pattern of tar or Parquet files."""
+    return (
+        is_address(data)
+        or Path(data).is_dir()
+        or any(kind.is_pattern(data) for kind in SHARDS.values())
+    )
 
 
 def has_split(path: str, split: str, source_type: str | None = None) -> bool:
@@ -127,6 +133,9 @@ def has_split(path: str, split: str, source_type: str | None = None) -> bool:
       path: a folder, or a pattern of tar or Parquet files; for "hf" the folder of the cache.
       source_type: of the dataset; None: any that can be detected.
     """
+    if source_type in SHARDS or is_address(path):
+        kinds = SHARDS.values() if source_type is None else [SHARDS[source_type]]
+        return any(kind.has_split(path, split) for kind in kinds)
     folder = Path(path)
     found = {
         "folder": (folder / split).is_dir(),
@@ -145,6 +154,8 @@ def _detect_type(path: str, split: str) -> str:
     for name, kind in SHARDS.items():
         if kind.is_pattern(path):
             return name
+    if is_address(path):
+        return _detect_remote(path)
     folder = Path(path)
     if split and not has_split(path, split):
         raise DataError(f"{folder / split} does not exist")
@@ -159,6 +170,18 @@ def _detect_type(path: str, split: str) -> str:
         if has_split(path, split, name):
             return name
     return "folder"
+
+
+def _detect_remote(address: str) -> str:
+    """Return the type of the shards in a folder of an object store."""
+    for name, kind in SHARDS.items():
+        if kind.list_any(any_path(address)):
+            return name
+    kinds = " and ".join(kind.name for kind in SHARDS.values())
+    raise DataError(
+        f"{address} has no {kinds}, which alone are read from an object store: write the images to "
+        "tar files, or copy the data to a local disk"
+    )
 
 
 def _only_shards(path: str) -> str | None:

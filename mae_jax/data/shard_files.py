@@ -7,6 +7,7 @@ from glob import glob
 from pathlib import Path
 
 from mae_jax.data.sources import SUFFIXES, DataError
+from mae_jax.utils.remote import AnyPath, RemotePath, any_path
 
 SPLIT = "{split}"  # in a pattern, replaced by the name of a split
 SPLIT_NAMES = ("train", "validation", "val", "test")  # the usual ones
@@ -23,7 +24,7 @@ class FileKind:
         """Return whether a text names such files, and not a folder."""
         return text.endswith(self.suffixes)
 
-    def find(self, path: str, split: str) -> list[Path]:
+    def find(self, path: str, split: str) -> list[AnyPath]:
         """Return the files of a split, sorted by name.
 
         Args:
@@ -36,7 +37,7 @@ class FileKind:
           DataError: there are none.
         """
         is_pattern = self.is_pattern(path)
-        files = _matching(path, split) if is_pattern else self._in_folder(Path(path), split)
+        files = _matching(path, split) if is_pattern else self._in_folder(any_path(path), split)
         if not files:
             raise DataError(f"there are no {self.name} of the split {split!r}: {path}")
         return files
@@ -45,18 +46,23 @@ class FileKind:
         """Return whether there are files of this split by name, and not just of any."""
         if self.is_pattern(path):
             return SPLIT in path and any(file.exists() for file in _matching(path, split))
-        folder = Path(path)
+        folder = any_path(path)
         if _list(folder / split, self.suffixes):
             return True
         return any(_names_split(file, split) for file in self._in_data(folder))
 
-    def has_only(self, folder: Path) -> bool:
+    def has_only(self, folder: AnyPath) -> bool:
         """Return whether a folder has such files, and neither folders nor images beside them."""
         others = (x for x in folder.iterdir() if x.is_dir() or x.suffix.lower() in SUFFIXES)
         files = self._in_data(folder)
         return bool(files) and not any(x.name[0] != "." and x.name != "data" for x in others)
 
-    def _in_folder(self, folder: Path, split: str) -> list[Path]:
+    def list_any(self, folder: AnyPath) -> list[AnyPath]:
+        """Return such files of any split in a folder, its subfolder data or those of splits."""
+        files = self._in_data(folder)
+        return files or [x for split in SPLIT_NAMES for x in _list(folder / split, self.suffixes)]
+
+    def _in_folder(self, folder: AnyPath, split: str) -> list[AnyPath]:
         if not folder.is_dir():
             problem = "is not a directory" if folder.exists() else "does not exist"
             raise DataError(problem, key="data.path", value=str(folder))
@@ -67,7 +73,7 @@ class FileKind:
         is_named = lambda file: any(_names_split(file, name) for name in SPLIT_NAMES)
         return named or [file for file in files if not is_named(file)]
 
-    def _in_data(self, folder: Path) -> list[Path]:
+    def _in_data(self, folder: AnyPath) -> list[AnyPath]:
         return _list(folder, self.suffixes) or _list(folder / "data", self.suffixes)
 
 
@@ -85,18 +91,23 @@ def expand_braces(pattern: str) -> list[str]:
     return list(itertools.chain.from_iterable(expanded))
 
 
-def _matching(pattern: str, split: str) -> list[Path]:
+def _matching(pattern: str, split: str) -> list[AnyPath]:
     """Return the files that a pattern names; those without * need not exist."""
     texts = expand_braces(pattern.replace(SPLIT, split))
-    names = [sorted(glob(text)) if re.search(r"[*?]", text) else [text] for text in texts]
-    return [Path(name) for name in itertools.chain.from_iterable(names)]
+    found = [_glob(text) if re.search(r"[*?]", text) else [any_path(text)] for text in texts]
+    return list(itertools.chain.from_iterable(found))
 
 
-def _list(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def _glob(text: str) -> list[AnyPath]:
+    path = any_path(text)
+    return [*path.glob()] if isinstance(path, RemotePath) else [*map(Path, sorted(glob(text)))]
+
+
+def _list(folder: AnyPath, suffixes: tuple[str, ...]) -> list[AnyPath]:
     if not folder.is_dir():
         return []
     return sorted(x for x in folder.iterdir() if x.name.endswith(suffixes) and x.name[0] != ".")
 
 
-def _names_split(file: Path, split: str) -> bool:
+def _names_split(file: AnyPath, split: str) -> bool:
     return re.search(rf"(^|[-_.]){re.escape(split)}([-_.])", file.name) is not None

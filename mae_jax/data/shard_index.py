@@ -1,7 +1,8 @@
 """Random access to records in large files (shards) whose places are indexed once.
 
 An index is an int64 array with a row per record. It is cached under the sizes and modification
-times of the files, and a file that changes while it is read is an error.
+times of the files, and a file that changes while it is read is an error. Of an object in a store,
+the version counts (its ETag); between two runs a change is found, during a run one of the length.
 """
 
 import logging
@@ -17,10 +18,11 @@ from jaxtyping import Int
 from mae_jax.data.sources import DataError, hash_lines
 from mae_jax.utils import console
 from mae_jax.utils.atomic import atomic_path
+from mae_jax.utils.remote import AnyPath, RemotePath
 
 log = logging.getLogger("mae_jax")
 
-THREADS = 16  # that index files: they mostly wait for the disk
+THREADS = 16  # that index files: they mostly wait for the disk or the network
 
 Index = Int[np.ndarray, "records columns"]
 
@@ -36,10 +38,11 @@ class Shards:
       DataError: a file does not exist.
     """
 
-    def __init__(self, paths: Sequence[Path], kind: str):
+    def __init__(self, paths: Sequence[AnyPath], kind: str):
         self.paths, self.kind = list(paths), kind
         try:
-            self._versions = [_version(path.stat()) for path in self.paths]
+            with ThreadPoolExecutor(THREADS) as pool:
+                self._versions = list(pool.map(_version, self.paths))
         except FileNotFoundError as error:
             raise DataError(f"{error.filename} does not exist") from error
 
@@ -57,8 +60,8 @@ class Shards:
           settings: what else the indices depend on.
         """
         lines = [
-            f"{path.absolute()} {size} {mtime_ns}"
-            for path, (size, mtime_ns) in zip(self.paths, self._versions)
+            f"{path.absolute()} {size} {version}"
+            for path, (size, version) in zip(self.paths, self._versions)
         ]
         cache = None
         if index_dir:
@@ -93,19 +96,40 @@ class Shards:
 
         Raises:
           DataError: it cannot be read, or has changed since it was indexed.
+          RemoteError: the store that has it keeps failing.
         """
         path = self.paths[number]
-        # Opened for each record: there may be more files than a process may keep open.
-        try:
-            with path.open("rb", buffering=0) as file:
-                version = _version(os.fstat(file.fileno()))
-                data = os.pread(file.fileno(), length, offset)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        if isinstance(path, RemotePath):
+            version, data = self._versions[number], _read_object(path, offset, length)
+        else:
+            version, data = _read_file(path, offset, length)
         if version != self._versions[number] or len(data) != length:
             raise DataError(f"{path} has changed since it was indexed: start again to index it")
         return data
 
 
-def _version(stat: os.stat_result) -> tuple[int, int]:
+def _read_object(path: RemotePath, offset: int, length: int) -> bytes:
+    try:
+        return path.read(offset, length)
+    except FileNotFoundError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_file(path: Path, offset: int, length: int) -> tuple[tuple[int, int], bytes]:
+    """Return the version of a file, and bytes of it."""
+    try:
+        # Opened for each record: there may be more files than a process may keep open.
+        with path.open("rb", buffering=0) as file:
+            version = _file_version(os.fstat(file.fileno()))
+            return version, os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _version(path: AnyPath) -> tuple[int, int | str]:
+    """Return the size of a file and a value that changes with it."""
+    return path.stat() if isinstance(path, RemotePath) else _file_version(path.stat())
+
+
+def _file_version(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns

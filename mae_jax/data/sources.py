@@ -13,6 +13,7 @@ import numpy as np
 
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import local_path
+from mae_jax.utils.remote import AnyPath
 
 log = logging.getLogger("mae_jax")
 
@@ -135,9 +136,9 @@ class FolderSource:
         return hash_lines([f"{name} {(self.root / name).stat().st_size}" for name in self.files])
 
 
-def printable_path(path: Path) -> str:
+def printable_path(path: AnyPath) -> str:
     """Return a path as one line of text, with unprintable characters escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

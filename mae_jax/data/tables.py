@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import numpy as np
 
 from mae_jax.data.shard_files import FileKind
 from mae_jax.data.sources import DataError, Record, hash_lines, printable_path
+from mae_jax.utils.remote import AnyPath, RemoteError, RemotePath
 
 log = logging.getLogger("mae_jax")
 
 PARQUET = FileKind("Parquet files", (".parquet",))
 CACHED_GROUPS = 8  # row groups that a process keeps
+THREADS = 16  # that read footers and labels: they mostly wait for the disk or the network
 MAX_GROUP_ROWS = 200  # images per row group, above which reading in random order is slow
 
 
@@ -28,7 +31,7 @@ MAX_GROUP_ROWS = 200  # images per row group, above which reading in random orde
 class _Block:
     """Rows of a file that are read together: a row group of Parquet, all of an Arrow file."""
 
-    path: Path
+    path: AnyPath
     group: int | None
     rows: int
 
@@ -45,9 +48,12 @@ class TableSource:
       DataError: a file cannot be read, there is no such column, or the classes differ.
     """
 
-    def __init__(self, files: Sequence[Path], classes: tuple[str, ...] = (), image: str = "image"):
+    def __init__(
+        self, files: Sequence[AnyPath], classes: tuple[str, ...] = (), image: str = "image"
+    ):
         _import_pyarrow()
-        tables = [_describe(path) for path in files]
+        with ThreadPoolExecutor(THREADS) as pool:
+            tables = list(pool.map(_describe, files))
         self._blocks = [block for table in tables for block in table.blocks]
         self._starts = np.cumsum([0, *(block.rows for block in self._blocks)])
         if not len(self):
@@ -56,9 +62,12 @@ class TableSource:
         label = _label_column(tables[0])
         self._labels = np.full(len(self), -1)
         if label is not None:
-            self._labels = np.concatenate([_read_labels(path, label) for path in files])
+            with ThreadPoolExecutor(THREADS) as pool:
+                labels = pool.map(functools.partial(_read_labels, column=label), files)
+                self._labels = np.concatenate(list(labels))
         self.classes = _class_names(files[0], tables[0], label, self._labels, classes)
-        self._sizes = [path.stat().st_size for path in files]
+        with ThreadPoolExecutor(THREADS) as pool:
+            self._sizes = list(pool.map(lambda path: path.stat().st_size, files))
         _warn_of_large_groups(self._blocks)
 
     def __len__(self) -> int:
@@ -105,7 +114,7 @@ def _import_pyarrow() -> None:
         ) from error
 
 
-def _errors(path: Path) -> Any:
+def _errors(path: AnyPath) -> Any:
     """Return a context in which errors of pyarrow name the file."""
     import contextlib
 
@@ -115,6 +124,8 @@ def _errors(path: Path) -> Any:
     def named():
         try:
             yield
+        except RemoteError:
+            raise
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path} cannot be read: {reason}") from error
@@ -122,15 +133,13 @@ def _errors(path: Path) -> Any:
     return named()
 
 
-def _describe(path: Path) -> _Table:
-    import pyarrow.parquet as pq
-
+def _describe(path: AnyPath) -> _Table:
     with _errors(path):
         if path.suffix == ".arrow":
             table = _map_arrow(path)
             schema, blocks = table.schema, [_Block(path, None, table.num_rows)]
         else:
-            file = pq.ParquetFile(path)
+            file = _open_parquet(path)
             schema, metadata = file.schema_arrow, file.metadata
             groups = range(metadata.num_row_groups)
             blocks = [_Block(path, i, metadata.row_group(i).num_rows) for i in groups]
@@ -138,8 +147,23 @@ def _describe(path: Path) -> _Table:
     return _Table(schema, described.get("info", {}).get("features", {}), blocks)
 
 
+def _open_parquet(path: AnyPath) -> Any:
+    import pyarrow.parquet as pq
+
+    if isinstance(path, Path):
+        return pq.ParquetFile(path)
+    return pq.ParquetFile(path.open(buffering=0), metadata=_footer(path), pre_buffer=True)
+
+
 @functools.cache
-def _map_arrow(path: Path) -> Any:
+def _footer(path: RemotePath) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path.open(buffering=0))
+
+
+@functools.cache
+def _map_arrow(path: AnyPath) -> Any:
     """Return the table of an Arrow file, which stays on the disk until it is read."""
     import pyarrow as pa
 
@@ -147,28 +171,24 @@ def _map_arrow(path: Path) -> Any:
 
 
 @functools.lru_cache(CACHED_GROUPS)
-def _read_column(path: Path, group: int | None, column: str) -> Any:
-    import pyarrow.parquet as pq
-
+def _read_column(path: AnyPath, group: int | None, column: str) -> Any:
     with _errors(path):
         if group is None:
             return _map_arrow(path)[column]
-        file = pq.ParquetFile(path)
+        file = _open_parquet(path)
         return file.read_row_group(group, columns=[column], use_threads=False)[column]
 
 
-def _read_labels(path: Path, column: str) -> np.ndarray:
-    import pyarrow.parquet as pq
-
+def _read_labels(path: AnyPath, column: str) -> np.ndarray:
     with _errors(path):
         if path.suffix == ".arrow":
             values = _map_arrow(path)[column]
         else:
-            values = pq.ParquetFile(path).read(columns=[column])[column]
+            values = _open_parquet(path).read(columns=[column])[column]
     return values.fill_null(-1).to_numpy().astype(np.int64)
 
 
-def _image_column(path: Path, table: _Table, name: str) -> str:
+def _image_column(path: AnyPath, table: _Table, name: str) -> str:
     """Return the name of the column of images.
 
     Raises:
@@ -208,7 +228,7 @@ def _is_class_label(feature: Any) -> bool:
 
 
 def _class_names(
-    path: Path,
+    path: AnyPath,
     table: _Table,
     column: str | None,
     labels: np.ndarray,
@@ -233,7 +253,7 @@ def _class_names(
     return names
 
 
-def _image_bytes(value: Any, path: Path) -> bytes:
+def _image_bytes(value: Any, path: AnyPath) -> bytes:
     """Return the encoded image of a cell; a cell without bytes has the path of a file.
 
     Raises:
@@ -247,6 +267,8 @@ def _image_bytes(value: Any, path: Path) -> bytes:
         return value["bytes"]
     try:
         return (path.parent / value["path"]).read_bytes()
+    except RemoteError:
+        raise
     except (OSError, TypeError) as error:
         raise DataError(f"its cell has no bytes, and no file {value['path']}") from error
 

@@ -18,6 +18,7 @@ import numpy as np
 from mae_jax.data.shard_files import FileKind
 from mae_jax.data.shard_index import Index, Shards
 from mae_jax.data.sources import SUFFIXES, DataError, Record, printable_path
+from mae_jax.utils.remote import AnyPath, RemoteError
 
 log = logging.getLogger("mae_jax")
 
@@ -54,7 +55,7 @@ class TarSource:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[AnyPath],
         classes: tuple[str, ...] = (),
         index_dir: Path | None = None,
         image: str = "image",
@@ -68,7 +69,7 @@ class TarSource:
             raise DataError(f"no images in {files[0]}{_and_more(files)}")
         self.classes = self._class_names(files[0].parent / "classes.txt", classes)
 
-    def _class_names(self, file: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
+    def _class_names(self, file: AnyPath, classes: tuple[str, ...]) -> tuple[str, ...]:
         labels = self._index[:, LABEL]
         highest = int(labels.max())
         if highest < 0:
@@ -99,7 +100,7 @@ class TarSource:
     def describe(self, index: int) -> str:
         path, offset = self._shards.paths[self._file[index]], int(self._index[index, MEMBER])
         try:
-            with path.open("rb") as file:
+            with path.open("rb", buffering=2 * BLOCK) as file:
                 file.seek(offset)
                 member = tarfile.open(fileobj=file, mode="r:").next()  # noqa: SIM115
             name = member.name if member else f"member at byte {offset}"
@@ -113,7 +114,7 @@ class TarSource:
         return hashlib.sha256(columns.data).hexdigest()[:16]
 
 
-def _and_more(files: Sequence[Path]) -> str:
+def _and_more(files: Sequence[AnyPath]) -> str:
     return f" and {len(files) - 1} more tar files" if len(files) > 1 else ""
 
 
@@ -127,7 +128,7 @@ class _Sample:
     label: int = -1
 
 
-def _index_tar(path: Path, image: str) -> Index:
+def _index_tar(path: AnyPath, image: str) -> Index:
     """Return the place, size, label and hash of the name of every image of a tar file."""
     samples: dict[str, _Sample] = {}
     with_labels = set(LABEL_SUFFIXES)  # suffixes that have labels, as far as is known
@@ -149,6 +150,8 @@ def _index_tar(path: Path, image: str) -> Index:
                             with_labels.discard(suffix)
                         else:
                             sample.rank, sample.label = LABEL_SUFFIXES.index(suffix), label
+    except RemoteError:
+        raise
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path} is damaged, cut off, or not a tar file: {error}") from error
     if without := sum(sample.image is None for sample in samples.values()):
@@ -161,11 +164,12 @@ def _index_tar(path: Path, image: str) -> Index:
     return np.array(rows, np.int64).reshape(-1, 5)
 
 
-def _check_kind(path: Path, begin: bytes) -> None:
+def _check_kind(path: AnyPath, begin: bytes) -> None:
     for magic, program in COMPRESSED.items():
         if begin.startswith(magic):
-            unpacked = path.with_suffix("") if path.suffix != ".tgz" else path.with_suffix(".tar")
-            command = f"{program} -c {shlex.quote(str(path))} > {shlex.quote(str(unpacked))}"
+            file = str(path) if isinstance(path, Path) else path.name  # to be copied first
+            unpacked = file.removesuffix(path.suffix) + (".tar" if path.suffix == ".tgz" else "")
+            command = f"{program} -c {shlex.quote(file)} > {shlex.quote(unpacked)}"
             raise DataError(
                 f"{path} is compressed, so its images cannot be read in any order: unpack it with "
                 f"{command}"
@@ -174,7 +178,7 @@ def _check_kind(path: Path, begin: bytes) -> None:
         raise DataError(f"{path} is empty")
 
 
-def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+def _members(tar: tarfile.TarFile, path: AnyPath) -> Iterator[tarfile.TarInfo]:
     """Yield the files of a tar file, without hidden ones.
 
     Raises:
@@ -188,7 +192,7 @@ def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
         if member.isreg() and not member.name.rsplit("/")[-1].startswith("."):
             yield member
     # At a bad header, as at the end, there is no next member.
-    with path.open("rb") as file:
+    with path.open("rb", buffering=BLOCK) as file:
         file.seek(tar.offset)
         end = file.read(BLOCK)
     if any(end) or 0 < len(end) < BLOCK:
@@ -209,7 +213,7 @@ def _is_image(suffix: str, image: str) -> bool:
     return "." + suffix.rsplit(".")[-1] in SUFFIXES
 
 
-def _take_image(path: Path, sample: _Sample, member: tarfile.TarInfo, suffix: str) -> None:
+def _take_image(path: AnyPath, sample: _Sample, member: tarfile.TarInfo, suffix: str) -> None:
     """Make a member the image of its sample: "jpg" goes before "mask.png".
 
     Raises:
@@ -224,7 +228,7 @@ def _take_image(path: Path, sample: _Sample, member: tarfile.TarInfo, suffix: st
         sample.image, sample.suffix = member, suffix
 
 
-def _read_label(path: Path, member: tarfile.TarInfo, suffix: str, data: bytes) -> int | None:
+def _read_label(path: AnyPath, member: tarfile.TarInfo, suffix: str, data: bytes) -> int | None:
     """Return the label in a member, or None if such members have none.
 
     Raises:

@@ -7,7 +7,6 @@ import argparse
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from jaxtyping import Array
@@ -34,6 +33,7 @@ from mae_jax.evaluate.suite import (
 from mae_jax.utils import cli
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.errors import UserError
+from mae_jax.utils.remote import any_path
 
 log = logging.getLogger("mae_jax")
 
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert_cli.add_checkpoint(parser)
     parser.add_argument(
         "--data",
-        type=cli.path_text,
+        type=cli.dataset_text,
         required=True,
         help="a folder with labeled splits (folders or .npz), or the name of a TFDS dataset; for "
         "rankme alone any folder of images",
@@ -170,9 +170,9 @@ def _open_split(arguments: argparse.Namespace, split: str, classes: tuple[str, .
     data = arguments.data
     if is_path(data) and not has_split(data, split):
         raise DataError(
-            f"{Path(data) / split} does not exist: --data is a folder with one folder, or .npz, "
-            "per split, named by --train-split and --eval-split, and in each one folder per class; "
-            "--suite rankme needs neither labels nor splits"
+            f"{any_path(data) / split} does not exist: --data is a folder with one folder, or "
+            ".npz, per split, named by --train-split and --eval-split, and in each one folder per "
+            "class; --suite rankme needs neither labels nor splits"
         )
     dataset = detect_dataset(data, arguments.data_dir, arguments.image_feature)
     return dataset.open(split, classes)

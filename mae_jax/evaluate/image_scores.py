@@ -35,7 +35,7 @@ log = logging.getLogger("mae_jax")
 def score_command(parser: argparse.ArgumentParser) -> None:
     """Write the reconstruction loss, color entropy and size of every image, for data.sampling."""
     parser.add_argument(
-        "data", type=cli.path_text, help="folder of images, or name of a TFDS dataset"
+        "data", type=cli.dataset_text, help="folder of images, or name of a TFDS dataset"
     )
     parser.add_argument(
         "--data-dir", type=cli.path_text, help="directory of TFDS datasets (the default of TFDS)"

@@ -121,7 +121,7 @@ def _with_files(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from mae_jax.utils import cli
 
     for action in parser._actions:
-        if action.type in (cli.path_argument, cli.path_text, checkpoint_argument):
+        if action.type in (cli.path_argument, cli.path_text, cli.dataset_text, checkpoint_argument):
             action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(action, argparse._SubParsersAction):
             for subparser in action.choices.values():

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from ml_collections import ConfigDict
 
-from mae_jax.data.factory import SOURCE_TYPES
+from mae_jax.data.factory import SHARDS, SOURCE_TYPES
 from mae_jax.data.transforms import AUGMENTS
 from mae_jax.distributed.sharding import MAX_REPLICATED, MIN_SPLIT_BYTES
 from mae_jax.evaluate.figures import PATCH_STATS
@@ -26,6 +26,7 @@ from mae_jax.tasks.masking import SAMPLERS
 from mae_jax.tasks.mixup import MODES
 from mae_jax.train.config_schema import Group, group_from_dict, key
 from mae_jax.train.loggers import NAMES
+from mae_jax.utils.paths import is_address
 from mae_jax.utils.sides import Sides
 
 _B = get_variant("vit_b16")
@@ -338,7 +339,7 @@ class DataConfig(Group):
         "folder of images or shards; pattern of shards, as shards/{split}-{000..127}.tar; TFDS"
         " data_dir, or cache of 'hf', or None for their defaults",
         resumable=True,
-        path=True,
+        remote=True,
     )
     image_feature: str = key(
         "image", "name of the image feature or column; for 'tar': suffix of the images, if several"
@@ -427,6 +428,13 @@ class DataConfig(Group):
         super().__post_init__()
         if self.crop_scale[0] > self.crop_scale[1]:
             raise self.error("crop_scale", "must increase, as in (0.2, 1.0)")
+        if self.path and is_address(self.path) and self.source not in SHARDS:
+            raise self.error(
+                "path",
+                f"is in an object store, which data.source={self.source!r} cannot read, only "
+                f"{' and '.join(SHARDS)}: write the images to tar files, or copy the data to a "
+                "local disk (docs/data.md)",
+            )
         if self.workers and (self.in_memory or self.source == "arrays"):
             raise self.error(
                 "workers",
@@ -648,6 +656,8 @@ class Config(Group):
         data = self.data
         if data.augment not in ("none", "crop"):
             raise data.error("augment", "must be none or crop for task='segment'")
+        if data.path and is_address(data.path):
+            raise data.error("path", "is in an object store: masks are read from a local disk only")
         for name in ("cache_features", "exif", "shots"):
             if getattr(data, name):
                 raise data.error(name, "is not for task='segment'")

@@ -30,6 +30,7 @@ def key(
     reshapes: bool = False,
     implied: Any = None,
     path: bool = False,
+    remote: bool = False,
     checkpoint: bool = False,
 ) -> Any:
     """Declare a config key. Bounds hold for numbers, and for each element of a tuple.
@@ -44,12 +45,13 @@ def key(
       reshapes: its change alters the shapes of arrays, which no checkpoint can fill.
       implied: value that checkpoints of earlier versions imply, which lack the key.
       path: it is a file or folder, where "~" is expanded and gs:// and the like are refused.
+      remote: it is such a path, or the address of an object store, as s3://bucket/folder.
       checkpoint: it names a checkpoint: such a path, an official file, or a model of the hub.
     """
     bounds = {"low": low, "above": above, "high": high, "below": below}
     metadata = {"meaning": meaning, "bounds": bounds, "choices": choices}
     metadata |= {"resumable": resumable, "reshapes": reshapes, "implied": implied}
-    metadata |= {"path": path, "checkpoint": checkpoint}
+    metadata |= {"path": path, "remote": remote, "checkpoint": checkpoint}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -186,7 +188,8 @@ def _expand(name: str, text: str, metadata: Mapping[str, Any]) -> str:
     try:
         if metadata["checkpoint"]:
             return checkpoint_text(text)
-        return expand_path(text) if metadata["path"] else text
+        is_path = metadata["path"] or metadata["remote"]
+        return expand_path(text, remote=metadata["remote"]) if is_path else text
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

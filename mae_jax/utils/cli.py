@@ -35,8 +35,19 @@ def path_text(text: str) -> str:
     """Parse a path as `path_argument` does, but as text, which may name a dataset instead."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
+    return _expand(text, remote=False)
+
+
+def dataset_text(text: str) -> str:
+    """Parse a path, or the name of a dataset; addresses of object stores are allowed."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the dataset is empty")
+    return _expand(text, remote=True)
+
+
+def _expand(text: str, *, remote: bool) -> str:
     try:
-        return expand_path(text)
+        return expand_path(text, remote=remote)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
