@@ -42,10 +42,10 @@ class Server:
 
 @contextmanager
 def serving():
-    """Run the server with an empty bucket, where the environment names it."""
+    """Run the server with a bucket, where the environment names it."""
     server = Server()
     listener = make_server("127.0.0.1", 0, server, threaded=True)
-    thread = threading.Thread(target=listener.serve_forever, daemon=True)
+    thread = threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -57,7 +57,7 @@ def serving():
         remote._store.cache_clear()
         thread.start()
         try:
-            remote._store("s3", os.getpid()).mkdir("bucket")
+            remote._store("s3", os.getpid()).makedirs("bucket", exist_ok=True)
             yield server
         finally:
             listener.shutdown()

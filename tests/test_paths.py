@@ -75,7 +75,8 @@ COMMANDS = {
 }
 # The first takes the name of a command, the second is for maintainers.
 NO_PATHS = {"mae_jax.train.commands", "scripts.run_notebook"}
-PATH_TYPES = (cli.path_argument, cli.path_text, cli.dataset_text, checkpoint_argument)
+LOCAL_TYPES = (cli.path_argument, cli.path_text)
+PATH_TYPES = (*LOCAL_TYPES, cli.dataset_text, checkpoint_argument)
 # Flags that take text which is no path.
 TEXTS = {
     "help",
@@ -119,7 +120,7 @@ def test_every_path_of_every_command_is_checked(module, arguments, monkeypatch):
                 assert action.dest in TEXTS, f"{action.dest}: a path, or text?"
             if action.type in PATH_TYPES:
                 paths += 1
-                scheme = "az" if action.type is cli.dataset_text else "gs"
+                scheme = "gs" if action.type in LOCAL_TYPES else "az"
                 with pytest.raises(argparse.ArgumentError, match=f"{scheme}:// is not supported"):
                     parser._get_value(action, f"{scheme}://b/x")
     assert paths
@@ -146,7 +147,7 @@ CONFIG_TEXTS = {
     "eval_split",
     "allow",
 }
-CONFIG_TEXTS |= {"project", "run_name"}
+CONFIG_TEXTS |= {"project", "run_name", "mirror"}
 
 
 def text_fields(group: Group):
@@ -166,7 +167,8 @@ def text_fields(group: Group):
 def test_every_path_of_the_config_is_checked(group, field, monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     config, name = to_config_dict(Config()), f"{group.prefix}{field.name}"
-    scheme = "az" if field.metadata["remote"] else "s3"
+    remote = field.metadata["remote"] or field.metadata["checkpoint"]
+    scheme = "az" if remote else "s3"
     config.update_from_flattened_dict({name: f"{scheme}://b/x"})
     with pytest.raises(UserError, match=f"^{name}: {scheme}://b/x .* {scheme}:// is not supported"):
         from_config_dict(config)
@@ -177,8 +179,8 @@ def test_every_path_of_the_config_is_checked(group, field, monkeypatch):
 def test_python_functions_check_paths(tmp_path, monkeypatch, golden):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(golden))
-    with pytest.raises(UserError, match="gs:// is not supported"):
-        mae_jax.load("gs://b/model.pth")
+    with pytest.raises(UserError, match="az:// is not supported"):
+        mae_jax.load("az://b/model.pth")
     checkpoint = weights.read("~/hf/hf_tiny/pretrained_v5", require_num_heads=())
     with pytest.raises(UserError, match="s3:// is not supported"):
         weights.write(checkpoint, "s3://b/model.safetensors", "mae_jax")

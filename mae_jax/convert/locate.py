@@ -1,16 +1,16 @@
-"""The text that names a checkpoint: a path, an official file, or a model of the hub."""
+"""The text that names a checkpoint: a path or address, an official file, a model of the hub."""
 
 import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae_jax.convert import hub
+from mae_jax.convert import hub, store
 from mae_jax.convert.model_info import ConvertError
 from mae_jax.convert.official import OFFICIAL_FILES, find
 from mae_jax.convert.weight_files import SUFFIXES
 from mae_jax.utils.errors import UserError
-from mae_jax.utils.paths import expand_path
+from mae_jax.utils.paths import expand_path, is_address
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ def checkpoint_text(text: str | os.PathLike[str]) -> str:
     """Return the text that names a checkpoint, with "~" expanded if it is a path.
 
     Raises:
-      UserError: it is an address such as gs://bucket/run; hf:// is allowed.
+      UserError: it is an address of anything but the hub (hf://) or an object store.
     """
     text = os.fspath(text)
-    return text if hub.is_address(text) else expand_path(text)
+    return text if hub.is_address(text) else expand_path(text, remote=True)
 
 
 def checkpoint_argument(text: str) -> str:
@@ -45,7 +45,7 @@ def checkpoint_argument(text: str) -> str:
 
 
 def locate(text: str | os.PathLike[str], revision: str = "") -> Located:
-    """Return where the named checkpoint is on this machine, downloading a model of the hub.
+    """Return where the named checkpoint is on this machine, downloading one of hub or store.
 
     An existing path comes first, then the names of official files, with or without ".pth", then
     models of the hub.
@@ -55,9 +55,11 @@ def locate(text: str | os.PathLike[str], revision: str = "") -> Located:
 
     Raises:
       ConvertError: there is nothing of that name; says what was tried.
-      UserError: it is an address such as gs://bucket/run.
+      UserError: it is an address of anything else, or cannot be read.
     """
     text = checkpoint_text(text)
+    if is_address(text) and not hub.is_address(text):
+        return Located(store.fetch(text))
     if not hub.is_address(text) and os.path.lexists(text):
         return Located(Path(text))
     if official := OFFICIAL_FILES.get(text.removesuffix(".pth")):

@@ -17,6 +17,7 @@ import tensorstore
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from mae_jax.distributed import processes
+from mae_jax.distributed.checkpoint_mirror import CheckpointMirror
 from mae_jax.distributed.checkpoint_reader import (
     FORMAT,
     CheckpointError,
@@ -32,6 +33,7 @@ from mae_jax.distributed.checkpoint_reader import (
 )
 from mae_jax.distributed.checksums import checksums
 from mae_jax.distributed.glob_safe import glob_safe
+from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import diff
 
 log = logging.getLogger("mae_jax.run")
@@ -75,12 +77,19 @@ class Checkpointer:
     All processes of a run must save and restore together. Reading opens a second, single-process
     manager (`open_reader`): the first has barriers, at which the other processes would wait forever
     for one that finds a corrupt file.
+
+    With a mirror, the latest step is downloaded from there if the directory lacks it, and every
+    complete step is uploaded in the background, by the main process.
     """
 
-    def __init__(self, directory: Path, max_to_keep: int):
+    def __init__(self, directory: Path, max_to_keep: int, mirror: CheckpointMirror | None = None):
         self.directory = directory
         self._max_to_keep = max_to_keep
-        self._last: int | None = None  # step of the last save, which may not have finished
+        self._mirror = mirror
+        with processes.raise_together():
+            if mirror and processes.is_main():
+                mirror.fetch()
+        self._last: int | None = None  # step of the last restore or save, perhaps in progress
         self._retention = LatestN(None)  # keeps all until the first save is verified
         self._manager = self._open()
 
@@ -109,6 +118,7 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         self.wait()
+        self._wait_for_mirror(required=False)
         train = {name: item for name, item in state.items() if name != "params"}
         meta = {**meta, "format": FORMAT, "digests": checksums(state)}
         arguments = ocp.args.Composite(
@@ -161,6 +171,24 @@ class Checkpointer:
         """Wait for the save in the background; raise CheckpointSaveError if it fails."""
         with self._saving():
             self._manager.wait_until_finished()
+        if self._mirror and self._last is not None and processes.is_main():
+            self._mirror.start(self._last)
+
+    def _wait_for_mirror(self, *, required: bool) -> None:
+        """Wait for the upload of the last step; log why it failed, or raise if it is required."""
+        if not self._mirror:
+            return
+        try:
+            with processes.raise_together():
+                self._mirror.wait()
+        except (UserError, OSError) as error:
+            problem = f"the checkpoint of step {self._last} is not in {self._mirror.address}"
+            if required:
+                raise CheckpointSaveError(
+                    f"{problem} ({error}), only in {self.directory}. The same command resumes from "
+                    "there"
+                ) from error
+            log.error("%s: %s. Training goes on, and the next one will be copied", problem, error)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
@@ -205,7 +233,9 @@ class Checkpointer:
         )
         for step in steps:
             try:
-                return step, self._restore_verified(step, target, validate_meta)
+                state = self._restore_verified(step, target, validate_meta)
+                self._last = step
+                return step, state
             except CorruptCheckpointError as error:
                 self._quarantine(step, str(error))
         if any(self.directory.glob("*.damaged*")):  # of this restore or of an earlier one
@@ -263,10 +293,13 @@ class Checkpointer:
         self._manager = self._open()
 
     def close(self) -> None:
-        """Wait for the save in the background, and release all resources."""
+        """Wait for the save and the upload in the background, and release all resources."""
         try:
             self.wait()
+            self._wait_for_mirror(required=True)
         finally:
+            if self._mirror:
+                self._mirror.close()
             self._resources.close()
 
     def __enter__(self) -> "Checkpointer":

@@ -545,6 +545,17 @@ class CheckpointConfig(Group):
     resumable: ClassVar[bool] = True
     every_steps: int = key(1000, "steps between checkpoints", low=1)
     max_to_keep: int = key(3, "checkpoints to keep", low=1)
+    mirror: str | None = key(
+        None,
+        "s3:// or gs:// address of this run alone: checkpoints are copied there, and a machine"
+        " without them resumes from there",
+        remote=True,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mirror and not is_address(self.mirror):
+            raise self.error("mirror", "is no address, as s3://bucket/run; --workdir is the folder")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 
 from mae_jax.data.loader import ArrayLoader
 from mae_jax.distributed import processes
+from mae_jax.distributed.checkpoint_mirror import CheckpointMirror
 from mae_jax.distributed.checkpointer import Checkpointer
 from mae_jax.distributed.inference import extract_features, with_sharded_inputs
 from mae_jax.models import flops
@@ -23,6 +24,7 @@ from mae_jax.train.config_schema import as_json
 from mae_jax.train.evaluators import Evaluation
 from mae_jax.train.fault_tolerance import PreemptionHandler, Watchdog
 from mae_jax.train.init_state import (
+    PROVENANCE,
     init_provenance,
     restore_or_init,
     split_rng,
@@ -37,8 +39,11 @@ from mae_jax.train.yardsticks import make_loss_check
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.paths import local_path
+from mae_jax.utils.remote import RemotePath
 
 log = logging.getLogger("mae_jax.run")
+
+MIRRORED_FILES = (PROVENANCE, "metrics.jsonl", "skipped.jsonl")  # with the checkpoints
 
 
 def train_and_evaluate(config: Config, workdir: str | Path) -> None:
@@ -64,7 +69,8 @@ def train_and_evaluate(config: Config, workdir: str | Path) -> None:
 def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> None:
     """Resume or start, train to the end, save and evaluate."""
     config, workdir, total = setup.config, setup.workdir, setup.length.total_steps
-    with Checkpointer(workdir / "checkpoints", config.checkpoint.max_to_keep) as checkpointer:
+    directory, mirror = workdir / "checkpoints", make_mirror(config, workdir)
+    with Checkpointer(directory, config.checkpoint.max_to_keep, mirror) as checkpointer:
         restore = partial(
             restore_or_init, config, setup.task, setup.layout, checkpointer, setup.meta
         )
@@ -99,6 +105,14 @@ def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> N
                 evaluation.evaluate_final(step, state, extra)
             else:
                 log.info("stopped at step %d of %d; the same command resumes", step, total)
+
+
+def make_mirror(config: Config, workdir: Path) -> CheckpointMirror | None:
+    """Return the copy of the checkpoints in an object store, if there is to be one."""
+    address, max_to_keep = config.checkpoint.mirror, config.checkpoint.max_to_keep
+    if address is None:
+        return None
+    return CheckpointMirror(RemotePath(address), workdir, max_to_keep, MIRRORED_FILES)
 
 
 def _check_length(workdir: Path, start_step: int, total: int) -> None:

@@ -39,6 +39,9 @@ _TAGS = ("ETag", "etag", "created")  # what an object's information calls its ve
 class RemoteError(OSError):
     """An object store failed, also after the last attempt; the message says what to do."""
 
+    def __str__(self) -> str:  # whatever file name has been added to it on the way
+        return str(self.args[0])
+
 
 class RemoteStat(NamedTuple):
     """Size of an object in bytes, and a text that is another one when the object changes."""
