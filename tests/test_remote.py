@@ -114,6 +114,7 @@ def test_an_object_that_changes_is_indexed_again_or_an_error(folder, tmp_path):
     path.upload(second)
     assert spec.open("train").fingerprint() != source.fingerprint()
     path.write_text("short")
+    assert RemotePath(f"{BUCKET}/shards/tiny-train-000.tar").read(10**9, 5) == b""
     with pytest.raises(DataError, match="a.tar has changed since it was indexed"):
         source[0]
     path.remove()

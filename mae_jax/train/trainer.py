@@ -54,7 +54,11 @@ def train_and_evaluate(config: Config, workdir: str | Path) -> None:
       CheckpointSaveError: a checkpoint cannot be written.
       NonFiniteError: loss or gradients were NaN/Inf for too many consecutive steps.
     """
-    workdir = local_path(workdir)
+    try:
+        workdir = local_path(workdir)
+    except UserError as error:
+        copy = "--config.checkpoint.mirror copies the checkpoints of a run to an object store"
+        raise UserError(f"--workdir: {error}. {copy}") from error
     with PreemptionHandler() as preemption:
         with processes.raise_together():
             setup = build(config, workdir)
