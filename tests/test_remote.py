@@ -172,7 +172,7 @@ def test_commands_detect_the_type_of_shards(folder):
     assert len(detect_dataset(f"{BUCKET}/tables", None).open("validation")) == 20
     (folder.parent / "a.png").write_bytes(b"")
     RemotePath(f"{BUCKET}/images/a.png").upload(folder.parent / "a.png")
-    with pytest.raises(DataError, match=r"images has no tar files and Parquet files, which alone"):
+    with pytest.raises(DataError, match=r"images has neither tar files nor Parquet files, which"):
         detect_dataset(f"{BUCKET}/images", None).open("")
     with pytest.raises(DataError, match="there are no tar files of the split 'train'"):
         DatasetSpec("tar", path=f"{BUCKET}/nothing-*.tar").open("train")

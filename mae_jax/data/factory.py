@@ -133,15 +133,12 @@ def has_split(path: str, split: str, source_type: str | None = None) -> bool:
       path: a folder, or a pattern of tar or Parquet files; for "hf" the folder of the cache.
       source_type: of the dataset; None: any that can be detected.
     """
-    if source_type in SHARDS or is_address(path):
-        kinds = SHARDS.values() if source_type is None else [SHARDS[source_type]]
-        return any(kind.has_split(path, split) for kind in kinds)
-    folder = Path(path)
-    found = {
-        "folder": (folder / split).is_dir(),
-        "arrays": any((folder / f"{split}{suffix}").exists() for suffix in ARRAY_SUFFIXES),
-        **{name: kind.has_split(path, split) for name, kind in SHARDS.items()},
-    }
+    found = {name: kind.has_split(path, split) for name, kind in SHARDS.items()}
+    if not is_address(path):
+        folder = Path(path)
+        files = [folder / f"{split}{suffix}" for suffix in ARRAY_SUFFIXES]
+        found["folder"] = (folder / split).is_dir()
+        found["arrays"] = any(file.exists() for file in files)
     return any(found.values()) if source_type is None else found[source_type]
 
 
@@ -175,12 +172,12 @@ def _detect_type(path: str, split: str) -> str:
 def _detect_remote(address: str) -> str:
     """Return the type of the shards in a folder of an object store."""
     for name, kind in SHARDS.items():
-        if kind.list_any(any_path(address)):
+        if kind.is_in(any_path(address)):
             return name
-    kinds = " and ".join(kind.name for kind in SHARDS.values())
+    kinds = " nor ".join(kind.name for kind in SHARDS.values())
     raise DataError(
-        f"{address} has no {kinds}, which alone are read from an object store: write the images to "
-        "tar files, or copy the data to a local disk"
+        f"{address} has neither {kinds}, which alone are read from an object store: write the "
+        "images to tar files, or copy the data to a local disk"
     )
 
 

@@ -57,10 +57,10 @@ class FileKind:
         files = self._in_data(folder)
         return bool(files) and not any(x.name[0] != "." and x.name != "data" for x in others)
 
-    def list_any(self, folder: AnyPath) -> list[AnyPath]:
-        """Return such files of any split in a folder, its subfolder data or those of splits."""
-        files = self._in_data(folder)
-        return files or [x for split in SPLIT_NAMES for x in _list(folder / split, self.suffixes)]
+    def is_in(self, folder: AnyPath) -> bool:
+        """Return whether a folder, its subfolder data or one of a split has such files."""
+        folders = [folder / name for name in SPLIT_NAMES]
+        return bool(self._in_data(folder)) or any(_list(x, self.suffixes) for x in folders)
 
     def _in_folder(self, folder: AnyPath, split: str) -> list[AnyPath]:
         if not folder.is_dir():

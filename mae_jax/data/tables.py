@@ -7,11 +7,11 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from mae_jax.data.sources import DataError, Record, hash_lines, printable_path
 from mae_jax.utils.remote import AnyPath, RemoteError, RemotePath
 
 log = logging.getLogger("mae_jax")
+
+T = TypeVar("T")
 
 PARQUET = FileKind("Parquet files", (".parquet",))
 CACHED_GROUPS = 8  # row groups that a process keeps
@@ -52,8 +54,7 @@ class TableSource:
         self, files: Sequence[AnyPath], classes: tuple[str, ...] = (), image: str = "image"
     ):
         _import_pyarrow()
-        with ThreadPoolExecutor(THREADS) as pool:
-            tables = list(pool.map(_describe, files))
+        tables = _in_threads(_describe, files)
         self._blocks = [block for table in tables for block in table.blocks]
         self._starts = np.cumsum([0, *(block.rows for block in self._blocks)])
         if not len(self):
@@ -62,12 +63,10 @@ class TableSource:
         label = _label_column(tables[0])
         self._labels = np.full(len(self), -1)
         if label is not None:
-            with ThreadPoolExecutor(THREADS) as pool:
-                labels = pool.map(functools.partial(_read_labels, column=label), files)
-                self._labels = np.concatenate(list(labels))
+            read = functools.partial(_read_labels, column=label)
+            self._labels = np.concatenate(_in_threads(read, files))
         self.classes = _class_names(files[0], tables[0], label, self._labels, classes)
-        with ThreadPoolExecutor(THREADS) as pool:
-            self._sizes = list(pool.map(lambda path: path.stat().st_size, files))
+        self._sizes = _in_threads(lambda path: path.stat().st_size, files)
         _warn_of_large_groups(self._blocks)
 
     def __len__(self) -> int:
@@ -103,6 +102,12 @@ class _Table:
     schema: Any
     features: dict[str, Any]
     blocks: list[_Block]
+
+
+def _in_threads(function: Callable[[AnyPath], T], files: Sequence[AnyPath]) -> list[T]:
+    """Return the results of a function for all files, in order."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, files))
 
 
 def _import_pyarrow() -> None:
@@ -275,6 +280,14 @@ def _image_bytes(value: Any, path: AnyPath) -> bytes:
 
 def _warn_of_large_groups(blocks: Sequence[_Block]) -> None:
     rows = max(block.rows for block in blocks)
+    if isinstance(blocks[0].path, RemotePath) and rows > 1:
+        log.warning(
+            "%s: to get one image, its row group of up to %d images is read over the network: copy "
+            "the files to a local disk, or set data.in_memory=True",
+            blocks[0].path,
+            rows,
+        )
+        return
     if blocks[0].group is not None and rows > MAX_GROUP_ROWS:
         log.warning(
             "%s has row groups of %d images, each of which is read to get one image: in random "

@@ -86,9 +86,10 @@ class Checkpointer:
         self.directory = directory
         self._max_to_keep = max_to_keep
         self._mirror = mirror
-        with processes.raise_together():
-            if mirror and processes.is_main():
-                mirror.fetch()
+        if mirror:
+            with processes.raise_together():
+                if processes.is_main():
+                    mirror.fetch()
         self._last: int | None = None  # step of the last restore or save, perhaps in progress
         self._retention = LatestN(None)  # keeps all until the first save is verified
         self._manager = self._open()

@@ -55,7 +55,7 @@ class RemotePath:
     """An object or a folder of an object store, with the methods of `pathlib.Path` for it.
 
     Every method raises FileNotFoundError where there is nothing, UserError for what the user must
-    mend (credentials, a missing package), and RemoteError when the store keeps failing.
+    fix (credentials, a missing package), and RemoteError when the store keeps failing.
 
     Args:
       address: as `expand_path` returns it.
