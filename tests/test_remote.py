@@ -45,7 +45,7 @@ def folder(tmp_path_factory, server):
         pq.write_table(pa.table(columns), root / "tables" / f"{split}.parquet", row_group_size=4)
     for name in ("shards", "tables"):
         upload_folder(root / name, f"{BUCKET}/{name}")
-    upload_folder(root / "shards", "memory://bucket/shards")
+        upload_folder(root / name, f"memory://bucket/{name}")
     return root / "images"
 
 
@@ -166,14 +166,13 @@ def test_missing_credentials_and_packages_are_named_at_once(server, monkeypatch)
 
 
 def test_commands_detect_the_type_of_shards(folder):
-    assert detect_dataset(f"{BUCKET}/shards", None).splits() == ["train", "validation"]
-    assert len(detect_dataset(f"{BUCKET}/shards", None).open("train")) == 20
-    assert detect_dataset(f"{BUCKET}/tables", None).splits() == ["train", "validation"]
-    assert len(detect_dataset(f"{BUCKET}/tables", None).open("validation")) == 20
-    (folder.parent / "a.png").write_bytes(b"")
-    RemotePath(f"{BUCKET}/images/a.png").upload(folder.parent / "a.png")
+    for name in ("shards", "tables"):
+        dataset = detect_dataset(f"memory://bucket/{name}", None)
+        assert dataset.splits() == ["train", "validation"]
+        assert len(dataset.open("validation")) == 20
+    RemotePath("memory://bucket/images/a.png").write_text("")
     with pytest.raises(DataError, match=r"images has neither tar files nor Parquet files, which"):
-        detect_dataset(f"{BUCKET}/images", None).open("")
+        detect_dataset("memory://bucket/images", None).open("")
     with pytest.raises(DataError, match="there are no tar files of the split 'train'"):
         DatasetSpec("tar", path=f"{BUCKET}/nothing-*.tar").open("train")
 
