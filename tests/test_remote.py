@@ -200,6 +200,7 @@ def test_credentials_in_errors_are_not_repeated():
 def test_addresses_have_one_form():
     for text in ("s3://b/x/", "s3:/b/x", "S3://b/x", Path("s3://b/x")):
         assert expand_path(text, remote=True) == "s3://b/x"
+    assert any_path("x/s3://y") == Path("x/s3:/y")
     with pytest.raises(UserError, match="needs the name of a bucket"):
         expand_path("gs://", remote=True)
     with pytest.raises(UserError, match="az:// is not supported"):

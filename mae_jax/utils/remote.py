@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mae_jax.utils.errors import UserError
-from mae_jax.utils.paths import expand_path
+from mae_jax.utils.paths import expand_path, is_address
 
 log = logging.getLogger("mae_jax")
 
@@ -272,4 +272,4 @@ AnyPath = Path | RemotePath
 def any_path(path: str | os.PathLike[str]) -> AnyPath:
     """Return the path that a text names, on this machine or in an object store."""
     text = expand_path(path, remote=True)
-    return RemotePath(text) if "://" in text else Path(text)
+    return RemotePath(text) if is_address(text) else Path(text)
