@@ -1,18 +1,20 @@
 """Open a split of a dataset, given by its type or detected from its path."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mae_jax.data.hf_cache import cached_splits, find_cached
 from mae_jax.data.in_memory import ARRAY_SUFFIXES, read_arrays
-from mae_jax.data.shard_files import SPLIT_NAMES
+from mae_jax.data.shard_files import SPLIT_NAMES, FileKind
 from mae_jax.data.sources import DataError, FolderSource, Source
-from mae_jax.data.tables import PARQUET, TableSource, cached_splits, find_cached
 from mae_jax.data.tar import TARS, TarSource
 from mae_jax.utils.paths import is_address
-from mae_jax.utils.remote import any_path
+from mae_jax.utils.remote import AnyPath, any_path
 
 SOURCE_TYPES = ("tfds", "folder", "arrays", "tar", "parquet", "hf")
 HF_PREFIX = "hf:"  # of names of datasets of "hf" on the command line
+PARQUET = FileKind("Parquet files", (".parquet",))
 SHARDS = {"tar": TARS, "parquet": PARQUET}
 
 
@@ -57,7 +59,7 @@ class DatasetSpec:
             )
         if self.source_type == "hf":
             files = find_cached(str(self.name), split, self.path)
-            return TableSource(files, classes, self.image_feature)
+            return self._open_tables(files, classes)
         if not self.path:
             raise DataError("needs data.path, a folder", key="data.source", value=self.source_type)
         source_type = self.source_type or _detect_type(self.path, split)
@@ -65,8 +67,17 @@ class DatasetSpec:
             files = TARS.find(self.path, split)
             return TarSource(files, classes, self.index_dir, self.image_feature)
         if source_type == "parquet":
-            return TableSource(PARQUET.find(self.path, split), classes, self.image_feature)
+            return self._open_tables(PARQUET.find(self.path, split), classes)
         return (read_arrays if source_type == "arrays" else FolderSource)(self.path, split, classes)
+
+    def _open_tables(self, files: Sequence[AnyPath], classes: tuple[str, ...]) -> Source:
+        try:
+            from mae_jax.data.tables import TableSource  # needs pyarrow, an extra
+        except ImportError as error:
+            raise DataError(
+                "Parquet and Arrow files need pyarrow: pip install 'mae_jax[parquet]'"
+            ) from error
+        return TableSource(files, classes, self.image_feature)
 
     def _open_tfds(self, split: str) -> Source:
         if not self.name:

@@ -3,19 +3,20 @@
 A column of images is of structs {bytes, path}, as the Hugging Face hub has them, or of bytes.
 """
 
+import contextlib
 import functools
 import json
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from mae_jax.data.shard_files import FileKind
 from mae_jax.data.sources import DataError, Record, hash_lines, printable_path
 from mae_jax.utils.remote import AnyPath, RemoteError, RemotePath
 
@@ -23,7 +24,6 @@ log = logging.getLogger("mae_jax")
 
 T = TypeVar("T")
 
-PARQUET = FileKind("Parquet files", (".parquet",))
 CACHED_GROUPS = 8  # row groups that a process keeps
 THREADS = 16  # that read footers and labels: they mostly wait for the disk or the network
 MAX_GROUP_ROWS = 200  # images per row group, above which reading in random order is slow
@@ -53,7 +53,6 @@ class TableSource:
     def __init__(
         self, files: Sequence[AnyPath], classes: tuple[str, ...] = (), image: str = "image"
     ):
-        _import_pyarrow()
         tables = _in_threads(_describe, files)
         self._blocks = [block for table in tables for block in table.blocks]
         self._starts = np.cumsum([0, *(block.rows for block in self._blocks)])
@@ -110,32 +109,16 @@ def _in_threads(function: Callable[[AnyPath], T], files: Sequence[AnyPath]) -> l
         return list(pool.map(function, files))
 
 
-def _import_pyarrow() -> None:
+@contextlib.contextmanager
+def _errors(path: AnyPath) -> Iterator[None]:
+    """Name the file in the errors of pyarrow."""
     try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise DataError(
-            "Parquet and Arrow files need pyarrow: pip install 'mae_jax[parquet]'"
-        ) from error
-
-
-def _errors(path: AnyPath) -> Any:
-    """Return a context in which errors of pyarrow name the file."""
-    import contextlib
-
-    import pyarrow as pa
-
-    @contextlib.contextmanager
-    def named():
-        try:
-            yield
-        except RemoteError:
-            raise
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{path} cannot be read: {reason}") from error
-
-    return named()
+        yield
+    except RemoteError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} cannot be read: {reason}") from error
 
 
 def _describe(path: AnyPath) -> _Table:
@@ -153,8 +136,6 @@ def _describe(path: AnyPath) -> _Table:
 
 
 def _open_parquet(path: AnyPath) -> Any:
-    import pyarrow.parquet as pq
-
     if isinstance(path, Path):
         return pq.ParquetFile(path)
     return pq.ParquetFile(path.open(buffering=0), metadata=_footer(path), pre_buffer=True)
@@ -162,16 +143,12 @@ def _open_parquet(path: AnyPath) -> Any:
 
 @functools.cache
 def _footer(path: RemotePath) -> Any:
-    import pyarrow.parquet as pq
-
     return pq.read_metadata(path.open(buffering=0))
 
 
 @functools.cache
 def _map_arrow(path: AnyPath) -> Any:
     """Return the table of an Arrow file, which stays on the disk until it is read."""
-    import pyarrow as pa
-
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
@@ -211,19 +188,15 @@ def _image_column(path: AnyPath, table: _Table, name: str) -> str:
 
 
 def _holds_images(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    if types.is_struct(kind):
+    if pa.types.is_struct(kind):
         return {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _label_column(table: _Table) -> str | None:
     """Return the name of the column of labels: "label", or the only one of class labels."""
-    import pyarrow.types as types
-
     names = [name for name, x in table.features.items() if _is_class_label(x)]
-    if "label" in table.schema.names and types.is_integer(table.schema.field("label").type):
+    if "label" in table.schema.names and pa.types.is_integer(table.schema.field("label").type):
         return "label"
     return names[0] if len(names) == 1 else None
 
@@ -295,62 +268,3 @@ def _warn_of_large_groups(blocks: Sequence[_Block]) -> None:
             blocks[0].path,
             rows,
         )
-
-
-def find_cached(name: str, split: str, cache_dir: str | None) -> list[Path]:
-    """Return the Arrow files of a split of a dataset in the cache of huggingface `datasets`.
-
-    Args:
-      name: as for `load_dataset`, "org/name", with ":config" if there are several configs.
-      cache_dir: None is $HF_DATASETS_CACHE, $HF_HOME/datasets or ~/.cache/huggingface/datasets.
-
-    Raises:
-      DataError: it is not there, has several configs, or no such split.
-    """
-    folder = _cached_folder(name, Path(cache_dir) if cache_dir else _default_cache())
-    splits = list(json.loads((folder / "dataset_info.json").read_text()).get("splits") or {})
-    files = [
-        *folder.glob(f"*-{split}.arrow"),
-        *folder.glob(f"*-{split}-[0-9]*-of-[0-9]*.arrow"),
-    ]
-    files = sorted(file for file in files if not file.name.startswith("cache-"))
-    if not files:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits) or 'none'}")
-    return files
-
-
-def cached_splits(name: str, cache_dir: str | None) -> list[str]:
-    """Return the names of the splits of a dataset as in `find_cached`."""
-    folder = _cached_folder(name, Path(cache_dir) if cache_dir else _default_cache())
-    return list(json.loads((folder / "dataset_info.json").read_text()).get("splits") or {})
-
-
-def _default_cache() -> Path:
-    if path := os.environ.get("HF_DATASETS_CACHE"):
-        return Path(path).expanduser()
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return Path(home).expanduser() / "datasets"
-
-
-def _cached_folder(name: str, cache: Path) -> Path:
-    """Return the folder of the newest version of a cached dataset."""
-    dataset, _, config = name.partition(":")
-    plain = lambda text: text.replace("/", "___").replace("_", "").lower()
-    folders = [x for x in cache.glob("*") if x.is_dir() and plain(x.name) == plain(dataset)]
-    found: dict[str, list[Path]] = {}
-    for folder in folders:
-        for info in sorted(folder.glob("*/**/dataset_info.json")):
-            if not info.parent.name.endswith(".incomplete"):
-                found.setdefault(info.relative_to(folder).parts[0], []).append(info)
-    if not found:
-        raise DataError(
-            f"is not in {cache}: load it once with datasets.load_dataset, or give the folder of "
-            "the cache as data.path",
-            key="data.name",
-            value=name,
-        )
-    if config not in found and (config or len(found) > 1):
-        known = ", ".join(f"{dataset}:{other}" for other in found)
-        raise DataError(f"is one of several configs: {known}", key="data.name", value=name)
-    infos = found[config] if config else next(iter(found.values()))
-    return max(infos, key=lambda info: info.stat().st_mtime).parent

@@ -90,7 +90,7 @@ class CheckpointMirror:
     def _copy(self, step: int) -> None:
         """Upload a step, and remove the older ones and what was left by interrupted uploads."""
         source, target = self._workdir / FOLDER / str(step), self.address / FOLDER / str(step)
-        target.remove()
+        _remove_step(target)
         sizes = {
             str(file.relative_to(source)): file.stat().st_size
             for file in sorted(source.rglob("*"))
@@ -105,8 +105,12 @@ class CheckpointMirror:
         kept = list_steps(self.address / FOLDER)[-self._max_to_keep :]
         for folder in (self.address / FOLDER).iterdir():
             if folder.name.isdecimal() and int(folder.name) not in kept:
-                (folder / MANIFEST).remove()
-                folder.remove()
+                _remove_step(folder)
+
+
+def _remove_step(folder: RemotePath) -> None:
+    (folder / MANIFEST).remove()
+    folder.remove()
 
 
 def list_steps(folder: RemotePath) -> list[int]:
