@@ -8,7 +8,7 @@ import pytest
 import tifffile
 
 from mae_jax.data.__main__ import main
-from mae_jax.data.nodata import decode_masked
+from mae_jax.data.decode import decode_masked
 from mae_jax.data.sources import DataError
 
 IMAGE = np.arange(8 * 8 * 4, dtype=np.float32).reshape(8, 8, 4) % 200

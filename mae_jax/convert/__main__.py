@@ -162,7 +162,8 @@ def _preprocessing(info: weights.ModelInfo) -> str:
         "processor": f"resized to {dict(info.size)}, center crop {info.crop_size}",
     }[info.resize]
     depth = f", values of {info.bit_depth} bits" if info.bit_depth else ""
-    return f"{rule}, {info.interpolation}{depth}"
+    nodata = f", without data where {info.nodata}" if info.nodata else ""
+    return f"{rule}, {info.interpolation}{depth}{nodata}"
 
 
 def _uses(info: weights.ModelInfo) -> list[str]:

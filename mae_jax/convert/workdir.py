@@ -67,6 +67,7 @@ def load_run(
         "interpolation": "bicubic",
         "exif": data.get("exif", False),  # older runs lack these keys
         "bit_depth": data.get("bit_depth"),
+        "nodata": data.get("nodata"),
         "pixels": _pixels(meta),
         "norm_pix_eps": config["target"]["norm_pix_eps"],
     }

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from tifffile import PHOTOMETRIC
 
 from mae_jax.data import tiff_codecs
-from mae_jax.data.file_kinds import TIFF
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.sources import DataError
 
 BIG_ENDIAN_BIGTIFF = b"MM\0+"  # of which Pillow cannot read the EXIF tags
@@ -23,6 +23,7 @@ REDUCED, MASK = 1, 4  # flags of NewSubfileType
 UNSIGNED = 1  # sample format
 ALPHA = (1, 2)  # extra samples that are transparency
 GRAY = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)
+CONVERTED = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.PALETTE)  # to other values than those stored
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -30,16 +31,20 @@ class Raster(NamedTuple):
     """Samples of a file [h, w, c].
 
     bits: of a gray or RGB picture's values, at most 16; None for samples in their own units.
-    orientation: as in EXIF, if it must be applied; 1 is upright.
+    nodata: value of samples without data that the file names.
+    stored: the values [h, w, 1] that NoData is one of, if `array` has others: colors of a palette.
     """
 
     array: np.ndarray
     bits: int | None
-    orientation: int = 1
+    nodata: float | None = None
+    stored: np.ndarray | None = None
 
 
-def read_tiff(encoded: bytes, channels: int) -> Raster:
-    """Read the image of a TIFF; with 1 or 3 channels, alpha is dropped, 8 bits are converted.
+def read_tiff(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
+    """Read the image of a TIFF, upright.
+
+    With 1 or 3 channels, alpha is dropped, and 8 bits are converted.
 
     Raises:
       DataError: its kind is not supported; says what it is.
@@ -48,44 +53,42 @@ def read_tiff(encoded: bytes, channels: int) -> Raster:
         pages = _image_pages(file)
         page = pages[0]
         _check(page)
-        planes = _planes_without_pages(file, page)
-        is_picture = channels in MODES and len(pages) == 1 and planes is None and _is_picture(page)
-        if is_picture and page.bitspersample <= 8:
-            picture = _picture_of_8_bits(encoded, page, MODES[channels])
-            if picture is not None:
-                return Raster(picture, 8)
-        orientation = page.tags.valueof(274, 1)
-        if is_picture:
-            array, bits = _picture(page, encoded)
-            return Raster(array, bits, orientation)
-        if planes is None:
-            planes = np.concatenate([_samples(page, encoded) for page in pages], axis=-1)
-        return Raster(_without_alpha(planes, pages, channels), None, orientation)
+        raster = _read_pages(file, pages, encoded, channels)
+        nodata, stored = _nodata_value(page), None
+        if page.photometric in CONVERTED and not (nodata is None and options.nodata is None):
+            stored = _upright(_samples(page, encoded)[..., :1], page)
+        return raster._replace(nodata=nodata, stored=stored)
 
 
-def nodata_value(encoded: bytes) -> float | None:
-    """Return the NoData value of a TIFF by GDAL; None for others."""
-    if not encoded.startswith(TIFF):
-        return None
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        text = _image_pages(file)[0].tags.valueof(GDAL_NODATA)
+def _read_pages(
+    file: tifffile.TiffFile, pages: list[tifffile.TiffPage], encoded: bytes, channels: int
+) -> Raster:
+    page = pages[0]
+    planes = _planes_without_pages(file, page)
+    is_picture = channels in MODES and len(pages) == 1 and planes is None and _is_picture(page)
+    if is_picture and page.bitspersample <= 8:
+        picture = _picture_of_8_bits(encoded, page, MODES[channels])
+        if picture is not None:
+            return Raster(picture, 8)
+    if is_picture:
+        array, bits = _picture(page, encoded)
+        return Raster(_upright(array, page), bits)
+    if planes is None:
+        planes = np.concatenate([_samples(page, encoded) for page in pages], axis=-1)
+    return Raster(_upright(_without_alpha(planes, pages, channels), page), None)
+
+
+def _nodata_value(page: tifffile.TiffPage) -> float | None:
+    """Return GDAL's NoData value of a page; None without it."""
+    text = page.tags.valueof(GDAL_NODATA)
     try:
         return float(str(text).strip(" \0").replace(",", "."))
     except ValueError:
         return None
 
 
-def stored_values(encoded: bytes) -> np.ndarray | None:
-    """Return the values [h, w, 1] of a TIFF that are not its colors: of palettes, or inverted.
-
-    None for other kinds. NoData is one of these values.
-    """
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        page = _image_pages(file)[0]
-        if page.photometric not in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.PALETTE):
-            return None
-        values = _samples(page, encoded)[..., :1]
-        return apply_orientation(values, page.tags.valueof(274, 1))
+def _upright(array: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
+    return apply_orientation(array, page.tags.valueof(274, 1))
 
 
 def apply_orientation(array: np.ndarray, orientation: int) -> np.ndarray:

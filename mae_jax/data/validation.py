@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mae_jax.data.decode import decode, used_bits
+from mae_jax.data.decode import MaskedImage, decode, decode_masked, used_bits
 from mae_jax.data.loader import ordered_parallel_map
-from mae_jax.data.nodata import MaskedImage, NoDataCounts, decode_masked
+from mae_jax.data.nodata import NoDataCounts
 from mae_jax.data.sources import DataError, Source, bad_image_error
 from mae_jax.utils import console
 
@@ -51,7 +51,7 @@ def validate_images(
         masked = None
         try:
             record = source[index]
-            masked = decode_masked(record["image"], channels, bit_depth)
+            masked = decode_masked(record["image"], channels, bit_depth=bit_depth)
             image = masked.pixels
             if masked.missing.any():  # raises for NaN and Inf
                 image = decode(record["image"], channels, bit_depth=bit_depth)
@@ -111,7 +111,7 @@ def channel_stats(
     def read(index: int) -> tuple[np.ndarray, MaskedImage]:
         try:
             encoded = source[index]["image"]
-            image = decode_masked(encoded, channels, bit_depth)
+            image = decode_masked(encoded, channels, bit_depth=bit_depth)
             if image.missing.any() and not ignore_nodata:  # raises for NaN and Inf
                 decode(encoded, channels, bit_depth=bit_depth)
         except DataError as error:

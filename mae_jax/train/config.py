@@ -13,6 +13,7 @@ from typing import ClassVar
 from ml_collections import ConfigDict
 
 from mae_jax.data.factory import SOURCE_TYPES
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.transforms import AUGMENTS
 from mae_jax.distributed.sharding import MAX_REPLICATED, MIN_SPLIT_BYTES
 from mae_jax.evaluate.figures import PATCH_STATS
@@ -353,6 +354,11 @@ class DataConfig(Group):
         low=1,
         high=16,
     )
+    nodata: str | None = key(
+        None,
+        "values without data, per channel: a number, as -9999; 'nan'; or 'file', GDAL's NoData of"
+        " each TIFF. The encoder sees data.mean there, and the loss leaves them out",
+    )
     augment: str = key(
         "crop",
         "'none'; 'crop': random resized crop (task='segment': segment.scale); 'weak_crop': linear"
@@ -424,12 +430,20 @@ class DataConfig(Group):
         super().__post_init__()
         if self.crop_scale[0] > self.crop_scale[1]:
             raise self.error("crop_scale", "must increase, as in (0.2, 1.0)")
+        if self.nodata is not None and self.augment == "randaugment":
+            raise self.error("nodata", "is not for data.augment='randaugment', of uint8 images")
+        assert self.read_options  # raises an error if its texts are invalid
         if self.workers and (self.in_memory or self.source == "arrays"):
             raise self.error(
                 "workers",
                 "must be 0 for images in memory, which threads of the main process read; each "
                 "worker process would hold a copy of them",
             )
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """Return how image files are read."""
+        return ReadOptions(nodata=self.nodata)
 
 
 @dataclass(frozen=True)
