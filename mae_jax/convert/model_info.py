@@ -113,8 +113,8 @@ class ModelInfo:
         _check("mask_ratio", self.mask_ratio, valid, "a number >= 0 and < 1")
         depths = (None, *range(1, 17))
         _check("bit_depth", self.bit_depth, self.bit_depth in depths, "None, or 1 to 16")
-        texts = vars(self.read_options)  # raises for invalid values
-        _check("nodata", texts["nodata"], isinstance(texts["nodata"], str | None), "text")
+        _check("nodata", self.nodata, isinstance(self.nodata, str | None), "text")
+        assert self.read_options  # raises an error if its texts are invalid
         size = self.image_size
         valid = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)
         _check("image_size", size, valid, "height and width")

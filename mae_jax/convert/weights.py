@@ -296,6 +296,12 @@ def _warn_lossy(info: ModelInfo, path: Path, dialect: str) -> None:
 
 def _warn_lossy_preprocessing(info: ModelInfo, dialect: str) -> None:
     """Warn of preprocessing that the config files of a format cannot express."""
+    if info.nodata is not None and dialect != "mae_jax":
+        log.warning(
+            "%s knows no data.nodata=%s: give it images whose values without data are the mean",
+            dialect,
+            info.nodata,
+        )
     if dialect == "hf" and not processor_resizes(info):
         log.warning(
             "transformers resizes only gray and RGB images of 8 bits: preprocessor_config.json has "

@@ -20,6 +20,7 @@ FLAGS = {
     "model.channels": "--channels",
     "eval.show_channels": "--show",
     "data.image_feature": "--image-feature",
+    "data.nodata": "--nodata",
     "data.path": "--data-dir",
     "data.shots": "--shots",
     "segment.mask_feature": "--mask-feature",
