@@ -163,7 +163,8 @@ def _preprocessing(info: weights.ModelInfo) -> str:
     }[info.resize]
     depth = f", values of {info.bit_depth} bits" if info.bit_depth else ""
     nodata = f", without data where {info.nodata}" if info.nodata else ""
-    return f"{rule}, {info.interpolation}{depth}{nodata}"
+    bands = f", bands {info.bands}" if info.bands else ""
+    return f"{rule}, {info.interpolation}{depth}{nodata}{bands}"
 
 
 def _uses(info: weights.ModelInfo) -> list[str]:

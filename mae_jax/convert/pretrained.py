@@ -377,7 +377,7 @@ class PretrainedModel:
           mae_jax.data.sources.DataError: an image is bad, or mean and std of the model are not for
             images of its dtype.
         """
-        if self.info.bit_depth is None:
+        if self.info.bit_depth is None and self.info.bands is None:
             warn_of_loss(source, self.info.channels, EIGHT_BITS)
         batches = eval_batches(
             source,

@@ -126,7 +126,7 @@ def adapt_input_channels(weights: Weights, channels: int) -> Weights:
             head = rearrange(head, "... pixel c -> ... (pixel c)")
             arrays[name] = head.astype(arrays[name].dtype)
     mean, std = (expand_stats(values, channels) for values in (info.mean, info.std))
-    info = dataclasses.replace(info, channels=channels, mean=mean, std=std)
+    info = dataclasses.replace(info, channels=channels, mean=mean, std=std, bands=None)
     return dataclasses.replace(weights, arrays=arrays, info=info)
 
 

@@ -68,6 +68,7 @@ def load_run(
         "exif": data.get("exif", False),  # older runs lack these keys
         "bit_depth": data.get("bit_depth"),
         "nodata": data.get("nodata"),
+        "bands": data.get("bands"),
         "pixels": _pixels(meta),
         "norm_pix_eps": config["target"]["norm_pix_eps"],
     }

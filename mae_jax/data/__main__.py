@@ -266,10 +266,22 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
         metavar="VALUE",
         help="of values without data, as data.nodata: a number, nan or file",
     )
+    parser.add_argument(
+        "--bands",
+        metavar="BAND,BAND,...",
+        help="of TIFFs, as data.bands: names, as B04,B03,B02, or numbers from 1 (all)",
+    )
 
 
 def _read_options(arguments: argparse.Namespace) -> ReadOptions:
-    return ReadOptions(nodata=arguments.nodata)
+    options = ReadOptions(nodata=arguments.nodata, bands=arguments.bands)
+    if options.bands and len(options.band_list) != arguments.channels:
+        raise DataError(
+            f"selects {len(options.band_list)} bands, but --channels is {arguments.channels}",
+            key="data.bands",
+            value=options.bands,
+        )
+    return options
 
 
 def _dataset(arguments: argparse.Namespace) -> DatasetSpec:

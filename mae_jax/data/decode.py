@@ -130,6 +130,7 @@ def _read(
       DataError: as in `decode`.
     """
     if isinstance(encoded, np.ndarray):
+        _require_tiff(options)
         return Raster(_to_pixels(encoded, channels), None)
     try:
         raster = _read_bytes(encoded, channels, keep_bits, options)
@@ -149,17 +150,23 @@ def _read(
 
 
 def _read_bytes(encoded: bytes, channels: int, keep_bits: bool, options: ReadOptions) -> Raster:
-    if encoded.startswith(NUMPY):
-        return Raster(_to_pixels(decode_numpy(encoded), channels), None)
     if encoded.startswith(TIFF):
         raster = read_tiff(encoded, channels, options)
         if raster.bits is not None:
             return raster
         return raster._replace(array=_to_pixels(raster.array, channels))
+    _require_tiff(options)
+    if encoded.startswith(NUMPY):
+        return Raster(_to_pixels(decode_numpy(encoded), channels), None)
     array = _decode_jpeg(encoded, channels) if encoded.startswith(JPEG) else None
     if array is not None:
         return Raster(array, 8)
     return _read_with_pillow(encoded, channels, keep_bits)
+
+
+def _require_tiff(options: ReadOptions) -> None:
+    if options.bands is not None:
+        raise DataError(f"it is not a TIFF, of which data.bands={options.bands} are bands")
 
 
 def open_image(encoded: bytes) -> Image.Image:

@@ -17,12 +17,15 @@ class ReadOptions:
 
     nodata: samples without data become NaN: those of a number, as "-9999", or of the value that
     the file names ("file"), and always NaN and Inf ("nan": these alone). None: NaN is an error.
+    bands: of a TIFF, in this order, as "B04,B03,B02" or "4,3,2": descriptions, or numbers from 1.
+    None: all.
 
     Raises:
       UserError: a value is invalid; the error has the config key.
     """
 
     nodata: str | None = None
+    bands: str | None = None
 
     def __post_init__(self):
         if self.nodata not in (None, FILE):
@@ -31,6 +34,18 @@ class ReadOptions:
             except ValueError:
                 problem = "must be a number, as -9999, or 'nan', or 'file' (GDAL's tag of a TIFF)"
                 raise UserError(problem, key="data.nodata", value=self.nodata) from None
+        if self.bands is not None and (not self.band_list or 0 in self.band_list):
+            problem = "must be names or numbers from 1, as in B04,B03,B02 or 4,3,2"
+            raise UserError(problem, key="data.bands", value=self.bands)
+
+    @property
+    def band_list(self) -> tuple[int | str, ...]:
+        """Return the bands: names, or numbers from 1; empty for all."""
+        text = (self.bands or "").strip()
+        if text.startswith("(") and text.endswith(")"):
+            text = text[1:-1]
+        names = [name.strip(" '\"") for name in text.split(",")]
+        return tuple(int(name) if name.isdecimal() else name for name in names if name)
 
     @property
     def of_decoded(self) -> "ReadOptions":

@@ -7,6 +7,7 @@ bands of one image, like the samples of a pixel.
 import io
 import math
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -18,7 +19,7 @@ from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.sources import DataError
 
 BIG_ENDIAN_BIGTIFF = b"MM\0+"  # of which Pillow cannot read the EXIF tags
-GDAL_NODATA = 42113  # tag
+GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags
 REDUCED, MASK = 1, 4  # flags of NewSubfileType
 UNSIGNED = 1  # sample format
 ALPHA = (1, 2)  # extra samples that are transparency
@@ -44,17 +45,23 @@ class Raster(NamedTuple):
 def read_tiff(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
     """Read the image of a TIFF, upright.
 
-    With 1 or 3 channels, alpha is dropped, and 8 bits are converted.
+    With 1 or 3 channels, alpha is dropped, and 8 bits are converted. The samples of `options.bands`
+    stay as they are.
 
     Raises:
-      DataError: its kind is not supported; says what it is.
+      DataError: its kind is not supported; says what it is. Or it lacks a band.
     """
     with tifffile.TiffFile(io.BytesIO(encoded)) as file:
         pages = _image_pages(file)
         page = pages[0]
         _check(page)
-        raster = _read_pages(file, pages, encoded, channels)
         nodata, stored = _nodata_value(page), None
+        if options.bands is not None:
+            planes = _planes_without_pages(file, page)
+            planes = _concatenate(pages, encoded) if planes is None else planes
+            indices = _band_indices(page, planes.shape[-1], options.band_list)
+            return Raster(_upright(planes[..., indices], page), None, nodata)
+        raster = _read_pages(file, pages, encoded, channels)
         if page.photometric in CONVERTED and not (nodata is None and options.nodata is None):
             stored = _upright(_samples(page, encoded)[..., :1], page)
         return raster._replace(nodata=nodata, stored=stored)
@@ -74,8 +81,46 @@ def _read_pages(
         array, bits = _picture(page, encoded)
         return Raster(_upright(array, page), bits)
     if planes is None:
-        planes = np.concatenate([_samples(page, encoded) for page in pages], axis=-1)
+        planes = _concatenate(pages, encoded)
     return Raster(_upright(_without_alpha(planes, pages, channels), page), None)
+
+
+def _concatenate(pages: list[tifffile.TiffPage], encoded: bytes) -> np.ndarray:
+    """Return the samples of all pages [h, w, bands]."""
+    return np.concatenate([_samples(page, encoded) for page in pages], axis=-1)
+
+
+def _band_indices(page: tifffile.TiffPage, count: int, bands: tuple[int | str, ...]) -> list[int]:
+    """Return the indices of bands, given by number from 1 or by GDAL's description.
+
+    Raises:
+      DataError: there is no such band, or several have that name.
+    """
+    names = _band_names(page)
+    indices = []
+    for band in bands:
+        matches = (
+            [band - 1] if isinstance(band, int) else [i for i, n in names.items() if n == band]
+        )
+        if len(matches) != 1 or matches[0] >= count:
+            known = ", ".join(f"{i + 1} {names.get(i, '(no name)')}" for i in range(count))
+            problem = "several bands" if len(matches) > 1 else "no band"
+            raise DataError(f"it has {problem} {band!r} (data.bands); its bands are {known}")
+        indices += matches
+    return indices
+
+
+def _band_names(page: tifffile.TiffPage) -> dict[int, str]:
+    """Return GDAL's descriptions of bands by index from 0."""
+    text = str(page.tags.valueof(GDAL_METADATA, "")).strip(" \0")
+    if not text:
+        return {}
+    try:
+        items = ElementTree.fromstring(text).iter("Item")
+        described = [item for item in items if item.get("role") == "description"]
+        return {int(item.get("sample", "")): (item.text or "").strip() for item in described}
+    except (ElementTree.ParseError, ValueError):
+        return {}
 
 
 def _nodata_value(page: tifffile.TiffPage) -> float | None:

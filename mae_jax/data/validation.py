@@ -52,6 +52,7 @@ def validate_images(
 ) -> ValidationReport:
     """Decode every image of a source, with a progress bar; bit_depth, options as in `decode`."""
     arguments: dict[str, Any] = {"bit_depth": bit_depth, "options": options}
+    cuts_bits = bit_depth is None and options.bands is None
 
     def decode_record(index: int) -> tuple[MaskedImage | None, Decoded | DataError]:
         masked = None
@@ -61,7 +62,7 @@ def validate_images(
             image = masked.pixels
             if masked.missing.any() and options.nodata is None:  # raises for NaN and Inf
                 image = decode(record["image"], channels, **arguments)
-            usage = used_bits(record["image"], channels) if bit_depth is None else None
+            usage = used_bits(record["image"], channels) if cuts_bits else None
             return masked, (image, record["label"], usage)
         except DataError as error:
             return masked, error

@@ -57,7 +57,7 @@ def make_train_source(config: Config, index_dir: Path) -> Source:
         )
     source = _sample(config, source)
     source = source if data.shots is None else few_shot(source, data.shots, data.shots_seed)
-    if data.bit_depth is None:
+    if data.bit_depth is None and data.bands is None:
         warn_of_loss(source, config.model.channels)
     return _in_memory(config, source)
 

@@ -359,6 +359,11 @@ class DataConfig(Group):
         "values without data, per channel: a number, as -9999; 'nan'; or 'file', GDAL's NoData of"
         " each TIFF. The encoder sees data.mean there, and the loss leaves them out",
     )
+    bands: str | None = key(
+        None,
+        "bands of TIFFs to read, in this order: names, as B04,B03,B02, or numbers from 1, as 4,3,2;"
+        " None reads all",
+    )
     augment: str = key(
         "crop",
         "'none'; 'crop': random resized crop (task='segment': segment.scale); 'weak_crop': linear"
@@ -433,6 +438,8 @@ class DataConfig(Group):
         if self.nodata is not None and self.augment == "randaugment":
             raise self.error("nodata", "is not for data.augment='randaugment', of uint8 images")
         assert self.read_options  # raises an error if its texts are invalid
+        if self.bands is not None and self.source == "arrays":
+            raise self.error("bands", "is for TIFFs: arrays have no others than those of the file")
         if self.workers and (self.in_memory or self.source == "arrays"):
             raise self.error(
                 "workers",
@@ -443,7 +450,7 @@ class DataConfig(Group):
     @property
     def read_options(self) -> ReadOptions:
         """Return how image files are read."""
-        return ReadOptions(nodata=self.nodata)
+        return ReadOptions(nodata=self.nodata, bands=self.bands)
 
 
 @dataclass(frozen=True)
@@ -612,6 +619,10 @@ class Config(Group):
         super().__post_init__()
         self._check_stats("mean", IMAGENET_MEAN)
         self._check_stats("std", IMAGENET_STD)
+        bands = len(self.data.read_options.band_list)
+        if bands not in (0, self.model.channels):
+            problem = f"selects {bands} bands, but model.channels is {self.model.channels}"
+            raise self.data.error("bands", problem)
         if self.task != "pretrain" and self.eval.segment_knn:
             raise self.eval.error("segment_knn", "is for pretraining")
         if self.task == "classify":

@@ -21,6 +21,7 @@ FLAGS = {
     "eval.show_channels": "--show",
     "data.image_feature": "--image-feature",
     "data.nodata": "--nodata",
+    "data.bands": "--bands",
     "data.path": "--data-dir",
     "data.shots": "--shots",
     "segment.mask_feature": "--mask-feature",
