@@ -163,8 +163,9 @@ def _preprocessing(info: weights.ModelInfo) -> str:
     }[info.resize]
     depth = f", values of {info.bit_depth} bits" if info.bit_depth else ""
     nodata = f", without data where {info.nodata}" if info.nodata else ""
+    window = f", DICOM window {info.dicom_window}" if info.dicom_window else ""
     bands = f", bands {info.bands}" if info.bands else ""
-    return f"{rule}, {info.interpolation}{depth}{nodata}{bands}"
+    return f"{rule}, {info.interpolation}{depth}{nodata}{bands}{window}"
 
 
 def _uses(info: weights.ModelInfo) -> list[str]:

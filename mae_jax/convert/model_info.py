@@ -47,7 +47,7 @@ class ModelInfo:
     resize, crop, size, crop_size, alpha: see `mae_jax.convert.preprocessing`; interpolation: name
       of a filter of Pillow.
     mean, std: per channel, as in `mae_jax.models.image_ops`; exif: EXIF orientation is applied.
-    bit_depth: as in `mae_jax.data.decode.decode`; nodata, bands: as in `ReadOptions`.
+    bit_depth: as in `mae_jax.data.decode.decode`; nodata, bands, dicom_window: as in `ReadOptions`.
     pixels: which images mean and std are for: "uint8"; "other" dtypes; "any", fractions of 255 of
       every dtype; "unknown", by the values of the mean.
     problem_type: of the head, one of `PROBLEM_TYPES`; "" if unknown, see `problem`.
@@ -86,6 +86,7 @@ class ModelInfo:
     bit_depth: int | None = None
     nodata: str | None = None
     bands: str | None = None
+    dicom_window: str | None = None
     size: tuple[tuple[str, int], ...] = ()
     crop_size: tuple[int, ...] = ()
     alpha: str = "drop"
@@ -114,7 +115,7 @@ class ModelInfo:
         _check("mask_ratio", self.mask_ratio, valid, "a number >= 0 and < 1")
         depths = (None, *range(1, 17))
         _check("bit_depth", self.bit_depth, self.bit_depth in depths, "None, or 1 to 16")
-        for name in ("nodata", "bands"):
+        for name in ("nodata", "bands", "dicom_window"):
             value = vars(self)[name]
             _check(name, value, isinstance(value, str | None), "text")
         assert self.read_options  # raises an error if its texts are invalid
@@ -151,7 +152,7 @@ class ModelInfo:
     @property
     def read_options(self) -> ReadOptions:
         """Return how image files are read."""
-        return ReadOptions(nodata=self.nodata, bands=self.bands)
+        return ReadOptions(self.nodata, self.bands, self.dicom_window)
 
     @property
     def of_decoded(self) -> "ModelInfo":

@@ -271,10 +271,15 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
         metavar="BAND,BAND,...",
         help="of TIFFs, as data.bands: names, as B04,B03,B02, or numbers from 1 (all)",
     )
+    parser.add_argument(
+        "--dicom-window",
+        metavar="CENTER,WIDTH",
+        help="of gray DICOM images, as data.dicom_window: two numbers, or file (their own units)",
+    )
 
 
 def _read_options(arguments: argparse.Namespace) -> ReadOptions:
-    options = ReadOptions(nodata=arguments.nodata, bands=arguments.bands)
+    options = ReadOptions(arguments.nodata, arguments.bands, arguments.dicom_window)
     if options.bands and len(options.band_list) != arguments.channels:
         raise DataError(
             f"selects {len(options.band_list)} bands, but --channels is {arguments.channels}",

@@ -1,8 +1,8 @@
 """Decode images to arrays [height, width, channels], detecting corrupt files.
 
 JPEGs are decoded by libjpeg-turbo (simplejpeg): bit-identical to Pillow, faster, and it detects
-corruption that Pillow decodes to garbage. TIFFs are read in `mae_jax.data.tiff`, other images by
-Pillow, arrays by numpy. All commands read images here.
+corruption that Pillow decodes to garbage. TIFFs are read in `mae_jax.data.tiff`, DICOM in
+`mae_jax.data.dicom`, other images by Pillow, arrays by numpy. All commands read images here.
 """
 
 import io
@@ -17,7 +17,16 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import StubImageFile
 
 from mae_jax.data import png
-from mae_jax.data.file_kinds import JPEG, NUMPY, PNG, TIFF, UPRIGHT, why_not_an_image
+from mae_jax.data.file_kinds import (
+    DICOM,
+    DICOM_OFFSET,
+    JPEG,
+    NUMPY,
+    PNG,
+    TIFF,
+    UPRIGHT,
+    why_not_an_image,
+)
 from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.sources import DataError
 from mae_jax.data.tiff import (
@@ -151,17 +160,32 @@ def _read(
 
 def _read_bytes(encoded: bytes, channels: int, keep_bits: bool, options: ReadOptions) -> Raster:
     if encoded.startswith(TIFF):
-        raster = read_tiff(encoded, channels, options)
-        if raster.bits is not None:
-            return raster
-        return raster._replace(array=_to_pixels(raster.array, channels))
+        return _in_pixels(read_tiff(encoded, channels, options), channels)
     _require_tiff(options)
+    if encoded.startswith(DICOM, DICOM_OFFSET):
+        return _in_pixels(_read_dicom(encoded, options), channels)
     if encoded.startswith(NUMPY):
         return Raster(_to_pixels(decode_numpy(encoded), channels), None)
     array = _decode_jpeg(encoded, channels) if encoded.startswith(JPEG) else None
     if array is not None:
         return Raster(array, 8)
     return _read_with_pillow(encoded, channels, keep_bits)
+
+
+def _in_pixels(raster: Raster, channels: int) -> Raster:
+    if raster.bits is not None:
+        return raster
+    return raster._replace(array=_to_pixels(raster.array, channels))
+
+
+def _read_dicom(encoded: bytes, options: ReadOptions) -> Raster:
+    try:
+        from mae_jax.data.dicom import read_dicom
+    except ImportError:
+        raise DataError(
+            "it is a DICOM file, which needs pydicom: pip install 'mae_jax[dicom]'"
+        ) from None
+    return read_dicom(encoded, options)
 
 
 def _require_tiff(options: ReadOptions) -> None:

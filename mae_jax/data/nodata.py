@@ -1,4 +1,4 @@
-"""Pixels without data: GDAL's NoData value of a TIFF, and NaN or Inf."""
+"""Pixels without data, counted: NoData of GDAL or DICOM, and NaN or Inf."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class NoDataCounts:
         tags = ", ".join(
             f"{value} ({pluralize(count, 'file')})" for value, count in self.values.items()
         )
-        text = f"GDAL's NoData {tags}; " if tags else ""
+        text = f"NoData {tags}; " if tags else ""
         if not self.images:
             return f"{text}no pixel has it" if tags else ""
         text += (

@@ -20,12 +20,16 @@ class ReadOptions:
     bands: of a TIFF, in this order, as "B04,B03,B02" or "4,3,2": descriptions, or numbers from 1.
     None: all.
 
+    dicom_window: of gray DICOM images, which then have 8 bits: "CENTER,WIDTH" in their units, as
+    "40,400", or "file", the first window or VOI LUT of each file. None keeps their units.
+
     Raises:
       UserError: a value is invalid; the error has the config key.
     """
 
     nodata: str | None = None
     bands: str | None = None
+    dicom_window: str | None = None
 
     def __post_init__(self):
         if self.nodata not in (None, FILE):
@@ -37,6 +41,9 @@ class ReadOptions:
         if self.bands is not None and (not self.band_list or 0 in self.band_list):
             problem = "must be names or numbers from 1, as in B04,B03,B02 or 4,3,2"
             raise UserError(problem, key="data.bands", value=self.bands)
+        if self.dicom_window not in (None, FILE) and self.window is None:
+            problem = "must be 'file', or CENTER,WIDTH with a width of at least 1, as in 40,400"
+            raise UserError(problem, key="data.dicom_window", value=self.dicom_window)
 
     @property
     def band_list(self) -> tuple[int | str, ...]:
@@ -46,6 +53,15 @@ class ReadOptions:
             text = text[1:-1]
         names = [name.strip(" '\"") for name in text.split(",")]
         return tuple(int(name) if name.isdecimal() else name for name in names if name)
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """Return center and width of `dicom_window`; None if it has none."""
+        try:
+            center, width = (float(x) for x in str(self.dicom_window).strip("() ").split(","))
+        except ValueError:
+            return None
+        return (center, width) if math.isfinite(center) and 1 <= width < math.inf else None
 
     @property
     def of_decoded(self) -> "ReadOptions":

@@ -364,6 +364,11 @@ class DataConfig(Group):
         "bands of TIFFs to read, in this order: names, as B04,B03,B02, or numbers from 1, as 4,3,2;"
         " None reads all",
     )
+    dicom_window: str | None = key(
+        None,
+        "gray DICOM images in 8 bits, from a window: CENTER,WIDTH in their units, as 40,400, or"
+        " 'file', that of each file; None keeps their units, as Hounsfield units",
+    )
     augment: str = key(
         "crop",
         "'none'; 'crop': random resized crop (task='segment': segment.scale); 'weak_crop': linear"
@@ -450,7 +455,7 @@ class DataConfig(Group):
     @property
     def read_options(self) -> ReadOptions:
         """Return how image files are read."""
-        return ReadOptions(nodata=self.nodata, bands=self.bands)
+        return ReadOptions(self.nodata, self.bands, self.dicom_window)
 
 
 @dataclass(frozen=True)

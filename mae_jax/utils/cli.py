@@ -22,6 +22,7 @@ FLAGS = {
     "data.image_feature": "--image-feature",
     "data.nodata": "--nodata",
     "data.bands": "--bands",
+    "data.dicom_window": "--dicom-window",
     "data.path": "--data-dir",
     "data.shots": "--shots",
     "segment.mask_feature": "--mask-feature",
