@@ -170,9 +170,14 @@ def test_colors():
             r"compressed with JPEG Lossless.* pip install 'pylibjpeg\[all\]'",
         ),
         (ct()[:-100], {}, "pixel data"),
+        (
+            dicom(encapsulate([b"\xff\xd8"]), JPEGBaseline8Bit, BitsAllocated=8, BitsStored=8),
+            {},
+            r"compressed with JPEG Baseline.*, which is corrupt or needs other packages \(pip",
+        ),
         (ct(), dict(bands="1"), "not a TIFF"),
     ],
-    ids=["frames", "window", "codec", "truncated", "bands"],
+    ids=["frames", "window", "codec", "truncated", "damaged", "bands"],
 )
 def test_what_cannot_be_read_is_named(file, options, message):
     with pytest.raises(DataError, match=message):
@@ -183,6 +188,19 @@ def test_what_cannot_be_read_is_named(file, options, message):
 def test_an_invalid_window(text):
     with pytest.raises(UserError, match=r"data.dicom_window='.*' must be 'file', or CENTER,WIDTH"):
         ReadOptions(dicom_window=text)
+
+
+def test_gray_units_are_for_one_channel():
+    with pytest.raises(DataError, match=r"gray DICOM image of float64 .*model.channels=1, or set"):
+        decode(ct(), 3)
+    pixels = STORED.astype(np.uint8)
+    np.testing.assert_array_equal(decode(dicom(pixels), 3), pixels[..., None].repeat(3, axis=-1))
+
+
+def test_a_preamble_may_be_that_of_a_tiff():
+    """As of scanners whose files are read by software for TIFF, too."""
+    file = b"II*\0" + ct()[4:]
+    np.testing.assert_array_equal(decode(file, 1)[..., 0], HOUNSFIELD)
 
 
 def test_without_pydicom_the_extra_is_named(monkeypatch):

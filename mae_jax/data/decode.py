@@ -5,6 +5,7 @@ corruption that Pillow decodes to garbage. TIFFs are read in `mae_jax.data.tiff`
 `mae_jax.data.dicom`, other images by Pillow, arrays by numpy. All commands read images here.
 """
 
+import dataclasses
 import io
 import math
 import re
@@ -27,14 +28,9 @@ from mae_jax.data.file_kinds import (
     UPRIGHT,
     why_not_an_image,
 )
-from mae_jax.data.read_options import ReadOptions
+from mae_jax.data.read_options import FILE, ReadOptions
 from mae_jax.data.sources import DataError
-from mae_jax.data.tiff import (
-    MODES,
-    Raster,
-    apply_orientation,
-    read_tiff,
-)
+from mae_jax.data.tiff import MODES, Raster, apply_orientation, read_tiff
 
 Encoded = bytes | np.ndarray  # the bytes of a file, or an array that needs no decoding
 Pixels = Shaped[np.ndarray, "h w c"]  # uint8 in 0..255; else uint16 or float32 in their own units
@@ -103,6 +99,7 @@ def decode_masked(
     """
     # All bits of a picture, since NoData is one of the values in the file.
     keep_bits = bit_depth is not None or (options.nodata is not None and channels in MODES)
+    options = dataclasses.replace(options, nodata=options.nodata or FILE)
     raster = _read(encoded, channels, exif, keep_bits, options)
     array, stored, value = raster.array, raster.stored, raster.nodata
     missing = options.is_missing(array if stored is None else stored, value)
@@ -159,11 +156,12 @@ def _read(
 
 
 def _read_bytes(encoded: bytes, channels: int, keep_bits: bool, options: ReadOptions) -> Raster:
-    if encoded.startswith(TIFF):
+    is_dicom = encoded.startswith(DICOM, DICOM_OFFSET)  # which may begin like a TIFF
+    if encoded.startswith(TIFF) and not is_dicom:
         return _in_pixels(read_tiff(encoded, channels, options), channels)
     _require_tiff(options)
-    if encoded.startswith(DICOM, DICOM_OFFSET):
-        return _in_pixels(_read_dicom(encoded, options), channels)
+    if is_dicom:
+        return _in_pixels(_read_dicom(encoded, channels, options), channels)
     if encoded.startswith(NUMPY):
         return Raster(_to_pixels(decode_numpy(encoded), channels), None)
     array = _decode_jpeg(encoded, channels) if encoded.startswith(JPEG) else None
@@ -178,14 +176,14 @@ def _in_pixels(raster: Raster, channels: int) -> Raster:
     return raster._replace(array=_to_pixels(raster.array, channels))
 
 
-def _read_dicom(encoded: bytes, options: ReadOptions) -> Raster:
+def _read_dicom(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
     try:
         from mae_jax.data.dicom import read_dicom
     except ImportError:
         raise DataError(
             "it is a DICOM file, which needs pydicom: pip install 'mae_jax[dicom]'"
         ) from None
-    return read_dicom(encoded, options)
+    return read_dicom(encoded, channels, options)
 
 
 def _require_tiff(options: ReadOptions) -> None:

@@ -24,7 +24,7 @@ GRAY = ("MONOCHROME1", "MONOCHROME2")
 FAR = np.array([-1e12, 1e12])  # beyond every window
 
 
-def read_dicom(encoded: bytes, options: ReadOptions) -> Raster:
+def read_dicom(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
     """Read the image of a DICOM file.
 
     Gray values have the modality LUT applied, as Hounsfield units of CT, and are in these units, or
@@ -42,11 +42,18 @@ def read_dicom(encoded: bytes, options: ReadOptions) -> Raster:
     values = apply_modality_lut(array, dataset)
     padding = dataset.get("PixelPaddingValue")
     # Padding is a stored value; a number of the user is in the units of the image.
-    stored = values if options.nodata not in (None, FILE) else _unify_padding(array, dataset)
+    stored = _unify_padding(array, dataset) if options.nodata == FILE else values
     nodata = None if padding is None else float(padding)
-    if options.dicom_window is None:
-        return Raster(_bright_is_large(values, dataset), None, nodata, stored)
-    return Raster(_windowed(values, dataset, options), 8, nodata, stored)
+    if options.dicom_window is not None:
+        return Raster(_windowed(values, dataset, options), 8, nodata, stored)
+    values = _bright_is_large(values, dataset)
+    is_picture = values.dtype == np.uint8
+    if channels != 1 and not is_picture:
+        raise DataError(
+            f"it is a gray DICOM image of {values.dtype.name} values: read it with model.channels=1, or "
+            "set data.dicom_window, which makes pictures of 8 bits"
+        )
+    return Raster(values, 8 if is_picture else None, nodata, stored)
 
 
 def _check(dataset: Dataset) -> None:
@@ -62,7 +69,7 @@ def _check(dataset: Dataset) -> None:
 
 
 def _pixels(dataset: Dataset) -> np.ndarray:
-    """Return the stored values; colors are RGB, unless of a palette.
+    """Return the stored values; colors as RGB, unless they are of a palette.
 
     Raises:
       DataError: they are compressed in a way that no installed package can decode.
@@ -78,7 +85,14 @@ def _pixels(dataset: Dataset) -> np.ndarray:
                 f"it is a DICOM file compressed with {syntax.name}, which pydicom decodes with "
                 "other packages: pip install 'pylibjpeg[all]', or save it uncompressed"
             )
-    return pixel_array(dataset, index=0)
+    try:
+        return pixel_array(dataset, index=0)
+    except RuntimeError as error:  # of a plugin
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"it is a DICOM file compressed with {syntax.name}, which is corrupt or needs other "
+            f"packages (pip install 'pylibjpeg[all]'): {reason}"
+        ) from error
 
 
 def _color(array: np.ndarray, dataset: Dataset) -> Raster:
@@ -125,7 +139,7 @@ def _windowed(values: np.ndarray, dataset: Dataset, options: ReadOptions) -> np.
         levels = apply_voi(np.round(values).astype(np.int64), dataset)
         low, high = 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
         return _to_gray_levels(levels, low, high, dataset)
-    elif "WindowCenter" not in dataset or "WindowWidth" not in dataset:
+    elif None in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
         raise DataError(
             "it is a DICOM file without a window: set data.dicom_window to CENTER,WIDTH, as 40,400"
         )

@@ -72,7 +72,7 @@ class ReadOptions:
         self, samples: Shaped[np.ndarray, "h w c"], file_value: float | None
     ) -> Shaped[np.ndarray, "h w c"]:
         """Return where samples have no data; file_value: NoData that the file names."""
-        value = file_value if self.nodata in (None, FILE) else float(self.nodata)
+        value = file_value if self.nodata == FILE else float(self.nodata or "nan")
         missing = ~np.isfinite(samples)
         if value is None or math.isnan(value):
             return missing

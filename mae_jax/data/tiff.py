@@ -62,7 +62,7 @@ def read_tiff(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
             indices = _band_indices(page, planes.shape[-1], options.band_list)
             return Raster(_upright(planes[..., indices], page), None, nodata)
         raster = _read_pages(file, pages, encoded, channels)
-        if page.photometric in CONVERTED and not (nodata is None and options.nodata is None):
+        if page.photometric in CONVERTED and options.nodata is not None:
             stored = _upright(_samples(page, encoded)[..., :1], page)
         return raster._replace(nodata=nodata, stored=stored)
 
@@ -125,10 +125,9 @@ def _band_names(page: tifffile.TiffPage) -> dict[int, str]:
 
 def _nodata_value(page: tifffile.TiffPage) -> float | None:
     """Return GDAL's NoData value of a page; None without it."""
-    text = page.tags.valueof(GDAL_NODATA)
     try:
-        return float(str(text).strip(" \0").replace(",", "."))
-    except ValueError:
+        return float(str(page.tags.valueof(GDAL_NODATA)).strip(" \0").replace(",", "."))
+    except Exception:  # of a tag without a number, or a corrupt one
         return None
 
 
