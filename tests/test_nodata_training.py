@@ -16,11 +16,15 @@ from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.sampling import color_entropy
 from mae_jax.data.sources import DataError
 from mae_jax.data.transforms import EvalTransform, TrainTransform, resize
+from mae_jax.distributed import sharding
 from mae_jax.evaluate.figures import to_rgb_uint8
 from mae_jax.models.mae import make_mae
 from mae_jax.models.variants import VitVariant
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.yardsticks import yardstick_losses
+from mae_jax.train import recipes
+from mae_jax.train.build_model import make_task
+from mae_jax.train.config import from_config_dict
 from mae_jax.utils.errors import UserError
 from mae_jax.utils.pytree import flatten
 
@@ -253,3 +257,18 @@ def test_pixels_without_data_are_drawn_black_and_have_no_entropy():
     assert (drawn[0, 0] == 0).all()
     assert (drawn[0, 1:] == 128).all()
     assert color_entropy(image[0]) == 0
+
+
+@pytest.mark.parametrize("task", ["pretrain", "classify", "segment"])
+def test_every_task_fills_what_the_config_names(task):
+    config = recipes.base()
+    config.task, config.data.nodata = task, "-9999"
+    config.model.update(image_size=(16, 16), patch=8, width=16, depth=1, heads=2)
+    built = make_task(from_config_dict(config), sharding.make_mesh(), ("a", "b"))
+    images = jnp.full((1, 16, 16, 3), jnp.nan).at[0, 0].set(1.0)
+    params = jax.jit(built.init)(KEY)
+    if task == "pretrain":
+        outputs = jax.jit(built.features)(params, images)
+    else:
+        outputs = jax.jit(built.outputs)(params, built.init_stats(), images).logits
+    assert np.isfinite(outputs).all()

@@ -50,8 +50,8 @@ def read_dicom(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
     is_picture = values.dtype == np.uint8
     if channels != 1 and not is_picture:
         raise DataError(
-            f"it is a gray DICOM image of {values.dtype.name} values: read it with model.channels=1, or "
-            "set data.dicom_window, which makes pictures of 8 bits"
+            f"it is a gray DICOM image of {values.dtype.name} values: read it with "
+            "model.channels=1, or set data.dicom_window, which makes pictures of 8 bits"
         )
     return Raster(values, 8 if is_picture else None, nodata, stored)
 

@@ -183,6 +183,7 @@ def _make_segment(config: Config, execution: ExecutionConfig, num_names: int) ->
         patch=config.model.patch,
         mean=mean,
         std=std,
+        nodata=config.data.nodata is not None,
         train_last_blocks=config.optim.train_last_blocks,
         ignore=segment.ignore,
     )
