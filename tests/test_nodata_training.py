@@ -104,6 +104,10 @@ def test_16_bits_of_a_picture_are_compared_before_they_are_scaled():
     assert not missing[1:].any()
     fractions = decode(file, 1, bit_depth=16, options=ReadOptions("65535"))
     np.testing.assert_allclose(fractions[2:], 1000 / 65535, rtol=1e-6)
+    image[1] = 4095
+    fractions = decode(saved(image), 1, bit_depth=12, options=ReadOptions("65535"))
+    np.testing.assert_array_equal(np.isnan(fractions[..., 0]), image == 65535)
+    np.testing.assert_array_equal(fractions[1], 1)
 
 
 def test_without_the_option_nan_is_an_error_and_nothing_is_replaced():

@@ -77,7 +77,8 @@ def decode(
 class MaskedImage(NamedTuple):
     """An image in the units of its file, and where its samples have no data.
 
-    The pixels are 0 where they are NaN or Inf. value: NoData that the file names, or None.
+    The pixels are 0 where they are NaN or Inf, and with `nodata` wherever data are missing. value:
+    NoData that the file names, or None.
     """
 
     pixels: Pixels
@@ -97,14 +98,17 @@ def decode_masked(
     Raises:
       DataError: as in `decode`, but not for NaN and Inf.
     """
-    # All bits of a picture, since NoData is one of the values in the file.
-    keep_bits = bit_depth is not None or (options.nodata is not None and channels in MODES)
+    is_named = options.nodata is not None
     options = dataclasses.replace(options, nodata=options.nodata or FILE)
+    # All bits of a picture, since NoData is one of the values in the file.
+    keep_bits = bit_depth is not None or (is_named and channels in MODES)
     raster = _read(encoded, channels, exif, keep_bits, options)
     array, stored, value = raster.array, raster.stored, raster.nodata
     missing = options.is_missing(array if stored is None else stored, value)
-    if array.dtype.kind == "f":
-        array = np.where(np.isfinite(array), array, np.float32(0))
+    # NoData need not fit into bit_depth.
+    invalid = missing if is_named else ~np.isfinite(array)
+    if invalid.any():
+        array = np.where(invalid, np.zeros((), array.dtype), array)
     pixels = _convert(raster._replace(array=array), channels, bit_depth)
     if missing.shape[-1] not in (1, pixels.shape[-1]):  # colors that became gray
         missing = missing.any(axis=-1, keepdims=True)
