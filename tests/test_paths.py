@@ -88,6 +88,7 @@ TEXTS = {
     "split",
     "name",
 }
+TEXTS |= {"nodata", "bands", "dicom_window"}
 TEXTS |= {"only", "step_flags", "target", "xla_flags", "compile_mode"}
 
 
