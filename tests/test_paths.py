@@ -138,6 +138,9 @@ def test_the_list_of_commands_is_complete():
 
 # Config keys of text that are neither paths nor one of some choices.
 CONFIG_TEXTS = {
+    "nodata",
+    "bands",
+    "dicom_window",
     "attention",
     "name",
     "image_feature",
