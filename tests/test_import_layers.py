@@ -22,6 +22,7 @@ FENCES = {  # package -> the only places that may import it
     "orbax": ["distributed/checkpointer.py", "distributed/checkpoint_reader.py"],
     "matplotlib": ["train/compare.py"],
     "pyarrow": ["data/tables.py"],
+    "pydicom": ["data/dicom.py"],
     "grain": ["data/loader.py", "data/worker_processes.py"],
     "tensorflow_datasets": ["data/tfds.py", "data/demo_dataset.py", "data/downscale.py"],
     "tensorboardX": ["train/loggers.py"],

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 
 from mae_jax.data.__main__ import main
-from mae_jax.data.nodata import decode_masked
+from mae_jax.data.decode import decode_masked
 from mae_jax.data.sources import DataError
 
 IMAGE = np.arange(8 * 8 * 4, dtype=np.float32).reshape(8, 8, 4) % 200
@@ -148,3 +148,17 @@ def test_nodata_of_colors_that_are_read_as_gray():
     tifffile.imwrite(file, image, photometric="rgb", metadata=None, extratags=tags)
     masked = decode_masked(file.getvalue(), 1)
     np.testing.assert_array_equal(masked.missing[..., 0], image[..., 1] == 0)
+
+
+@pytest.mark.parametrize(("value", "option"), [(-9999, "-9999"), (np.nan, "nan")])
+def test_commands_take_a_value_as_training_does(tmp_path, capsys, monkeypatch, value, option):
+    monkeypatch.setenv("COLUMNS", "200")
+    image = with_missing(value)
+    data = folder(tmp_path, {"a.tif": tiff(image, None)})
+    main(["check", data, "--channels", "4", "--nodata", option])
+    assert "50 % of all pixels" in capsys.readouterr().out
+    main(["stats", data, "--channels", "4", "--nodata", option])
+    output = capsys.readouterr().out
+    valid = [image[..., 0], image[4:, :, 1], image[..., 2], image[..., 3]]
+    assert f"data.mean='({', '.join(f'{x.mean():.6g}' for x in valid)},)'" in output
+    assert f"--config.data.nodata={option}" in output

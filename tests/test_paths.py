@@ -89,6 +89,7 @@ TEXTS = {
     "split",
     "name",
 }
+TEXTS |= {"nodata", "bands", "dicom_window"}
 TEXTS |= {"only", "step_flags", "target", "xla_flags", "compile_mode"}
 
 
@@ -139,6 +140,9 @@ def test_the_list_of_commands_is_complete():
 
 # Config keys of text that are neither paths nor one of some choices.
 CONFIG_TEXTS = {
+    "nodata",
+    "bands",
+    "dicom_window",
     "attention",
     "name",
     "image_feature",

@@ -96,7 +96,7 @@ NOT_READ = {
     "video": (ftyp(b"isom"), "it is a video"),
     "JPEG XL": (b"\xff\x0a" + bytes(20), "a JPEG XL picture"),
     "EXR": (b"v/1\x01" + bytes(20), "an OpenEXR picture"),
-    "DICOM": (bytes(128) + b"DICM" + bytes(9), "a DICOM file"),
+    "DICOM": (bytes(128) + b"DICM", "it is a DICOM file without an image"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 or NetCDF file"),
     "GRIB": (b"GRIB" + bytes(3) + b"\1" + bytes(20), "a GRIB file"),
     "PDF": (b"%PDF-1.7\n", "a PDF document"),

@@ -163,7 +163,10 @@ def _preprocessing(info: weights.ModelInfo) -> str:
         "processor": f"resized to {dict(info.size)}, center crop {info.crop_size}",
     }[info.resize]
     depth = f", values of {info.bit_depth} bits" if info.bit_depth else ""
-    return f"{rule}, {info.interpolation}{depth}"
+    nodata = f", without data where {info.nodata}" if info.nodata else ""
+    window = f", DICOM window {info.dicom_window}" if info.dicom_window else ""
+    bands = f", bands {info.bands}" if info.bands else ""
+    return f"{rule}, {info.interpolation}{depth}{nodata}{bands}{window}"
 
 
 def _uses(info: weights.ModelInfo) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.models.classifier import POOLS
 from mae_jax.models.image_ops import IMAGENET_MEAN, IMAGENET_STD, stats_match_dtype
 from mae_jax.models.patches import patch_grid
@@ -40,7 +41,7 @@ class ModelInfo:
     resize, crop, size, crop_size, alpha: see `mae_jax.convert.preprocessing`; interpolation: name
       of a filter of Pillow.
     mean, std: per channel, as in `mae_jax.models.image_ops`; exif: EXIF orientation is applied.
-    bit_depth: as in `mae_jax.data.decode.decode`.
+    bit_depth: as in `mae_jax.data.decode.decode`; nodata, bands, dicom_window: as in `ReadOptions`.
     pixels: which images mean and std are for: "uint8"; "other" dtypes; "any", fractions of 255 of
       every dtype; "unknown", by the values of the mean.
     problem_type: of the head, one of `PROBLEM_TYPES`; "" if unknown, see `problem`.
@@ -77,6 +78,9 @@ class ModelInfo:
     interpolation: str = "bicubic"
     exif: bool = False
     bit_depth: int | None = None
+    nodata: str | None = None
+    bands: str | None = None
+    dicom_window: str | None = None
     size: tuple[tuple[str, int], ...] = ()
     crop_size: tuple[int, ...] = ()
     alpha: str = "drop"
@@ -110,6 +114,10 @@ class ModelInfo:
         _check("mask_ratio", self.mask_ratio, valid, "a number >= 0 and < 1")
         depths = (None, *range(1, 17))
         _check("bit_depth", self.bit_depth, self.bit_depth in depths, "None, or 1 to 16")
+        for name in ("nodata", "bands", "dicom_window"):
+            value = vars(self)[name]
+            _check(name, value, isinstance(value, str | None), "text")
+        assert self.read_options  # raises an error if its texts are invalid
         size = self.image_size
         valid = isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)
         _check("image_size", size, valid, "height and width")
@@ -134,11 +142,21 @@ class ModelInfo:
 
     def accepts(self, dtype: Any) -> bool:
         """Return whether mean and std can belong to images of a dtype."""
-        if self.bit_depth is not None:
-            return dtype == np.float32  # fractions
+        if self.bit_depth is not None or self.nodata is not None:
+            return dtype == np.float32  # fractions, or with NaN
         if self.pixels == "unknown" or dtype == np.uint8:
             return self.pixels != "other" and stats_match_dtype(dtype, self.mean)
         return self.pixels in ("other", "any")
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """Return how image files are read."""
+        return ReadOptions(self.nodata, self.bands, self.dicom_window)
+
+    @property
+    def of_decoded(self) -> "ModelInfo":
+        """Return the metadata for images that `decode` has read already."""
+        return dataclasses.replace(self, **vars(self.read_options.of_decoded))
 
     @property
     def problem(self) -> str:

@@ -42,6 +42,7 @@ def make_transform(info: ModelInfo) -> "EvalTransform | ModelTransform":
         interpolation=info.interpolation,
         exif=info.exif,
         bit_depth=info.bit_depth,
+        options=info.read_options,
     )
 
 
@@ -60,7 +61,7 @@ class ModelTransform:
         info = self.info
         if info.alpha == "white" and info.channels == 3 and isinstance(encoded, bytes):
             encoded = _flatten_on_white(encoded)
-        image = decode(encoded, info.channels, info.exif, info.bit_depth)
+        image = decode(encoded, info.channels, info.exif, info.bit_depth, info.read_options)
         size = resized_size(info, (image.shape[0], image.shape[1]))
         if 0 in size:
             raise DataError(f"its {image.shape[0]} x {image.shape[1]} pixels become {size}")

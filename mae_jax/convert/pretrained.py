@@ -98,11 +98,15 @@ def _select_attention(info: ModelInfo, wanted: str, dtype: str) -> AttentionImpl
         raise ConvertError(error.problem, key="attention", value=wanted) from error
 
 
+def _normalize(info: ModelInfo, images: Array) -> Array:
+    return normalize(images, *info.stats(images.dtype), nodata=info.nodata is not None)
+
+
 @partial(jax.jit, static_argnames=("info", "execution", "observe"))
 def _outputs(
     info: ModelInfo, execution: ExecutionConfig, params: Params, images: Array, observe: bool
 ) -> Outputs:
-    patches = patchify(normalize(images, *info.stats(images.dtype)), info.patch)
+    patches = patchify(_normalize(info, images), info.patch)
     network = make_classifier(info, execution)
     return network.apply(to_variables(params), patches, observe)  # type: ignore[return-value]
 
@@ -182,6 +186,10 @@ class PretrainedModel:
                 y=self.info.grid[0],
             )
         return features
+
+    def normalize(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalize images by the mean and std of the model."""
+        return _normalize(self.info, images)
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ConvertError unless all layers, counted from 1, exist."""
@@ -276,6 +284,7 @@ class PretrainedModel:
             mask_cell=info.mask_cell if mask == "random" else 1,
             norm_pix=info.target == "normalized",
             norm_pix_eps=info.norm_pix_eps,
+            nodata=info.nodata is not None,
         )
 
     def reconstruct(
@@ -337,7 +346,7 @@ class PretrainedModel:
           mae_jax.data.sources.DataError: an image is bad, or mean and std of the model are not for
             images of its dtype.
         """
-        if self.info.bit_depth is None:
+        if self.info.bit_depth is None and self.info.bands is None:
             warn_of_loss(source, self.info.channels, EIGHT_BITS)
         batches = eval_batches(
             source,

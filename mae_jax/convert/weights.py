@@ -127,7 +127,7 @@ def adapt_input_channels(weights: Weights, channels: int) -> Weights:
             head = rearrange(head, "... pixel c -> ... (pixel c)")
             arrays[name] = head.astype(arrays[name].dtype)
     mean, std = (expand_stats(values, channels) for values in (info.mean, info.std))
-    info = dataclasses.replace(info, channels=channels, mean=mean, std=std)
+    info = dataclasses.replace(info, channels=channels, mean=mean, std=std, bands=None)
     return dataclasses.replace(weights, arrays=arrays, info=info)
 
 
@@ -303,6 +303,16 @@ def _warn_lossy(info: ModelInfo, path: Path, dialect: str) -> None:
 
 def _warn_lossy_preprocessing(info: ModelInfo, dialect: str) -> None:
     """Warn of preprocessing that the config files of a format cannot express."""
+    for name, text in vars(info.read_options).items():
+        if text is not None and dialect != "mae_jax":
+            log.warning(
+                "programs of the format %s do not know data.%s=%s: give them images that are read "
+                "in this way%s",
+                dialect,
+                name,
+                text,
+                ", with the mean where there is no data" if name == "nodata" else "",
+            )
     if dialect == "hf" and not processor_resizes(info):
         log.warning(
             "transformers resizes only gray and RGB images of 8 bits: preprocessor_config.json has "

@@ -69,6 +69,9 @@ def load_run(
         "interpolation": "bicubic",
         "exif": data.get("exif", False),  # older runs lack these keys
         "bit_depth": data.get("bit_depth"),
+        "nodata": data.get("nodata"),
+        "bands": data.get("bands"),
+        "dicom_window": data.get("dicom_window"),
         "pixels": _pixels(meta),
         "norm_pix_eps": config["target"]["norm_pix_eps"],
     }

@@ -17,6 +17,7 @@ import numpy as np
 
 from mae_jax.data.bit_depth import describe_loss
 from mae_jax.data.factory import DatasetSpec, detect_dataset
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.segmentation import (
     MaskReport,
     SegmentationSource,
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_command(parser: argparse.ArgumentParser) -> None:
     """Decode every image once and list the bad ones; exit with 1 if there are any."""
     _add_data(parser)
+    _add_read_options(parser)
     parser.add_argument(
         "--out", type=cli.path_argument, help=".txt file for all bad images, with the reason"
     )
@@ -81,7 +83,11 @@ def check_command(parser: argparse.ArgumentParser) -> None:
             masks = _open_masks(arguments, split)
             source = masks[0].images if masks else source
             report = validate_images(
-                source, arguments.channels, available_cpus(), arguments.bit_depth
+                source,
+                arguments.channels,
+                available_cpus(),
+                arguments.bit_depth,
+                _read_options(arguments),
             )
             rows = _summarize(source, report)
             bad |= report.bad
@@ -111,6 +117,7 @@ def check_command(parser: argparse.ArgumentParser) -> None:
 def stats_command(parser: argparse.ArgumentParser) -> None:
     """Compute mean and standard deviation per channel, and print them as config overrides."""
     _add_data(parser, "train, or everything in a folder without splits")
+    _add_read_options(parser)
     parser.add_argument(
         "--images", type=cli.positive_int, help="use this many evenly spaced images (all)"
     )
@@ -131,6 +138,7 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
             arguments.channels,
             available_cpus(),
             arguments.bit_depth,
+            _read_options(arguments),
             ignore_nodata=arguments.ignore_nodata,
         )
         rows = [
@@ -139,12 +147,16 @@ def stats_command(parser: argparse.ArgumentParser) -> None:
         ]
         console.print_table(f"{len(source)} images", ("channel", "mean", "std"), rows)
         if text := str(stats.nodata):
-            used = "left out" if arguments.ignore_nodata else "counted; --ignore-nodata omits them"
+            ignored = arguments.ignore_nodata or arguments.nodata is not None
+            used = "left out" if ignored else "counted; --ignore-nodata omits them"
             print(f"{text}: {used}")
         for name, values in (("mean", stats.mean), ("std", stats.std)):
             print(f"--config.data.{name}='({', '.join(f'{value:.6g}' for value in values)},)'")
         if arguments.bit_depth:
             print(f"--config.data.bit_depth={arguments.bit_depth}")
+        for name, text in vars(_read_options(arguments)).items():
+            if text is not None:
+                print(f"--config.data.{name}={shlex.quote(text)}")
 
     parser.set_defaults(run=run)
 
@@ -246,6 +258,35 @@ def _add_data(parser: argparse.ArgumentParser, default_split: str = "all") -> No
     parser.add_argument(
         "--image-feature", default="image", help="image feature of a TFDS dataset (image)"
     )
+
+
+def _add_read_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nodata",
+        metavar="VALUE",
+        help="of values without data, as data.nodata: a number, nan or file",
+    )
+    parser.add_argument(
+        "--bands",
+        metavar="BAND,BAND,...",
+        help="of TIFFs, as data.bands: names, as B04,B03,B02, or numbers from 1 (all)",
+    )
+    parser.add_argument(
+        "--dicom-window",
+        metavar="CENTER,WIDTH",
+        help="of gray DICOM images, as data.dicom_window: two numbers, or file (their own units)",
+    )
+
+
+def _read_options(arguments: argparse.Namespace) -> ReadOptions:
+    options = ReadOptions(arguments.nodata, arguments.bands, arguments.dicom_window)
+    if options.bands and len(options.band_list) != arguments.channels:
+        raise DataError(
+            f"selects {len(options.band_list)} bands, but --channels is {arguments.channels}",
+            key="data.bands",
+            value=options.bands,
+        )
+    return options
 
 
 def _dataset(arguments: argparse.Namespace) -> DatasetSpec:

@@ -1,23 +1,34 @@
 """Decode images to arrays [height, width, channels], detecting corrupt files.
 
 JPEGs are decoded by libjpeg-turbo (simplejpeg): bit-identical to Pillow, faster, and it detects
-corruption that Pillow decodes to garbage. TIFFs are read in `mae_jax.data.tiff`, other images by
-Pillow, arrays by numpy. All commands read images here.
+corruption that Pillow decodes to garbage. TIFFs are read in `mae_jax.data.tiff`, DICOM in
+`mae_jax.data.dicom`, other images by Pillow, arrays by numpy. All commands read images here.
 """
 
+import dataclasses
 import io
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import StubImageFile
 
 from mae_jax.data import png
-from mae_jax.data.file_kinds import JPEG, NUMPY, PNG, TIFF, UPRIGHT, why_not_an_image
+from mae_jax.data.file_kinds import (
+    DICOM,
+    DICOM_OFFSET,
+    JPEG,
+    NUMPY,
+    PNG,
+    TIFF,
+    UPRIGHT,
+    why_not_an_image,
+)
+from mae_jax.data.read_options import FILE, ReadOptions
 from mae_jax.data.sources import DataError
 from mae_jax.data.tiff import MODES, Raster, apply_orientation, read_tiff
 
@@ -31,7 +42,11 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of Pillow
 
 
 def decode(
-    encoded: Encoded, channels: int, exif: bool = False, bit_depth: int | None = None
+    encoded: Encoded,
+    channels: int,
+    exif: bool = False,
+    bit_depth: int | None = None,
+    options: ReadOptions = ReadOptions(),
 ) -> Pixels:
     """Decode an image: to gray or RGB for 1 or 3 channels, else to its own channels.
 
@@ -41,14 +56,63 @@ def decode(
     Args:
       bit_depth: of uint16 values; makes all integers fractions of their range, float32. By
         default, gray and RGB pictures of 16 bits are scaled to 8 bits.
+      options: with `nodata`, the image is float32 with NaN where it has no data; values that would
+        be uint8 without it are divided by 255.
 
     Raises:
-      DataError: the file is corrupt, not an image, or has another number of channels.
+      DataError: the file is corrupt, not an image, or has another number of channels; or it has
+        NaN or Inf without `options.nodata`.
     """
-    raster = _read(encoded, channels, exif, keep_bits=bit_depth is not None)
-    if bit_depth is None:
-        return _to_8_bits(raster, channels)
-    return _to_fractions(raster, channels, bit_depth)
+    if options.nodata is None:
+        raster = _read(encoded, channels, exif, bit_depth is not None, options)
+        _check_finite(raster.array)
+        return _convert(raster, channels, bit_depth)
+    image = decode_masked(encoded, channels, exif, bit_depth, options)
+    scale = 255 if image.pixels.dtype == np.uint8 else 1
+    values = image.pixels.astype(np.float32) / np.float32(scale)
+    values[image.missing] = np.nan
+    return values
+
+
+class MaskedImage(NamedTuple):
+    """An image in the units of its file, and where its samples have no data.
+
+    The pixels are 0 where they are NaN or Inf, and with `nodata` wherever data are missing. value:
+    NoData that the file names, or None.
+    """
+
+    pixels: Pixels
+    missing: Bool[np.ndarray, "h w c"]
+    value: float | None
+
+
+def decode_masked(
+    encoded: Encoded,
+    channels: int,
+    exif: bool = False,
+    bit_depth: int | None = None,
+    options: ReadOptions = ReadOptions(),
+) -> MaskedImage:
+    """Decode an image of which samples may be missing; without `nodata`, as if it were "file".
+
+    Raises:
+      DataError: as in `decode`, but not for NaN and Inf.
+    """
+    is_named = options.nodata is not None
+    options = dataclasses.replace(options, nodata=options.nodata or FILE)
+    # All bits of a picture, since NoData is one of the values in the file.
+    keep_bits = bit_depth is not None or (is_named and channels in MODES)
+    raster = _read(encoded, channels, exif, keep_bits, options)
+    array, stored, value = raster.array, raster.stored, raster.nodata
+    missing = options.is_missing(array if stored is None else stored, value)
+    # NoData need not fit into bit_depth.
+    invalid = missing if is_named else ~np.isfinite(array)
+    if invalid.any():
+        array = np.where(invalid, np.zeros((), array.dtype), array)
+    pixels = _convert(raster._replace(array=array), channels, bit_depth)
+    if missing.shape[-1] not in (1, pixels.shape[-1]):  # colors that became gray
+        missing = missing.any(axis=-1, keepdims=True)
+    return MaskedImage(pixels, np.broadcast_to(missing, pixels.shape), value)
 
 
 def used_bits(encoded: Encoded, channels: int) -> tuple[int, int] | None:
@@ -61,26 +125,30 @@ def used_bits(encoded: Encoded, channels: int) -> tuple[int, int] | None:
         return None
     if encoded.startswith(PNG) and not png.has_16_bits(encoded):
         return None
-    array, bits, _ = _read(encoded, channels, exif=False, keep_bits=True)
-    if bits is None or bits <= 8:
+    raster = _read(encoded, channels, False, True, ReadOptions())
+    if raster.bits is None or raster.bits <= 8:
         return None
-    return int(array.max()).bit_length(), bits
+    return int(raster.array.max()).bit_length(), raster.bits
 
 
-def _read(encoded: Encoded, channels: int, exif: bool, keep_bits: bool) -> Raster:
+def _read(
+    encoded: Encoded, channels: int, exif: bool, keep_bits: bool, options: ReadOptions
+) -> Raster:
     """Return an image, upright with `exif`; pictures of 16 bits have 8 unless `keep_bits`.
 
     Raises:
       DataError: as in `decode`.
     """
     if isinstance(encoded, np.ndarray):
+        _require_tiff(options)
         return Raster(_to_pixels(encoded, channels), None)
     try:
-        array, bits, orientation = _read_bytes(encoded, channels, keep_bits)
+        raster = _read_bytes(encoded, channels, keep_bits, options)
         # Of a TIFF, the orientation is always applied, as by Pillow.
-        if exif and not encoded.startswith(UPRIGHT):
-            orientation = exif_orientation(encoded)
-        return Raster(apply_orientation(array, orientation), bits)
+        if not exif or encoded.startswith(UPRIGHT):
+            return raster
+        upright = apply_orientation(raster.array, exif_orientation(encoded))
+        return raster._replace(array=upright)
     except DataError:
         raise
     except MemoryError:
@@ -91,17 +159,40 @@ def _read(encoded: Encoded, channels: int, exif: bool, keep_bits: bool) -> Raste
         raise DataError(str(error) or type(error).__name__) from error
 
 
-def _read_bytes(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
+def _read_bytes(encoded: bytes, channels: int, keep_bits: bool, options: ReadOptions) -> Raster:
+    is_dicom = encoded.startswith(DICOM, DICOM_OFFSET)  # which may begin like a TIFF
+    if encoded.startswith(TIFF) and not is_dicom:
+        return _in_pixels(read_tiff(encoded, channels, options), channels)
+    _require_tiff(options)
+    if is_dicom:
+        return _in_pixels(_read_dicom(encoded, channels, options), channels)
     if encoded.startswith(NUMPY):
         return Raster(_to_pixels(decode_numpy(encoded), channels), None)
-    if encoded.startswith(TIFF):
-        array, bits, orientation = read_tiff(encoded, channels)
-        array = _to_pixels(array, channels) if bits is None else array
-        return Raster(array, bits, orientation)
     array = _decode_jpeg(encoded, channels) if encoded.startswith(JPEG) else None
     if array is not None:
         return Raster(array, 8)
     return _read_with_pillow(encoded, channels, keep_bits)
+
+
+def _in_pixels(raster: Raster, channels: int) -> Raster:
+    if raster.bits is not None:
+        return raster
+    return raster._replace(array=_to_pixels(raster.array, channels))
+
+
+def _read_dicom(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
+    try:
+        from mae_jax.data.dicom import read_dicom
+    except ImportError:
+        raise DataError(
+            "it is a DICOM file, which needs pydicom: pip install 'mae_jax[dicom]'"
+        ) from None
+    return read_dicom(encoded, channels, options)
+
+
+def _require_tiff(options: ReadOptions) -> None:
+    if options.bands is not None:
+        raise DataError(f"it is not a TIFF, of which data.bands={options.bands} are bands")
 
 
 def open_image(encoded: bytes) -> Image.Image:
@@ -157,9 +248,25 @@ def _read_with_pillow(encoded: bytes, channels: int, keep_bits: bool) -> Raster:
         return Raster(array.reshape(*array.shape[:2], channels), 8)
 
 
+def _check_finite(array: np.ndarray) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        share = 100 * (1 - np.isfinite(array).mean())
+        raise DataError(
+            f"it contains NaN or Inf, {share:.3g} % of its values: replace them, as by the mean, "
+            "or leave them out with data.nodata=nan"
+        )
+
+
+def _convert(raster: Raster, channels: int, bit_depth: int | None) -> Pixels:
+    """Return the pixels that `decode` describes."""
+    if bit_depth is None:
+        return _to_8_bits(raster, channels)
+    return _to_fractions(raster, channels, bit_depth)
+
+
 def _to_8_bits(raster: Raster, channels: int) -> Pixels:
     """Return gray or RGB pictures as uint8, other samples as they are."""
-    array, bits, _ = raster
+    array, bits = raster.array, raster.bits
     if bits is None:
         return array
     if bits < 8 or (bits > 8 and array.shape[-1] == 1):
@@ -178,7 +285,7 @@ def _to_fractions(raster: Raster, channels: int, bit_depth: int) -> Pixels:
     Raises:
       DataError: the values exceed the bit depth.
     """
-    array, bits, _ = raster
+    array, bits = raster.array, raster.bits
     if array.dtype == np.float32:
         return array
     depth = 8 if array.dtype == np.uint8 else bit_depth
@@ -225,7 +332,7 @@ def _to_pixels(array: np.ndarray, channels: int) -> Pixels:
     """Convert an array with channels last or first to pixels.
 
     Raises:
-      DataError: it has another number of channels, or NaN or Inf.
+      DataError: it has another number of channels, or is not numeric.
     """
     if array.ndim == 2:
         array = array[..., None]
@@ -240,10 +347,5 @@ def _to_pixels(array: np.ndarray, channels: int) -> Pixels:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind not in "iuf":
         raise DataError(f"its dtype is {array.dtype}, which is not numeric")
-    array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
-        share = 100 * (1 - np.isfinite(array).mean())
-        raise DataError(
-            f"it contains NaN or Inf, {share:.3g} % of its values: replace them, as by the mean"
-        )
-    return array
+    with np.errstate(over="ignore"):  # Inf, as NoData of float64 may become
+        return array.astype(np.float32, copy=False)

@@ -4,6 +4,7 @@ JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NUMPY = (b"\x93NUMPY", b"PK\x03\x04")  # .npy, .npz
 UPRIGHT = (*TIFF, *NUMPY)  # always decoded upright: EXIF has no say
+DICOM_OFFSET, DICOM = 128, b"DICM"
 
 # Offset, bytes there, and the kind.
 PICTURES = (
@@ -30,7 +31,6 @@ PICTURES = (
     (0, b"CDF\x02", "a NetCDF file"),
     (0, b"GRIB", "a GRIB file"),
     (0, b"BUFR", "a BUFR file"),
-    (128, b"DICM", "a DICOM file"),
     (344, b"n+1\0", "a NIfTI file"),
     (0, b"%PDF-", "a PDF document"),
 )

@@ -11,6 +11,7 @@ import numpy as np
 
 from mae_jax.data.decode import decode
 from mae_jax.data.loader import ordered_parallel_map
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.sources import DataError, Record, Source
 from mae_jax.utils import console
 
@@ -118,7 +119,10 @@ def load_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 class InMemory:
-    """A source whose images are decoded once and kept in memory, except for bad images."""
+    """A source whose images are decoded once and kept in memory, except for bad images.
+
+    They are read with `ReadOptions.of_decoded`. Its attribute `original` is the other source.
+    """
 
     def __init__(
         self,
@@ -127,16 +131,17 @@ class InMemory:
         *,
         exif: bool = False,
         bit_depth: int | None = None,
+        options: ReadOptions = ReadOptions(),
         threads: int = 2,
     ):
-        self._source = source
+        self.original = source
         self.classes = source.classes
         self.class_names = getattr(source, "class_names", ())  # of masks
 
         def read(index: int) -> Record | None:
             try:
                 record = source[index]
-                image = decode(record["image"], channels, exif, bit_depth)
+                image = decode(record["image"], channels, exif, bit_depth, options)
                 return {**record, "image": image}
             except DataError:
                 return None  # raised again when the record is read
@@ -148,13 +153,13 @@ class InMemory:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        return self._records[index] or self._source[index]
+        return self._records[index] or self.original[index]
 
     def label(self, index: int) -> int:
-        return self._source.label(index)
+        return self.original.label(index)
 
     def describe(self, index: int) -> str:
-        return self._source.describe(index)
+        return self.original.describe(index)
 
     def fingerprint(self) -> str:
-        return self._source.fingerprint()
+        return self.original.fingerprint()

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from mae_jax.data.decode import Encoded, Pixels, decode
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.segmentation import (
     Mask,
     class_problem,
@@ -25,7 +26,7 @@ class MaskReader:
       image_size: height and width of the model's images, pixels.
       num_classes: masks must be below it, if given.
       ignore: class number of pixels without label.
-      bit_depth: as in `decode`.
+      bit_depth, options: as in `decode`.
     """
 
     image_size: tuple[int, int]
@@ -33,6 +34,7 @@ class MaskReader:
     num_classes: int | None
     ignore: int
     bit_depth: int | None = None
+    options: ReadOptions = ReadOptions()
 
     def read(self, encoded: Encoded, mask: Encoded) -> tuple[Pixels, Mask]:
         """Return the pixels of an image, and the class of each.
@@ -40,7 +42,7 @@ class MaskReader:
         Raises:
           DataError: one of them is bad, or they do not fit.
         """
-        image = decode(encoded, self.channels, bit_depth=self.bit_depth)
+        image = decode(encoded, self.channels, bit_depth=self.bit_depth, options=self.options)
         classes = decode_mask(mask)
         if classes.shape != image.shape[:2]:
             raise DataError(size_problem((image.shape[0], image.shape[1]), classes))

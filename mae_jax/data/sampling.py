@@ -69,15 +69,17 @@ def read_scores(path: Path) -> ImageScores:
 def color_entropy(image: Num[np.ndarray, "h w c"]) -> float:
     """Return the entropy of a channel's histogram of 256 bins, mean over the channels, bits.
 
-    That is 0 for one color and at most 8. NaN unless the image is uint8, or float32 from 0 to 1.
+    That is 0 for one color and at most 8. NaN unless the image is uint8, or float32 from 0 to 1,
+    where NaN, which has no data, is left out.
     """
-    if image.dtype != np.uint8:
-        if image.dtype != np.float32 or not (image.min() >= 0 and image.max() <= 1):
-            return float("nan")
-        image = (image * (BINS - 1)).round().astype(np.uint8)
     entropies = []
     for channel in np.moveaxis(image, -1, 0):
-        share = np.bincount(channel.ravel(), minlength=BINS) / channel.size
+        values = channel[~np.isnan(channel)]
+        if image.dtype != np.uint8:
+            if image.dtype != np.float32 or not np.all((values >= 0) & (values <= 1)):
+                return float("nan")
+            values = (values * (BINS - 1)).round().astype(np.uint8)
+        share = np.bincount(values, minlength=BINS) / max(values.size, 1)
         share = share[share > 0]
         entropies.append(-(share * np.log2(share)).sum())
     return float(np.mean(entropies))

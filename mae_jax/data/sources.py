@@ -17,7 +17,8 @@ from mae_jax.utils.remote import AnyPath
 
 log = logging.getLogger("mae_jax")
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy", ".npz"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".dcm"}
+SUFFIXES |= {".npy", ".npz"}
 MAX_LISTED = 5  # broken symlinks that are logged by name
 
 DERIVED_PREFIX = "CHANGED DATA: "  # begins the TFDS description of a downscaled copy

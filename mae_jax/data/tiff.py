@@ -7,6 +7,7 @@ bands of one image, like the samples of a pixel.
 import io
 import math
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -14,15 +15,16 @@ from PIL import Image, UnidentifiedImageError
 from tifffile import PHOTOMETRIC
 
 from mae_jax.data import tiff_codecs
-from mae_jax.data.file_kinds import TIFF
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.sources import DataError
 
 BIG_ENDIAN_BIGTIFF = b"MM\0+"  # of which Pillow cannot read the EXIF tags
-GDAL_NODATA = 42113  # tag
+GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags
 REDUCED, MASK = 1, 4  # flags of NewSubfileType
 UNSIGNED = 1  # sample format
 ALPHA = (1, 2)  # extra samples that are transparency
 GRAY = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)
+CONVERTED = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.PALETTE)  # to other values than those stored
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -30,62 +32,107 @@ class Raster(NamedTuple):
     """Samples of a file [h, w, c].
 
     bits: of a gray or RGB picture's values, at most 16; None for samples in their own units.
-    orientation: as in EXIF, if it must be applied; 1 is upright.
+    nodata: value of samples without data that the file names.
+    stored: the values [h, w, 1] that NoData is one of, if `array` has others: colors of a palette.
     """
 
     array: np.ndarray
     bits: int | None
-    orientation: int = 1
+    nodata: float | None = None
+    stored: np.ndarray | None = None
 
 
-def read_tiff(encoded: bytes, channels: int) -> Raster:
-    """Read the image of a TIFF; with 1 or 3 channels, alpha is dropped, 8 bits are converted.
+def read_tiff(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
+    """Read the image of a TIFF, upright.
+
+    With 1 or 3 channels, alpha is dropped, and 8 bits are converted. The samples of `options.bands`
+    stay as they are.
 
     Raises:
-      DataError: its kind is not supported; says what it is.
+      DataError: its kind is not supported; says what it is. Or it lacks a band.
     """
     with tifffile.TiffFile(io.BytesIO(encoded)) as file:
         pages = _image_pages(file)
         page = pages[0]
         _check(page)
-        planes = _planes_without_pages(file, page)
-        is_picture = channels in MODES and len(pages) == 1 and planes is None and _is_picture(page)
-        if is_picture and page.bitspersample <= 8:
-            picture = _picture_of_8_bits(encoded, page, MODES[channels])
-            if picture is not None:
-                return Raster(picture, 8)
-        orientation = page.tags.valueof(274, 1)
-        if is_picture:
-            array, bits = _picture(page, encoded)
-            return Raster(array, bits, orientation)
-        if planes is None:
-            planes = np.concatenate([_samples(page, encoded) for page in pages], axis=-1)
-        return Raster(_without_alpha(planes, pages, channels), None, orientation)
+        nodata, stored = _nodata_value(page), None
+        if options.bands is not None:
+            planes = _planes_without_pages(file, page)
+            planes = _concatenate(pages, encoded) if planes is None else planes
+            indices = _band_indices(page, planes.shape[-1], options.band_list)
+            return Raster(_upright(planes[..., indices], page), None, nodata)
+        raster = _read_pages(file, pages, encoded, channels)
+        if page.photometric in CONVERTED and options.nodata is not None:
+            stored = _upright(_samples(page, encoded)[..., :1], page)
+        return raster._replace(nodata=nodata, stored=stored)
 
 
-def nodata_value(encoded: bytes) -> float | None:
-    """Return the NoData value of a TIFF by GDAL; None for others."""
-    if not encoded.startswith(TIFF):
-        return None
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        text = _image_pages(file)[0].tags.valueof(GDAL_NODATA)
-    try:
-        return float(str(text).strip(" \0").replace(",", "."))
-    except ValueError:
-        return None
+def _read_pages(
+    file: tifffile.TiffFile, pages: list[tifffile.TiffPage], encoded: bytes, channels: int
+) -> Raster:
+    page = pages[0]
+    planes = _planes_without_pages(file, page)
+    is_picture = channels in MODES and len(pages) == 1 and planes is None and _is_picture(page)
+    if is_picture and page.bitspersample <= 8:
+        picture = _picture_of_8_bits(encoded, page, MODES[channels])
+        if picture is not None:
+            return Raster(picture, 8)
+    if is_picture:
+        array, bits = _picture(page, encoded)
+        return Raster(_upright(array, page), bits)
+    if planes is None:
+        planes = _concatenate(pages, encoded)
+    return Raster(_upright(_without_alpha(planes, pages, channels), page), None)
 
 
-def stored_values(encoded: bytes) -> np.ndarray | None:
-    """Return the values [h, w, 1] of a TIFF that are not its colors: of palettes, or inverted.
+def _concatenate(pages: list[tifffile.TiffPage], encoded: bytes) -> np.ndarray:
+    """Return the samples of all pages [h, w, bands]."""
+    return np.concatenate([_samples(page, encoded) for page in pages], axis=-1)
 
-    None for other kinds. NoData is one of these values.
+
+def _band_indices(page: tifffile.TiffPage, count: int, bands: tuple[int | str, ...]) -> list[int]:
+    """Return the indices of bands, given by number from 1 or by GDAL's description.
+
+    Raises:
+      DataError: there is no such band, or several have that name.
     """
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        page = _image_pages(file)[0]
-        if page.photometric not in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.PALETTE):
-            return None
-        values = _samples(page, encoded)[..., :1]
-        return apply_orientation(values, page.tags.valueof(274, 1))
+    names = _band_names(page)
+    indices = []
+    for band in bands:
+        matches = (
+            [band - 1] if isinstance(band, int) else [i for i, n in names.items() if n == band]
+        )
+        if len(matches) != 1 or matches[0] >= count:
+            known = ", ".join(f"{i + 1} {names.get(i, '(no name)')}" for i in range(count))
+            problem = "several bands" if len(matches) > 1 else "no band"
+            raise DataError(f"it has {problem} {band!r} (data.bands); its bands are {known}")
+        indices += matches
+    return indices
+
+
+def _band_names(page: tifffile.TiffPage) -> dict[int, str]:
+    """Return GDAL's descriptions of bands by index from 0."""
+    text = str(page.tags.valueof(GDAL_METADATA, "")).strip(" \0")
+    if not text:
+        return {}
+    try:
+        items = ElementTree.fromstring(text).iter("Item")
+        described = [item for item in items if item.get("role") == "description"]
+        return {int(item.get("sample", "")): (item.text or "").strip() for item in described}
+    except (ElementTree.ParseError, ValueError):
+        return {}
+
+
+def _nodata_value(page: tifffile.TiffPage) -> float | None:
+    """Return GDAL's NoData value of a page; None without it."""
+    try:
+        return float(str(page.tags.valueof(GDAL_NODATA)).strip(" \0").replace(",", "."))
+    except Exception:  # of a tag without a number, or a corrupt one
+        return None
+
+
+def _upright(array: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
+    return apply_orientation(array, page.tags.valueof(274, 1))
 
 
 def apply_orientation(array: np.ndarray, orientation: int) -> np.ndarray:

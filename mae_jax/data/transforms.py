@@ -1,7 +1,7 @@
 """Crop, flip and resize images on the host; resizing is bit-identical to Pillow."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from PIL import Image
 
 from mae_jax.data.decode import Encoded, Pixels, decode
 from mae_jax.data.randaugment import RandAugment
+from mae_jax.data.read_options import ReadOptions
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 Example = dict[str, np.ndarray]  # the arrays of one image in a batch
@@ -81,6 +82,9 @@ def resize(
 ) -> Pixels:
     """Resize with antialiasing to height and width; channel by channel unless gray or RGB.
 
+    NaN, which has no data, contributes nothing: a value is the mean of the others, by the filter's
+    weights, or NaN if those of the others are less than half of all.
+
     Args:
       box: left, upper, right and lower border of the part to resize, pixels; None: all.
     """
@@ -94,11 +98,25 @@ def resize(
     if image.dtype == np.uint8 and image.shape[-1] == 3:
         return resize_plane(image)
     dtype = np.uint8 if image.dtype == np.uint8 else np.float32  # those that Pillow supports
-    planes = [resize_plane(plane.astype(dtype)) for plane in np.moveaxis(image, -1, 0)]
+    planes = [
+        _resize_valid(plane.astype(dtype), resize_plane) for plane in np.moveaxis(image, -1, 0)
+    ]
     array = np.stack(planes, axis=-1)
     if image.dtype == np.uint16:  # bicubic interpolation may overshoot
         array = array.round().clip(0, np.iinfo(np.uint16).max)
     return array.astype(image.dtype)
+
+
+def _resize_valid(
+    plane: np.ndarray, resize_plane: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Resize a plane by the values that are not NaN."""
+    valid = np.isfinite(plane)
+    if valid.all():
+        return resize_plane(plane)
+    weights = resize_plane(valid.astype(np.float32))
+    values = resize_plane(np.where(valid, plane, np.float32(0)))
+    return np.where(weights >= 0.5, values / np.maximum(weights, 0.5), np.float32(np.nan))
 
 
 AUGMENTS = ("none", "crop", "weak_crop", "randaugment")
@@ -113,7 +131,7 @@ class TrainTransform:
       scale: range of the crop's fraction of the area.
       weak: sample crops with `single_try_crop_box`, for linear probing.
       exif: apply the EXIF orientation.
-      bit_depth: as in `decode`.
+      bit_depth, options: as in `decode`.
     """
 
     image_size: tuple[int, int]
@@ -124,6 +142,7 @@ class TrainTransform:
     augment: RandAugment | None = None
     exif: bool = False
     bit_depth: int | None = None
+    options: ReadOptions = ReadOptions()
 
     def __call__(self, encoded: Encoded, rng: np.random.Generator) -> Example:
         """Return {"image": [h, w, c]}."""
@@ -134,7 +153,7 @@ class TrainTransform:
 
     def sample_crop(self, encoded: Encoded, rng: np.random.Generator) -> tuple[Pixels, bool]:
         """Return a crop before resizing, and whether to flip it."""
-        image = decode(encoded, self.channels, self.exif, self.bit_depth)
+        image = decode(encoded, self.channels, self.exif, self.bit_depth, self.options)
         sample_box = single_try_crop_box if self.weak else random_crop_box
         left, top, right, lower = sample_box(rng, (image.shape[0], image.shape[1]), self.scale)
         return image[top:lower, left:right], self.flip and rng.random() < 0.5
@@ -188,7 +207,7 @@ class EvalTransform:
       crop: fraction of each side to keep of the largest center crop with the model's aspect ratio:
         0.875 is the usual "resize to 256, crop to 224".
       exif: apply the EXIF orientation.
-      bit_depth: as in `decode`.
+      bit_depth, options: as in `decode`.
     """
 
     image_size: tuple[int, int]
@@ -197,10 +216,11 @@ class EvalTransform:
     interpolation: str = "bicubic"
     exif: bool = False
     bit_depth: int | None = None
+    options: ReadOptions = ReadOptions()
 
     def __call__(self, encoded: Encoded, rng: object = None) -> Example:
         """Return {"image": [h, w, c]}."""
-        image = decode(encoded, self.channels, self.exif, self.bit_depth)
+        image = decode(encoded, self.channels, self.exif, self.bit_depth, self.options)
         height, width = self.image_size
         image = _limit_aspect_ratio(image, max(MAX_ASPECT, height / width, width / height))
         # Rounded as in torchvision's Resize and CenterCrop.

@@ -2,17 +2,18 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mae_jax.data.decode import decode, used_bits
+from mae_jax.data.decode import MaskedImage, decode, decode_masked, used_bits
 from mae_jax.data.loader import ordered_parallel_map
-from mae_jax.data.nodata import MaskedImage, NoDataCounts, decode_masked
+from mae_jax.data.nodata import NoDataCounts
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.sources import DataError, Source, bad_image_error
 from mae_jax.utils import console
 
-NAN_HINT = "Repair or remove it, or leave out NaN, Inf and NoData with --ignore-nodata"
+NAN_HINT = "Repair or remove it, or leave out NaN and Inf with --nodata nan or --ignore-nodata"
 Decoded = tuple[np.ndarray, int, tuple[int, int] | None]  # image, label, used bits
 
 
@@ -43,19 +44,25 @@ class ValidationReport:
 
 
 def validate_images(
-    source: Source, channels: int, threads: int, bit_depth: int | None = None
+    source: Source,
+    channels: int,
+    threads: int,
+    bit_depth: int | None = None,
+    options: ReadOptions = ReadOptions(),
 ) -> ValidationReport:
-    """Decode every image of a source, with a progress bar; bit_depth as in `decode`."""
+    """Decode every image of a source, with a progress bar; bit_depth, options as in `decode`."""
+    arguments: dict[str, Any] = {"bit_depth": bit_depth, "options": options}
+    cuts_bits = bit_depth is None and options.bands is None
 
     def decode_record(index: int) -> tuple[MaskedImage | None, Decoded | DataError]:
         masked = None
         try:
             record = source[index]
-            masked = decode_masked(record["image"], channels, bit_depth)
+            masked = decode_masked(record["image"], channels, **arguments)
             image = masked.pixels
-            if masked.missing.any():  # raises for NaN and Inf
-                image = decode(record["image"], channels, bit_depth=bit_depth)
-            usage = used_bits(record["image"], channels) if bit_depth is None else None
+            if masked.missing.any() and options.nodata is None:  # raises for NaN and Inf
+                image = decode(record["image"], channels, **arguments)
+            usage = used_bits(record["image"], channels) if cuts_bits else None
             return masked, (image, record["label"], usage)
         except DataError as error:
             return masked, error
@@ -94,12 +101,14 @@ def channel_stats(
     channels: int,
     threads: int,
     bit_depth: int | None = None,
+    options: ReadOptions = ReadOptions(),
     *,
     ignore_nodata: bool = False,
 ) -> ChannelStats:
     """Compute mean and standard deviation over all pixels, with equal weight per image.
 
     Args:
+      options: as in `decode`; `nodata` implies ignore_nodata.
       ignore_nodata: leave out samples that are NoData, NaN or Inf; an image without any other
         sample in a channel does not count there.
 
@@ -108,12 +117,15 @@ def channel_stats(
         has no data.
     """
 
+    arguments: dict[str, Any] = {"bit_depth": bit_depth, "options": options}
+    ignore_nodata = ignore_nodata or options.nodata is not None
+
     def read(index: int) -> tuple[np.ndarray, MaskedImage]:
         try:
             encoded = source[index]["image"]
-            image = decode_masked(encoded, channels, bit_depth)
+            image = decode_masked(encoded, channels, **arguments)
             if image.missing.any() and not ignore_nodata:  # raises for NaN and Inf
-                decode(encoded, channels, bit_depth=bit_depth)
+                decode(encoded, channels, **arguments)
         except DataError as error:
             hint = NAN_HINT if "NaN" in str(error) else "Repair or remove it"
             raise bad_image_error(source, index, error, hint) from error

@@ -34,14 +34,15 @@ def to_rgb_uint8(
     """Convert images of any number of channels and dtype to gray or RGB images of uint8.
 
     Of images that are neither gray nor RGB, `channels` are shown. For dtypes other than uint8,
-    black is 2 standard deviations below the mean and white 2 above.
+    black is 2 standard deviations below the mean and white 2 above; NaN, without data, is black.
     """
     shown = list(range(images.shape[-1]) if images.shape[-1] in (1, 3) else channels)
     images = images[..., shown]
     if images.dtype == np.uint8:
         return images
     low, scale = np.array(mean)[shown] - 2 * np.array(std)[shown], 4 * np.array(std)[shown]
-    return (255 * ((images - low) / scale).clip(0, 1)).round().astype(np.uint8)
+    values = np.where(np.isnan(images), -np.inf, (images - low) / scale)
+    return (255 * values.clip(0, 1)).round().astype(np.uint8)
 
 
 def check_display_channels(channels: Sequence[int], num_channels: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from mae_jax.convert import cli as convert_cli
+from mae_jax.convert.preprocessing import make_transform
 from mae_jax.convert.pretrained import Params, PretrainedModel
 from mae_jax.data.decode import decode
 from mae_jax.data.factory import detect_dataset
@@ -176,11 +177,13 @@ def _batches(
 ) -> Iterator[list[Row]]:
     """Yield the images of a source in lists of at most `size`, without bad ones."""
     info, bad = model.info, 0
+    transform = make_transform(info.of_decoded)
 
     def read(index: int) -> Row | DataError:
         try:
-            pixels = decode(source[index]["image"], info.channels, info.exif, info.bit_depth)
-            image = model.transform(pixels)["image"]
+            encoded = source[index]["image"]
+            pixels = decode(encoded, info.channels, info.exif, info.bit_depth, info.read_options)
+            image = transform(pixels)["image"]
         except DataError as error:
             return bad_image_error(source, index, error, "Repair or remove it, or use --skip-bad")
         return index, image, color_entropy(pixels), min(pixels.shape[:2])
@@ -219,16 +222,18 @@ def _losses(
     images: Shaped[Array, "b h w c"],
     indices: Int[Array, " b"],
 ) -> Float[Array, " b"]:
-    """Return the mean loss of each image over its masks."""
-    patches = task.to_patches(images)
+    """Return the mean loss of each image over its masks; 0 for masks of patches without data."""
+    patches, valid = task.to_patches(images), task.valid_values(images)
 
     def loss(number: Int[Array, ""]) -> Float[Array, " b"]:
         keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, index), number))
         mask = Mask(
             *(ids[:, 0] for ids in jax.vmap(lambda k: task.sample_mask(k, 1))(keys(indices)))
         )
-        pred = task.apply("__call__", params, patches, *mask)
-        target = task.to_targets(gather_patches(patches, mask.ids_masked))
-        return jnp.square(pred - target).mean(axis=(1, 2))
+        errors = task.squared_errors(params, patches, mask, valid=valid)
+        if valid is None:
+            return errors.mean(axis=(1, 2))
+        count = gather_patches(valid, mask.ids_masked).sum(axis=(1, 2))
+        return errors.sum(axis=(1, 2)) / jnp.maximum(count, 1)
 
     return jax.lax.map(loss, jnp.arange(masks)).mean(axis=0)

@@ -58,7 +58,7 @@ def write_masks(
     for batch in console.progress(batches, len(source), count=console.num_valid):
         for grid in np.asarray(logits(params, batch["image"]))[batch["valid"]]:
             encoded, file = source[number]["image"], source.files[number]
-            image = decode(encoded, info.channels, info.exif, info.bit_depth)
+            image = decode(encoded, info.channels, info.exif, info.bit_depth, info.read_options)
             classes = pixel_classes(grid, (image.shape[0], image.shape[1]))
             rgb = to_rgb_uint8(image[None], show, *info.stats(image.dtype))[0]
             _write_mask(out / f"{file.stem}_mask.png", classes, len(names))

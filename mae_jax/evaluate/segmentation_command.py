@@ -40,7 +40,6 @@ from mae_jax.evaluate.segmentation import (
 from mae_jax.evaluate.segmentation_figure import segmentation_figure
 from mae_jax.evaluate.segmentation_metrics import CONVENTIONS, SegmentationScore
 from mae_jax.evaluate.segmentation_views import Views
-from mae_jax.models.image_ops import normalize
 from mae_jax.models.patches import num_patch_values, patchify
 from mae_jax.utils import cli, console
 from mae_jax.utils.atomic import write_json
@@ -239,6 +238,7 @@ def _make_setup(
             overhang=arguments.convention == "pixio",
             interpolation=info.interpolation,
             bit_depth=info.bit_depth,
+            options=info.read_options,
         ),
         batch_size=sharding.round_up_batch(arguments.batch_size, mesh),
         patch=info.patch,
@@ -257,7 +257,7 @@ def _grids(
     images: Array,
 ) -> dict[str, Float[Array, "b y x d"]]:
     """Return the features of the encoder and of the baselines."""
-    patches = patchify(normalize(images, *model.info.stats(images.dtype)), model.info.patch)
+    patches = patchify(model.normalize(images), model.info.patch)
     colors = rearrange(
         patches, "b (y x) (p c) -> b y x p c", y=model.info.grid[0], c=model.info.channels
     )

@@ -51,7 +51,8 @@ def segmentation_figure(
     rows = []
     for prediction in predictions:
         encoded = source[prediction.index]["image"]
-        image = resize(decode(encoded, info.channels, bit_depth=info.bit_depth), size)
+        image = decode(encoded, info.channels, bit_depth=info.bit_depth, options=info.read_options)
+        image = resize(image, size)
         image = to_rgb_uint8(image[None], show, *info.stats(image.dtype))[0]
         truth, predicted = (
             resize_mask(mask.astype(np.int32), size)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from mae_jax.data.decode import decode
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.segmentation import (
     Mask,
     SegmentationSource,
@@ -29,6 +30,7 @@ class Views:
         ends with the image.
       interpolation: filter of Pillow, for images.
       fill: value per channel beyond the image.
+      bit_depth, options: as in `decode`.
     """
 
     size: tuple[int, int]
@@ -38,6 +40,7 @@ class Views:
     overhang: bool = False
     interpolation: str = "bicubic"
     bit_depth: int | None = None
+    options: ReadOptions = ReadOptions()
 
     def boxes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Return top, left, height and width of the views of an image, some beyond its border."""
@@ -56,7 +59,8 @@ class Views:
           DataError: one of them is bad, or they do not fit; names the image.
         """
         try:
-            image = decode(source[index]["image"], self.channels, bit_depth=self.bit_depth)
+            encoded = source[index]["image"]
+            image = decode(encoded, self.channels, bit_depth=self.bit_depth, options=self.options)
         except DataError as error:
             raise DataError(f"{source.describe(index)} is bad: {error}") from error
         mask = source.mask(index)

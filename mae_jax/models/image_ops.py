@@ -31,13 +31,21 @@ def stats_match_dtype(dtype: Any, mean: Sequence[float]) -> bool:
 
 
 def normalize(
-    images: Shaped[Array, "*b h w c"], mean: Sequence[float], std: Sequence[float]
+    images: Shaped[Array, "*b h w c"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    nodata: bool = False,
 ) -> Float[Array, "*b h w c"]:
-    """Compute (value - mean) / std per channel, float32; uint8 values are divided by 255 first."""
+    """Compute (value - mean) / std per channel, float32; uint8 values are divided by 255 first.
+
+    Args:
+      nodata: replace NaN, which has no data, by the mean of its channel, 0 here.
+    """
     values = images.astype(jnp.float32)
     if images.dtype == jnp.uint8:
         values = values / 255
-    return (values - jnp.array(mean)) / jnp.array(std)
+    pixels = (values - jnp.array(mean)) / jnp.array(std)
+    return jnp.where(jnp.isnan(values), 0, pixels) if nodata else pixels
 
 
 def denormalize(

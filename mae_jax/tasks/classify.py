@@ -9,7 +9,6 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from mae_jax.models.classifier import Probe
-from mae_jax.models.image_ops import normalize
 from mae_jax.tasks import mixup
 from mae_jax.tasks.mixup import Mixup
 from mae_jax.tasks.supervised import Params, Stats, SupervisedTask, apply_with_stats
@@ -89,7 +88,7 @@ class Classify(SupervisedTask):
         targets = optax.smooth_labels(targets, self.smoothing)
         sampled = {}
         if "image" in batch and (self.erase or self.mixup.active):
-            pixels = normalize(batch["image"], self.mean, self.std)
+            pixels = self.normalize(batch["image"])
             if self.erase:
                 pixels = mixup.random_erasing(erase_key, pixels, self.erase)
             if self.mixup.active:

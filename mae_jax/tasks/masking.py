@@ -53,10 +53,18 @@ def mask_from_noise(noise: Float[Array, "b n"], kept: int) -> Mask:
 
 
 def sample_patches(
-    key: Key[Array, ""], patches: Int[Array, "b m"], count: int
+    key: Key[Array, ""],
+    patches: Int[Array, "b m"],
+    count: int,
+    last: Bool[Array, "b m"] | None = None,
 ) -> Int[Array, "b q"]:
-    """Sample `count` of the given patches of every image, uniformly without replacement."""
-    order = jnp.argsort(jax.random.uniform(key, patches.shape), axis=1)
+    """Sample `count` of the given patches of every image, uniformly without replacement.
+
+    Args:
+      last: patches to sample only if the others are too few.
+    """
+    noise = jax.random.uniform(key, patches.shape)
+    order = jnp.argsort(noise if last is None else noise + last, axis=1)
     return jnp.take_along_axis(patches, order[:, :count], axis=1)
 
 

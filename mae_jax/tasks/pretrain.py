@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from mae_jax.models.attention import AttentionShape, attention_shape
 from mae_jax.models.image_ops import denormalize, normalize
@@ -28,12 +28,20 @@ _DROP_PATH = 2**31 - 2  # likewise, to sample the noise of drop path
 
 
 def patch_statistics(
-    patches: Float[Array, "b n p"], eps: float
+    patches: Float[Array, "b n p"], eps: float, valid: Bool[Array, "b n p"] | None = None
 ) -> tuple[Float[Array, "b n 1"], Float[Array, "b n 1"]]:
-    """Compute mean and standard deviation of every patch."""
-    mean = patches.mean(axis=-1, keepdims=True)
+    """Compute mean and standard deviation of every patch, over all values or the valid ones.
+
+    A patch with one valid value has variance 0, as a constant one; one with none also mean 0.
+    """
     # As in the reference: unbiased variance (ddof 1), and eps inside the square root.
-    return mean, jnp.sqrt(patches.var(axis=-1, ddof=1, keepdims=True) + eps)
+    if valid is None:
+        mean = patches.mean(axis=-1, keepdims=True)
+        return mean, jnp.sqrt(patches.var(axis=-1, ddof=1, keepdims=True) + eps)
+    count = valid.sum(axis=-1, keepdims=True)
+    mean = jnp.where(valid, patches, 0).sum(axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    squares = jnp.where(valid, jnp.square(patches - mean), 0).sum(axis=-1, keepdims=True)
+    return mean, jnp.sqrt(squares / jnp.maximum(count - 1, 1) + eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,10 @@ class Pretrain:
     "random" hides, and `mask_ratio` counts; predict_ratio: fraction of the masked patches that the
     decoder sees and predicts in training; norm_pix: normalize the pixels of each target patch
     (norm_pix_loss). The encoder's drop path is on in training.
+
+    nodata: NaN of images has no data. The encoder sees the mean there, and the loss leaves it out:
+    it is the mean over all valid values of the predicted patches of a global batch, and 0 without
+    any. Masks stay as they are; patches without data are predicted only if there are no others.
 
     Raises:
       UserError: a value is invalid; the error has the config key.
@@ -63,6 +75,7 @@ class Pretrain:
     predict_ratio: float = 1.0
     norm_pix: bool = True
     norm_pix_eps: float = 1e-6
+    nodata: bool = False
 
     def __post_init__(self):
         if not 0 < self.predict_ratio <= 1:
@@ -161,15 +174,24 @@ class Pretrain:
         """Add everything random about the loss to a global batch, for all rows at once.
 
         This is the Mask, "ids_keep" [b, k] and "ids_masked" [b, m]; if not all masked patches are
-        predicted, also "ids_predicted" [b, q]; with drop path, "drop_path_noise" [b, depth, 2].
+        predicted, also "ids_predicted" [b, q]; with drop path, "drop_path_noise" [b, depth, 2];
+        with nodata, "valid_values" [b], the mean number per image of values that the loss is over,
+        so that every one weighs the same, in whatever micro-batch it is.
         """
         mask = self.sample_mask(key, len(batch["image"]))
         sampled = batch | mask._asdict()
+        valid, ids_predicted = self.valid_values(batch["image"]), mask.ids_masked
+        counts = None if valid is None else valid.sum(axis=-1)
         if self.num_predicted < self.num_masked:
             predicted_key = jax.random.fold_in(key, _PREDICTED)
-            sampled["ids_predicted"] = masking.sample_patches(
-                predicted_key, mask.ids_masked, self.num_predicted
+            empty = None if counts is None else _take(counts, ids_predicted) == 0
+            ids_predicted = masking.sample_patches(
+                predicted_key, ids_predicted, self.num_predicted, last=empty
             )
+            sampled["ids_predicted"] = ids_predicted
+        if counts is not None:
+            mean_count = _take(counts, ids_predicted).sum(axis=1).astype(jnp.float32).mean()
+            sampled["valid_values"] = jnp.broadcast_to(mean_count, len(batch["image"]))
         encoder = self.model.encoder
         if encoder.drop_path:
             shape = (len(batch["image"]), encoder.depth, 2)
@@ -184,7 +206,11 @@ class Pretrain:
         patches = self.to_patches(batch["image"])
         mask = Mask(batch["ids_keep"], batch["ids_masked"])
         predicted, noise = batch.get("ids_predicted"), batch.get("drop_path_noise")
-        return self.loss_of_patches(params, patches, mask, predicted, noise), stats
+        valid = self.valid_values(batch["image"])
+        if valid is None:
+            return self.loss_of_patches(params, patches, mask, predicted, noise), stats
+        errors = self.squared_errors(params, patches, mask, predicted, noise, valid)
+        return errors.sum() / jnp.maximum(batch["valid_values"].sum(), 1), stats
 
     def loss_of_patches(
         self,
@@ -195,6 +221,18 @@ class Pretrain:
         drop_path_noise: Float[Array, "b depth 2"] | None = None,
     ) -> Float[Array, ""]:
         """Compute the loss of normalized patches; all masked ones are predicted, or some."""
+        return jnp.mean(self.squared_errors(params, patches, mask, ids_predicted, drop_path_noise))
+
+    def squared_errors(
+        self,
+        params: Params,
+        patches: Float[Array, "b n p"],
+        mask: Mask,
+        ids_predicted: Int[Array, "b q"] | None = None,
+        drop_path_noise: Float[Array, "b depth 2"] | None = None,
+        valid: Bool[Array, "b n p"] | None = None,
+    ) -> Float[Array, "b q p"]:
+        """Compute the squared errors of the predicted patches; 0 where values are not valid."""
         if ids_predicted is None:
             ids_predicted = mask.ids_masked
         args = patches, mask.ids_keep, ids_predicted
@@ -202,19 +240,31 @@ class Pretrain:
             args = *args, jnp.moveaxis(drop_path_noise, 0, -1)
         pred = self.apply("__call__", params, *args)
         with jax.named_scope("loss"):
-            target = self.to_targets(gather_patches(patches, ids_predicted))
-            return jnp.mean(jnp.square(pred - target))
+            if valid is not None:
+                valid = gather_patches(valid, ids_predicted)
+            target = self.to_targets(gather_patches(patches, ids_predicted), valid)
+            errors = jnp.square(pred - target)
+            return errors if valid is None else jnp.where(valid, errors, 0)
 
-    def to_targets(self, patches: Float[Array, "b q p"]) -> Float[Array, "b q p"]:
-        """Return the regression targets of normalized patches: with norm_pix each standardized."""
-        if not self.norm_pix:
-            return patches
-        mean, std = patch_statistics(patches, self.norm_pix_eps)
-        return (patches - mean) / std
+    def to_targets(
+        self, patches: Float[Array, "b q p"], valid: Bool[Array, "b q p"] | None = None
+    ) -> Float[Array, "b q p"]:
+        """Return the regression targets of normalized patches: with norm_pix each standardized.
+
+        They are 0 where values are not valid.
+        """
+        if self.norm_pix:
+            mean, std = patch_statistics(patches, self.norm_pix_eps, valid)
+            patches = (patches - mean) / std
+        return patches if valid is None else jnp.where(valid, patches, 0)
 
     def to_patches(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b n p"]:
         """Normalize images and cut them into patches."""
-        return patchify(normalize(images, self.mean, self.std), self.patch)
+        return patchify(normalize(images, self.mean, self.std, self.nodata), self.patch)
+
+    def valid_values(self, images: Shaped[Array, "b h w c"]) -> Bool[Array, "b n p"] | None:
+        """Return which values of the patches have data; None without `nodata`: all have."""
+        return patchify(~jnp.isnan(images), self.patch) if self.nodata else None
 
     def features(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b d"]:
         """Return the global feature of unmasked images, float32: see `Encoder.global_feature`."""
@@ -240,12 +290,12 @@ class Pretrain:
         Raises:
           UserError: `stats` is unknown.
         """
-        patches = self.to_patches(images)
+        patches, valid = self.to_patches(images), self.valid_values(images)
         pred = self.apply("predict", params, patches, *mask)
         if self.norm_pix:
-            mean, std = patch_statistics(patches, self.norm_pix_eps)
+            mean, std = patch_statistics(patches, self.norm_pix_eps, valid)
             if stats == "visible":
-                weights = self._gaussian_weights(mask.ids_keep)
+                weights = self._gaussian_weights(mask.ids_keep, valid)
                 mean, std = (weights @ gather_patches(x, mask.ids_keep) for x in (mean, std))
             elif stats != "gt":
                 raise UserError("must be 'gt' or 'visible'", key="stats", value=stats)
@@ -253,12 +303,24 @@ class Pretrain:
         pixels = unpatchify(pred, self.patch, self.grid)
         return denormalize(pixels, self.mean, self.std, images.dtype)
 
-    def _gaussian_weights(self, ids_keep: Int[Array, "b k"]) -> Float[Array, "b n k"]:
+    def _gaussian_weights(
+        self, ids_keep: Int[Array, "b k"], valid: Bool[Array, "b n p"] | None
+    ) -> Float[Array, "b n k"]:
         """Return weights of the kept patches for every patch.
 
         They are a Gaussian of the distance; sigma is the side of a square of a patch's area.
+        Patches without valid values count only if there are no others.
         """
         sigma = math.sqrt(math.prod(height_width(self.patch)))
         positions = jnp.asarray(patch_corners(self.grid, self.patch) / sigma, jnp.float32)
         offsets = positions[None, :, None] - positions[ids_keep][:, None]
-        return jax.nn.softmax(-jnp.square(offsets).sum(axis=-1) / 2, axis=-1)
+        logits = -jnp.square(offsets).sum(axis=-1) / 2
+        if valid is not None:
+            has_data = _take(valid.any(axis=-1), ids_keep)
+            logits = jnp.where(has_data[:, None], logits, logits - 1e6)
+        return jax.nn.softmax(logits, axis=-1)
+
+
+def _take(values: Shaped[Array, "b n"], ids: Int[Array, "b i"]) -> Shaped[Array, "b i"]:
+    """Return the values of patches of every image."""
+    return jnp.take_along_axis(values, ids, axis=1)

@@ -33,9 +33,9 @@ def apply_with_stats(
 class SupervisedTask(ABC):
     """An encoder of whole images with a head; subclasses add the loss.
 
-    patch: side of a patch, or its height and width, pixels; mean, std: per channel;
-    train_last_blocks: None trains all parameters, 0 the head, k also the last k blocks (partial
-    fine-tuning).
+    patch: side of a patch, or its height and width, pixels; mean, std: per channel; nodata: NaN of
+    images has no data, and becomes the mean; train_last_blocks: None trains all parameters, 0 the
+    head, k also the last k blocks (partial fine-tuning).
 
     Raises:
       UserError: a value is invalid; the error has the config key.
@@ -47,6 +47,7 @@ class SupervisedTask(ABC):
     patch: Sides
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    nodata: bool = False
     train_last_blocks: int | None = None
 
     def __post_init__(self):
@@ -97,6 +98,10 @@ class SupervisedTask(ABC):
         shape = (count, self.model.encoder.depth, 2)
         return {"drop_path_noise": jax.random.uniform(key, shape)}
 
+    def normalize(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalize images by mean and std."""
+        return normalize(images, self.mean, self.std, self.nodata)
+
     def train_logits(
         self, params: Params, stats: Stats, batch: dict[str, Array]
     ) -> tuple[Float[Array, "b *grid classes"], Stats]:
@@ -104,7 +109,7 @@ class SupervisedTask(ABC):
         params = self.stop_gradients(params)
         pixels = batch.get("pixels")
         if pixels is None:
-            pixels = normalize(batch["image"], self.mean, self.std)
+            pixels = self.normalize(batch["image"])
         noise = batch.get("drop_path_noise")
         if noise is not None:
             noise = jnp.moveaxis(noise, 0, -1)
@@ -122,7 +127,7 @@ class SupervisedTask(ABC):
 
     def outputs(self, params: Params, stats: Stats, images: Shaped[Array, "b h w c"]) -> Outputs:
         """Apply encoder and head to images in evaluation mode."""
-        patches = patchify(normalize(images, self.mean, self.std), self.patch)
+        patches = patchify(self.normalize(images), self.patch)
         return self.model.apply({"params": params, "batch_stats": stats}, patches)  # type: ignore[return-value]
 
     def pooled(self, params: Params, images: Shaped[Array, "b h w c"]) -> Float[Array, "b *n d"]:
@@ -137,5 +142,5 @@ class SupervisedTask(ABC):
         return outputs.global_feature
 
     def _encode_without_head(self, params: Params, images: Shaped[Array, "b h w c"]) -> Outputs:
-        patches = patchify(normalize(images, self.mean, self.std), self.patch)
+        patches = patchify(self.normalize(images), self.patch)
         return self.model.clone(num_classes=0).apply({"params": params}, patches)  # type: ignore[return-value]

@@ -1,9 +1,11 @@
 """Losses of predictions without a network: what a pretraining loss has to beat to mean anything."""
 
+import math
 from collections.abc import Iterable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
@@ -26,30 +28,39 @@ def yardstick_losses(
 
     They are compared with all masked patches, as those of the decoder are: with norm_pix all
     patches, also those of a prediction, are normalized, so that the mean of a patch becomes zeros,
-    whose loss is about 1. The mean is that over all pixels and channels.
+    whose loss is about 1. The mean is that over all pixels and channels; with nodata, over those
+    that have data, and the others count as the mean of their channel where a prediction uses them.
 
     Args:
       images: batches, all with the rows of `mask`.
     """
-    to_images = jax.jit(partial(normalize, mean=task.mean, std=task.std))
-    to_targets = jax.jit(lambda pixels: task.to_targets(patchify(pixels, task.patch)))
+    to_images = jax.jit(partial(normalize, mean=task.mean, std=task.std, nodata=task.nodata))
+    to_targets = jax.jit(lambda pixels, valid: task.to_targets(patchify(pixels, task.patch), valid))
     ids_keep, ids_masked = jax.device_get(mask)
-    totals, done = dict.fromkeys(DESCRIPTIONS, 0.0), 0
+    totals, counted, done = dict.fromkeys(DESCRIPTIONS, 0.0), 0.0, 0
     for batch in images:
         rows = slice(done, done + len(batch))
-        pixels = np.asarray(to_images(batch))
-        targets = np.asarray(to_targets(pixels))
-        visible = visible_pixels(ids_keep[rows], task.grid, pixels.shape[1:3])
+        pixels, valid = np.asarray(to_images(batch)), task.valid_values(jnp.asarray(batch))
+        targets = np.asarray(to_targets(pixels, valid))
+        share = (
+            np.ones(targets.shape[:2], np.float32)
+            if valid is None
+            else np.asarray(valid.mean(axis=-1))
+        )
+        filled = fill_masked(pixels, visible_pixels(ids_keep[rows], task.grid, pixels.shape[1:3]))
+        corners = patch_corners(task.grid, task.patch)
         predictions = {
-            "patch_mean": targets.mean(axis=-1, keepdims=True),
-            "nearest": copy_nearest(targets, ids_keep[rows], patch_corners(task.grid, task.patch)),
-            "interpolation": np.asarray(to_targets(fill_masked(pixels, visible))),
+            "patch_mean": (targets.mean(axis=-1) / np.where(share, share, 1))[..., None],
+            "nearest": copy_nearest(targets, ids_keep[rows], corners),
+            "interpolation": np.asarray(to_targets(filled, valid)),
         }
         for name, predicted in predictions.items():
-            squared = np.square(predicted - targets).mean(axis=-1)
+            squared = np.square(predicted - targets)
+            squared = (squared if valid is None else np.where(valid, squared, 0)).mean(axis=-1)
             totals[name] += float(np.take_along_axis(squared, ids_masked[rows], axis=1).sum())
+        counted += float(np.take_along_axis(share, ids_masked[rows], axis=1).sum())
         done = rows.stop
-    return {name: total / ids_masked[:done].size for name, total in totals.items()}
+    return {name: total / counted if counted else math.nan for name, total in totals.items()}
 
 
 def copy_nearest(

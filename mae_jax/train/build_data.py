@@ -10,7 +10,7 @@ import numpy as np
 
 from mae_jax.data.bit_depth import warn_of_loss
 from mae_jax.data.collate import Batch
-from mae_jax.data.decode import MODES, decode
+from mae_jax.data.decode import MODES, decode, decode_masked
 from mae_jax.data.factory import DatasetSpec, has_split
 from mae_jax.data.in_memory import InMemory
 from mae_jax.data.loader import Loader, Transform, eval_batches
@@ -57,7 +57,7 @@ def make_train_source(config: Config, index_dir: Path) -> Source:
         )
     source = _sample(config, source)
     source = source if data.shots is None else few_shot(source, data.shots, data.shots_seed)
-    if data.bit_depth is None:
+    if data.bit_depth is None and data.bands is None:
         warn_of_loss(source, config.model.channels)
     return _in_memory(config, source)
 
@@ -148,6 +148,7 @@ def _in_memory(config: Config, source: Source) -> Source:
         config.model.channels,
         exif=config.data.exif,
         bit_depth=config.data.bit_depth,
+        options=config.data.read_options,
         threads=available_cpus(),
     )
 
@@ -158,17 +159,24 @@ def pixel_dtype(config: Config, source: Source) -> np.dtype:
     Raises:
       UserError: data.mean and data.std are not in the units of that dtype.
     """
-    bit_depth = config.data.bit_depth
+    bit_depth, options = config.data.bit_depth, config.data.read_options
+    becomes_float = bit_depth is not None or options.nodata is not None
+    original = source.original if isinstance(source, InMemory) else source
+    arguments: dict[str, Any] = {"bit_depth": bit_depth, "options": options}
     try:
-        dtype = decode(source[0]["image"], config.model.channels, bit_depth=bit_depth).dtype
+        encoded = original[0]["image"]
+        dtype = decode(encoded, config.model.channels, **arguments).dtype
+        units = dtype
+        if options.nodata is not None:
+            units = decode_masked(encoded, config.model.channels, **arguments).pixels.dtype
     except DataError:
         # Reading it raises, or skips it.
-        return np.dtype(np.uint8 if bit_depth is None else np.float32)
-    has_fractions = dtype == np.uint8 or bit_depth is not None
-    if not stats_match_dtype(np.uint8 if has_fractions else dtype, config.data.mean):
+        return np.dtype(np.float32 if becomes_float else np.uint8)
+    has_fractions = units == np.uint8 or bit_depth is not None
+    if not stats_match_dtype(np.uint8 if has_fractions else units, config.data.mean):
         raise config.data.error(
             "mean",
-            f"does not fit {source.describe(0)}, whose dtype is {dtype}: for uint8, mean and std "
+            f"does not fit {source.describe(0)}, whose dtype is {units}: for uint8, mean and std "
             "are fractions of 255, and with data.bit_depth of its range; for other types they are "
             "in the units of the values. "
             "mae-jax data stats computes them",
@@ -189,8 +197,15 @@ def make_eval_transform(
         return WholeTransform(**_mask_arguments(config, num_classes))
     crop = default_crop_ratio(size) if data.eval_crop is None else data.eval_crop
     return EvalTransform(
-        size, config.model.channels, crop=crop, exif=data.exif, bit_depth=data.bit_depth
+        size, config.model.channels, crop=crop, exif=data.exif, **_read_arguments(config)
     )
+
+
+def _read_arguments(config: Config) -> dict[str, Any]:
+    """Return the arguments of `decode` for the images of a source, which may be in memory."""
+    data = config.data
+    options = data.read_options.of_decoded if data.in_memory else data.read_options
+    return {"bit_depth": data.bit_depth, "options": options}
 
 
 def _mask_arguments(config: Config, num_classes: int | None) -> dict[str, Any]:
@@ -199,7 +214,7 @@ def _mask_arguments(config: Config, num_classes: int | None) -> dict[str, Any]:
         "channels": config.model.channels,
         "num_classes": num_classes,
         "ignore": config.segment.ignore,
-        "bit_depth": config.data.bit_depth,
+        **_read_arguments(config),
     }
 
 
@@ -241,7 +256,7 @@ def make_train_transform(
         weak=data.augment == "weak_crop",
         augment=augment,
         exif=data.exif,
-        bit_depth=data.bit_depth,
+        **_read_arguments(config),
     )
 
 
@@ -262,7 +277,8 @@ def resizes_on_device(config: Config, dtype: np.dtype) -> bool:
     if data.resize_on == "device" and not possible:
         raise data.error(
             "resize_on",
-            "needs data.augment='crop' or 'weak_crop', gray or RGB images of uint8, no masks, and "
+            "needs data.augment='crop' or 'weak_crop', gray or RGB images of uint8 (not float32, "
+            "as with data.bit_depth and data.nodata), no masks, and "
             f"a data.canvas (={data.canvas}) not smaller than model.image_size",
         )
     if data.resize_on == "auto":

@@ -144,6 +144,7 @@ def _make_segment_knn(
             config.model.channels,
             fill=(0.0,) * config.model.channels,  # of windows, which there are not
             bit_depth=config.data.bit_depth,
+            options=config.data.read_options,
         ),
         batch_size=sharding.round_up_batch(config.eval.batch_size, mesh),
         mesh=mesh,

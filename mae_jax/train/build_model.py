@@ -102,6 +102,7 @@ def _make_pretrain(config: Config, execution: ExecutionConfig) -> Pretrain:
         predict_ratio=config.decoder.predict_ratio,
         norm_pix=config.target.norm_pix,
         norm_pix_eps=config.target.norm_pix_eps,
+        nodata=config.data.nodata is not None,
     )
 
 
@@ -126,6 +127,7 @@ def _make_classify(config: Config, execution: ExecutionConfig, num_classes: int)
         patch=config.model.patch,
         mean=mean,
         std=std,
+        nodata=config.data.nodata is not None,
         train_last_blocks=config.optim.train_last_blocks,
         smoothing=classify.smoothing,
         mixup=Mixup(
@@ -181,6 +183,7 @@ def _make_segment(config: Config, execution: ExecutionConfig, num_names: int) ->
         patch=config.model.patch,
         mean=mean,
         std=std,
+        nodata=config.data.nodata is not None,
         train_last_blocks=config.optim.train_last_blocks,
         ignore=segment.ignore,
     )

@@ -13,6 +13,7 @@ from typing import ClassVar
 from ml_collections import ConfigDict
 
 from mae_jax.data.factory import SHARDS, SOURCE_TYPES
+from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.transforms import AUGMENTS
 from mae_jax.distributed.sharding import MAX_REPLICATED, MIN_SPLIT_BYTES
 from mae_jax.evaluate.figures import PATCH_STATS
@@ -357,6 +358,21 @@ class DataConfig(Group):
         low=1,
         high=16,
     )
+    nodata: str | None = key(
+        None,
+        "values without data, per channel: a number, as -9999; 'nan'; or 'file', GDAL's NoData of"
+        " each TIFF. The encoder sees data.mean there, and the loss leaves them out",
+    )
+    bands: str | None = key(
+        None,
+        "bands of TIFFs to read, in this order: names, as B04,B03,B02, or numbers from 1, as 4,3,2;"
+        " None reads all",
+    )
+    dicom_window: str | None = key(
+        None,
+        "gray DICOM images in 8 bits, from a window: CENTER,WIDTH in their units, as 40,400, or"
+        " 'file', that of each file; None keeps their units, as Hounsfield units",
+    )
     augment: str = key(
         "crop",
         "'none'; 'crop': random resized crop (task='segment': segment.scale); 'weak_crop': linear"
@@ -435,12 +451,22 @@ class DataConfig(Group):
                 f"{' and '.join(SHARDS)}: write the images to tar files, or copy the data to a "
                 "local disk (docs/data.md)",
             )
+        if self.nodata is not None and self.augment == "randaugment":
+            raise self.error("nodata", "is not for data.augment='randaugment', of uint8 images")
+        assert self.read_options  # raises an error if its texts are invalid
+        if self.bands is not None and self.source == "arrays":
+            raise self.error("bands", "is for TIFFs: arrays have no others than those of the file")
         if self.workers and (self.in_memory or self.source == "arrays"):
             raise self.error(
                 "workers",
                 "must be 0 for images in memory, which threads of the main process read; each "
                 "worker process would hold a copy of them",
             )
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """Return how image files are read."""
+        return ReadOptions(self.nodata, self.bands, self.dicom_window)
 
 
 @dataclass(frozen=True)
@@ -620,6 +646,10 @@ class Config(Group):
         super().__post_init__()
         self._check_stats("mean", IMAGENET_MEAN)
         self._check_stats("std", IMAGENET_STD)
+        bands = len(self.data.read_options.band_list)
+        if bands not in (0, self.model.channels):
+            problem = f"selects {bands} bands, but model.channels is {self.model.channels}"
+            raise self.data.error("bands", problem)
         if self.task != "pretrain" and self.eval.segment_knn:
             raise self.eval.error("segment_knn", "is for pretraining")
         if self.task == "classify":

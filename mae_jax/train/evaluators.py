@@ -308,7 +308,7 @@ class FeatureEvaluator:
             for name, params in encoders.items()
         }
         if with_pixels:
-            functions["pixels"] = _flatten_pixels
+            functions["pixels"] = self._flatten_pixels
         return extract_splits(
             lambda images: {name: function(images) for name, function in functions.items()},
             self.bank,
@@ -335,13 +335,14 @@ class FeatureEvaluator:
                 results[f"linear_top1{suffix}"] = splits.probe([name])[name].top1
         return results
 
+    def _flatten_pixels(self, images: np.ndarray) -> np.ndarray:
+        if self.task.nodata:  # as the encoder sees them
+            images = np.where(np.isnan(images), np.array(self.task.mean, images.dtype), images)
+        return images.reshape(len(images), -1)
+
     @cached_property  # compiled once per run
     def _features(self) -> Callable[..., Array]:
         return jax.jit(self.task.features)
-
-
-def _flatten_pixels(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1)
 
 
 @dataclass(frozen=True)
