@@ -151,6 +151,7 @@ def test_damaged_files_and_missing_packages(hub, tmp_path, monkeypatch):
         _ = source[9]
     with pytest.raises(DataError, match="no Parquet files of the split 'test'"):
         spec.open("test")
+    monkeypatch.delitem(sys.modules, "mae_jax.data.tables")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"pip install 'mae_jax\[parquet\]'"):
         spec.open("train")
