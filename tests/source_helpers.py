@@ -9,7 +9,8 @@ import pytest
 
 from mae_jax.data.sources import FolderSource
 from mae_jax.train import recipes
-from mae_jax.train.build_data import make_eval_source, make_loader, make_train_source
+from mae_jax.train.build_data import make_loader
+from mae_jax.train.build_sources import make_eval_source, make_train_source
 from mae_jax.train.config import from_config_dict
 
 

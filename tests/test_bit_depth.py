@@ -20,7 +20,7 @@ from mae_jax.data.factory import DatasetSpec
 from mae_jax.data.in_memory import InMemory
 from mae_jax.data.sources import DataError, FileSource
 from mae_jax.data.validation import channel_stats
-from mae_jax.train.build_data import make_train_source
+from mae_jax.train.build_sources import make_train_source
 
 SIZE = 64, 65
 

@@ -16,7 +16,7 @@ from mae_jax.data.sources import DataError
 from mae_jax.distributed.sharding import make_mesh
 from mae_jax.tasks.optimizer import adamw, lars
 from mae_jax.tasks.train_step import init_state
-from mae_jax.train import build_data, build_evaluators, build_model, recipes
+from mae_jax.train import build_data, build_evaluators, build_model, build_sources, recipes
 from mae_jax.train.config import from_config_dict
 from mae_jax.train.init_state import split_rng
 from mae_jax.train.loop import make_prefetcher
@@ -94,11 +94,11 @@ class Parts:
 
     @cached_property
     def train_source(self):
-        return build_data.make_train_source(self.config, self.folder)
+        return build_sources.make_train_source(self.config, self.folder)
 
     @cached_property
     def eval_source(self):
-        return build_data.make_eval_source(self.config, self.train_source.classes, self.folder)
+        return build_sources.make_eval_source(self.config, self.train_source.classes, self.folder)
 
     @property
     def train_images(self):
@@ -478,7 +478,7 @@ def test_attention_that_does_not_run_here_is_refused(folder):
 def test_a_tfds_data_set_is_found_by_its_name_folder_and_feature(folder, tmp_path):
     changes = {"data.source": "tfds", "data.name": "many_bands", "data.path": str(TFRECORDS)}
     config = config_of("pretrain", folder, changes | {"data.image_feature": "bands"})
-    assert build_data.make_train_source(config, tmp_path)[0]["image"].shape[-1] > 3
+    assert build_sources.make_train_source(config, tmp_path)[0]["image"].shape[-1] > 3
 
 
 def test_evaluation_skips_as_many_bad_images_as_it_may(folder, tmp_path):
@@ -534,6 +534,9 @@ SEEN = {
     "data.sampling.loss": "test_sampling.py: which images are kept",
     "data.sampling.min_entropy": "test_sampling.py: which images are kept",
     "data.sampling.min_side": "test_sampling.py: which images are kept",
+    "data.nodata": "test_nodata_training.py: test_every_task_fills_what_the_config_names",
+    "data.bands": "test_bands.py: which bands are read",
+    "data.dicom_window": "test_dicom.py: which values are read",
     "data.shots_seed": "test_config.py: which images are chosen",
     "init.encoder_only": "test_a_decoder_is_left_out_where_asked",
     "init.ema": "test_a_decoder_is_left_out_where_asked",

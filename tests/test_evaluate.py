@@ -172,6 +172,8 @@ def test_accuracy_and_wilson_interval():
 class RandomProjection:
     """A task whose encoder is a matrix."""
 
+    nodata = False
+
     def init(self, key):
         return {"w": jax.random.normal(key, (4, 3))}
 

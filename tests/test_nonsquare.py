@@ -87,7 +87,8 @@ def test_near_patches_are_near_in_pixels():
     kept = np.array([[4, 1]])  # 8 pixels below patch 0, and 12 to the right of it
     weights = np.exp([-(8**2) / 2 / 48, -(12**2) / 2 / 48])
     expected = weights / weights.sum()
-    np.testing.assert_allclose(task._gaussian_weights(jnp.asarray(kept))[0, 0], expected, rtol=1e-5)
+    weights = task._gaussian_weights(jnp.asarray(kept), None)
+    np.testing.assert_allclose(weights[0, 0], expected, rtol=1e-5)
     patches = np.arange(8, dtype=np.float32)[None, :, None]
     copied = copy_nearest(patches, kept, patch_corners(GRID, PATCH))
     assert copied[0, 0, 0] == 4, "two rows are nearer than one column"

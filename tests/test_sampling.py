@@ -15,7 +15,8 @@ from mae_jax.distributed.checkpoint_reader import CheckpointError
 from mae_jax.evaluate.image_scores import score_images
 from mae_jax.tasks.masking import Mask
 from mae_jax.train import recipes
-from mae_jax.train.build_data import make_loader, make_train_source
+from mae_jax.train.build_data import make_loader
+from mae_jax.train.build_sources import make_train_source
 from mae_jax.train.config import from_config_dict
 from mae_jax.train.config_schema import as_json
 from mae_jax.train.resume import check_compatible

@@ -20,13 +20,9 @@ from mae_jax.tasks.classify import Classify
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.segment import Segment
 from mae_jax.tasks.supervised import SupervisedTask
-from mae_jax.train.build_data import (
-    class_names,
-    make_eval_batches,
-    make_eval_transform,
-    open_masks,
-)
+from mae_jax.train.build_data import make_eval_batches, make_eval_transform
 from mae_jax.train.build_model import RunLength
+from mae_jax.train.build_sources import class_names, open_masks
 from mae_jax.train.config import Config
 from mae_jax.train.evaluators import (
     AccuracyEvaluator,

@@ -18,7 +18,7 @@ from mae_jax.models import attention_selection
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.tasks.train_step import jit_step, make_train_step
-from mae_jax.train import build_data, build_model, loggers
+from mae_jax.train import build_data, build_model, build_sources, loggers
 from mae_jax.train.build_model import RunLength
 from mae_jax.train.config import Config
 from mae_jax.train.config_schema import as_json
@@ -67,12 +67,12 @@ def build(config: Config, workdir: Path) -> RunSetup:
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.accumulate, mesh)
     index_dir = Path(os.path.abspath(workdir)).parent / ".indices"
-    train_source = build_data.make_train_source(config, index_dir)
-    eval_source = build_data.make_eval_source(config, train_source.classes, index_dir)
+    train_source = build_sources.make_train_source(config, index_dir)
+    eval_source = build_sources.make_eval_source(config, train_source.classes, index_dir)
     dtype = build_data.pixel_dtype(config, train_source)
     if eval_source:
         build_data.pixel_dtype(config, eval_source)
-    classes = build_data.class_names(config, train_source)
+    classes = build_sources.class_names(config, train_source)
     task = build_model.make_task(config, mesh, classes)
     length = build_model.make_run_length(config, len(train_source))
     learning_rate = build_model.make_learning_rate(config, length)
