@@ -8,7 +8,7 @@ from image_helpers import photograph
 from PIL import Image
 
 from mae_jax.data.transforms import random_crop_box
-from mae_jax.models.image_ops import crop_resize, denormalize, normalize
+from mae_jax.models.image_ops import crop_resize, denormalize, normalize, resize_center_crop
 
 CANVAS, SIZE = 512, (224, 224)
 
@@ -65,6 +65,13 @@ def test_crop_resize_equals_pillow_in_the_same_order_of_axes(crops, resized):
     differs = resized != by_axis
     assert differs.mean() < 2e-4
     assert np.abs(resized.astype(int) - by_axis).max() <= 1
+
+
+def test_integers_do_not_overflow_in_images_of_extreme_shapes():
+    column = np.linspace(0, 1, 20_000)[:, None] ** 2 * 255
+    images = jnp.asarray(np.broadcast_to(column, (20_000, 20)).astype(np.uint8)[None, :, :, None])
+    resized = jax.jit(resize_center_crop, static_argnums=(1, 2))(images, (256_000, 256), (8, 8))
+    np.testing.assert_array_equal(resized, 63)
 
 
 def test_resizing_to_the_same_size_is_the_identity():

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Size = Any  # of an axis: an int, an int32 array [], or a symbolic dimension of jax.export
+REACH = 8.0  # more than filters reach
 CHUNK = 64  # crops that are resized at a time, to bound memory
 
 
@@ -72,7 +73,8 @@ def crop_resize(
     """Resize crops of different sizes to one size, with optional horizontal flips.
 
     This is Pillow's bicubic, antialiased resizing: horizontally, then vertically, rounded to 8 bits
-    after each. Pillow 13 and later resizes some tall crops vertically first.
+    after each. Pillow 13 and later resizes vertically first where the height shrinks by more than
+    twice as many pixels as the width.
 
     Args:
       crops: canvases with a crop in the upper left corner of each.
@@ -105,8 +107,8 @@ def resize_center_crop(
 ) -> UInt8[Array, "b y x c"]:
     """Resize images of one size, which may be symbolic, and crop their centers.
 
-    As Pillow and torchvision, except that Pillow 13 and later resizes some tall images vertically
-    first.
+    As Pillow and torchvision, except that Pillow 13 and later resizes vertically first where the
+    height shrinks by more than twice as many pixels as the width.
 
     Args:
       size: height and width of the resized images, pixels, at least those of `crop`.
@@ -152,11 +154,18 @@ def resize_weights(
     They become `total` samples (`new` by default), of which it returns `new`, from `start` on. When
     downsampling, the filter, a key of `FILTERS`, is stretched for antialiasing.
     """
+    is_of_any_size = total is not None
     total = new if total is None else total
     x, y = jnp.arange(capacity), start + jnp.arange(new)[:, None]
     # Distance of sample centers; integers until the division, to be exact.
     away = jnp.abs((2 * x + 1) * total - (2 * y + 1) * old) / (2 * jnp.maximum(old, total))
-    weights = jnp.where(x < old, FILTERS[interpolation](away), 0)
+    inside = x < old
+    if is_of_any_size:
+        # The integers overflow in images of extreme shapes, though not where the filter reaches.
+        scale = jnp.maximum(old, total).astype(jnp.float32)
+        rough = (x + 0.5) * (total / scale) - (y + 0.5) * (old / scale)
+        inside &= jnp.abs(rough) < REACH
+    weights = jnp.where(inside, FILTERS[interpolation](away), 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
