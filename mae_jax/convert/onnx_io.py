@@ -39,10 +39,12 @@ def convert(
       ConvertError: jax2onnx is missing, or cannot convert the function.
     """
     require_jax2onnx()
+    # They warn of types and plugins that they leave out, with the traceback of each.
+    for name in ("onnx_ir", "jax2onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import jax2onnx  # pyright: ignore[reportMissingImports]
     import onnx  # pyright: ignore[reportMissingImports]
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of types that it leaves out
     versions = metadata["versions"] | {"jax2onnx": importlib.metadata.version("jax2onnx")}
     try:
         model = jax2onnx.to_onnx(
