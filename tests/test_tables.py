@@ -115,6 +115,10 @@ def test_columns(tmp_path):
     assert (bare[1], bare.classes) == ({"image": PICTURE, "label": -1}, ())
     numbers = open_columns(tmp_path, {"image": pictures, "label": pa.array([2, None])})
     assert ([numbers.label(0), numbers.label(1)], numbers.classes) == ([2, -1], ("0", "1", "2"))
+    small = pa.array([2, None], pa.uint8())
+    assert open_columns(tmp_path, {"image": pictures, "label": small}).classes == ("0", "1", "2")
+    negative = open_columns(tmp_path, {"image": pictures, "label": pa.array([-5, 0])})
+    assert [negative.label(0), negative.label(1)] == [-1, 0]
     both = dict(left=pictures, right=pa.array([b"1", b"2"], pa.large_binary()))
     with pytest.raises(DataError, match=r"data.image_feature='image'.*images are left, right"):
         open_columns(tmp_path, both)
@@ -123,6 +127,32 @@ def test_columns(tmp_path):
         open_columns(tmp_path, {"text": pa.array(["a"])})
     with pytest.raises(DataError, match="no images in"):
         open_columns(tmp_path, {"image": pictures[:0]})
+
+
+def test_labels_that_are_not_read_are_logged(tmp_path, caplog):
+    pictures = pa.array([PICTURE, PICTURE], pa.binary())
+    assert open_columns(tmp_path, {"image": pictures, "label": ["a", "b"]}).classes == ()
+    assert "the column label of" in caplog.text
+    assert "t.parquet is string, not integers" in caplog.text
+    assert open_columns(tmp_path, {"image": pictures, "label": [0, 2**40]}).classes == ()
+    assert "t.parquet has label 1099511627776" in caplog.text
+    table = hub_table([{"image": PICTURE, "label": 0}], dict.fromkeys("ab", FEATURES["label"]))
+    two = pa.table({"image": table["image"], "a": [0], "b": [0]}, metadata=table.schema.metadata)
+    pq.write_table(two, tmp_path / "t.parquet")
+    assert TableSource([tmp_path / "t.parquet"]).classes == ()
+    assert "t.parquet has several, a, b" in caplog.text
+
+
+def test_files_must_have_the_same_columns_and_classes(tmp_path):
+    records = [{"image": PICTURE, "label": 0}]
+    renamed = {**FEATURES, "label": {"names": ["bee", "cat"], "_type": "ClassLabel"}}
+    others = hub_table(records, renamed), hub_table(records).drop_columns(["label"])
+    files = [tmp_path / f"{number}.parquet" for number in range(2)]
+    pq.write_table(hub_table(records), files[0])
+    for other in (*others, hub_table(records).rename_columns(["picture", "label"])):
+        pq.write_table(other, files[1])
+        with pytest.raises(DataError, match=r"1.parquet has other columns or .* than .*0.parquet"):
+            TableSource(files)
 
 
 def test_cells_without_images(tmp_path):

@@ -19,6 +19,7 @@ log = logging.getLogger("mae_jax")
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".dcm"}
 SUFFIXES |= {".npy", ".npz"}
+MAX_CLASSES = 10**6  # larger numbers are no labels
 MAX_LISTED = 5  # broken symlinks that are logged by name
 
 DERIVED_PREFIX = "CHANGED DATA: "  # begins the TFDS description of a downscaled copy

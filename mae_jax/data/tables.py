@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mae_jax.data.sources import DataError, Record, hash_lines, printable_path
+from mae_jax.data.sources import MAX_CLASSES, DataError, Record, hash_lines, printable_path
 from mae_jax.utils.remote import AnyPath, RemoteError, RemotePath
 
 log = logging.getLogger("mae_jax")
@@ -60,10 +60,17 @@ class TableSource:
             raise DataError(f"no images in {', '.join(map(str, files))}")
         self._image = _image_column(files[0], tables[0], image)
         label = _label_column(tables[0])
+        for path, table in zip(files, tables):
+            _check_same_columns(path, table, files[0], tables[0], image)
         self._labels = np.full(len(self), -1)
-        if label is not None:
+        if label is None:
+            _log_unread_labels(files[0], tables[0])
+        else:
             read = functools.partial(_read_labels, column=label)
             self._labels = np.concatenate(_in_threads(read, files))
+        if self._labels.max() >= MAX_CLASSES:
+            log.warning("no class labels: %s has label %d", files[0], self._labels.max())
+            self._labels[:] = -1
         self.classes = _class_names(files[0], tables[0], label, self._labels, classes)
         self._sizes = _in_threads(lambda path: path.stat().st_size, files)
         _warn_of_large_groups(self._blocks)
@@ -167,7 +174,8 @@ def _read_labels(path: AnyPath, column: str) -> np.ndarray:
             values = _map_arrow(path)[column]
         else:
             values = _open_parquet(path).read(columns=[column])[column]
-    return values.fill_null(-1).to_numpy().astype(np.int64)
+        labels = values.cast("int64").fill_null(-1).to_numpy()
+    return np.maximum(labels, -1)
 
 
 def _image_column(path: AnyPath, table: _Table, name: str) -> str:
@@ -195,14 +203,37 @@ def _holds_images(kind: Any) -> bool:
 
 def _label_column(table: _Table) -> str | None:
     """Return the name of the column of labels: "label", or the only one of class labels."""
-    names = [name for name, x in table.features.items() if _is_class_label(x)]
+    names = _class_label_columns(table)
     if "label" in table.schema.names and pa.types.is_integer(table.schema.field("label").type):
         return "label"
     return names[0] if len(names) == 1 else None
 
 
-def _is_class_label(feature: Any) -> bool:
-    return isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+def _check_same_columns(
+    path: Path, table: _Table, first: Path, first_table: _Table, image: str
+) -> None:
+    """Raise DataError if the columns or the classes of a file are not those of the first."""
+    label = _label_column(first_table)
+    get_names = lambda x: label and x.features.get(label, {}).get("names")
+    names, first_names = get_names(table), get_names(first_table)
+    same_classes = not names or not first_names or names == first_names
+    same_image = _image_column(path, table, image) == _image_column(first, first_table, image)
+    if _label_column(table) != label or not same_classes or not same_image:
+        raise DataError(f"{path} has other columns or classes than {first}")
+
+
+def _log_unread_labels(path: Path, table: _Table) -> None:
+    """Log why a file has no labels, although it seems to have some."""
+    if "label" in table.schema.names:
+        kind = table.schema.field("label").type
+        log.warning("no class labels: the column label of %s is %s, not integers", path, kind)
+    elif several := _class_label_columns(table):
+        log.warning("no class labels: %s has several, %s", path, ", ".join(several))
+
+
+def _class_label_columns(table: _Table) -> list[str]:
+    is_label = lambda x: isinstance(x, dict) and x.get("_type") == "ClassLabel"
+    return [name for name in table.schema.names if is_label(table.features.get(name))]
 
 
 def _class_names(
