@@ -57,6 +57,10 @@ def test_the_index_is_cached_until_a_shard_changes(shards, tmp_path, monkeypatch
     assert not indexed
     assert again.fingerprint() == source.fingerprint()
     assert again.classes == ("0", "1")
+    [cached] = (tmp_path / "indices").iterdir()
+    cached.write_bytes(cached.read_bytes()[:-9])
+    assert spec.open("train").fingerprint() == source.fingerprint()
+    assert f"{cached} is damaged, and made again" in caplog.text
     copy = pickle.loads(pickle.dumps(again))
     assert copy[7] == source[7]
     first = write_tar(shards / "tiny-train-000.tar", {"a.png": PICTURE, "a.cls": "1"})
@@ -83,6 +87,10 @@ def test_labels(tmp_path):
     assert labels(json=("[0]", "{")) == ([-1, -1], ())
     assert labels(txt=("3", "2")) == ([3, 2], numbers)
     assert labels(txt=("a photo of 3 cats", "2")) == ([-1, -1], ())
+    assert labels(txt=("2", "a cat")) == ([-1, -1], ())
+    assert labels(txt=("20180912345678901234", "9" * 5000)) == ([-1, -1], ())
+    assert labels(json=('{"label": null}', '{"label": 3}')) == ([-1, 3], numbers)
+    assert labels(json=('{"label": 1000000000000000000000}', "[" * 10**5)) == ([-1, -1], ())
     assert labels(txt=("0", "0"), json=('{"label": 1}', '{"label": 1}'), cls="32")[0] == [3, 2]
     with pytest.raises(DataError, match=r"x.tar: a.cls is 'cat', but .cls has the number"):
         labels(cls=("1", "cat"))
@@ -106,8 +114,28 @@ def test_samples_of_several_members(tmp_path):
     with pytest.raises(DataError, match=r"two images of one sample, a.left.png and a.right.png"):
         read(two)
     assert read(two, "right.png") == [PICTURE]
+    path = write_tar(tmp_path / "twice.tar", {"a.png": other})
+    with tarfile.open(path, "a") as file:
+        file.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(DataError, match="twice.tar has two members a.png"):
+        TarSource([path])
     hidden = {"./d/._a.png": other, "./d/a.png": PICTURE, "./.b.png": other}
     assert read(hidden) == [PICTURE]
+
+
+def test_links_and_sparse_files_are_logged(tmp_path, caplog):
+    (tmp_path / "holes.npy").write_bytes(saved(np.ones((4, 4, 3))))
+    with (tmp_path / "holes.npy").open("r+b") as file:
+        file.truncate(10**6)
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    names = ["a.png", "b.png", "holes.npy"]
+    path = tmp_path / "x.tar"
+    subprocess.run(["tar", "-S", "-C", str(tmp_path), "-cf", str(path), *names], check=True)
+    source = TarSource([path])
+    assert [source.describe(index) for index in range(len(source))] == [f"{path}/a.png"]
+    assert "ignored: 2 links or sparse files of" in caplog.text
+    assert "x.tar, as b.png" in caplog.text
 
 
 def test_names(tmp_path):
@@ -140,6 +168,8 @@ def test_damaged_and_other_files(tmp_path, caplog):
     assert f"{path} is damaged, cut off, or not a tar file" in error_of(b"<html>" * 200)
     assert f"{path} is empty" in error_of(b"")
     assert "no images in" in error_of(bytes(10240))
+    zeroed = whole[:length] + bytes(1024) + whole[length + 1024 :]
+    assert f"{path} goes on after an end mark at byte {length}" in error_of(zeroed)
     path.write_bytes(whole[:length])
     assert len(TarSource([path])) == 1
     assert "x.tar has no end mark" in caplog.text
@@ -165,6 +195,12 @@ def test_patterns(tmp_path):
     names = lambda *a: [file.name for file in TARS.find(*a)]
     assert names(str(tmp_path), "train") == ["in-train-0.tar", "in-train-1.tar"]
     assert names(f"{tmp_path}/in-{{split}}-{{0..1}}.tar", "train") == names(str(tmp_path), "train")
+    with pytest.raises(DataError, match="no tar files of any usual split: x-{split}"):
+        TARS.find("x-{split}-0.tar", "")
+    odd = tmp_path / "odd [1]"
+    odd.mkdir()
+    (odd / "0.tar").touch()
+    assert names(f"{odd}/?.tar", "train") == ["0.tar"]
     with pytest.raises(DataError, match="no tar files of the split 'test'"):
         TARS.find(str(tmp_path), "test")
     (tmp_path / "test").mkdir()

@@ -37,6 +37,8 @@ class FileKind:
           DataError: there are none.
         """
         is_pattern = self.is_pattern(path)
+        if is_pattern and SPLIT in path and not split:
+            raise DataError(f"there are no {self.name} of any usual split: {path}")
         files = _matching(path, split) if is_pattern else self._in_folder(any_path(path), split)
         if not files:
             raise DataError(f"there are no {self.name} of the split {split!r}: {path}")
@@ -100,7 +102,10 @@ def _matching(pattern: str, split: str) -> list[AnyPath]:
 
 def _glob(text: str) -> list[AnyPath]:
     path = any_path(text)
-    return [*path.glob()] if isinstance(path, RemotePath) else [*map(Path, sorted(glob(text)))]
+    if isinstance(path, RemotePath):
+        return [*path.glob()]
+    # A bracket is a character of the name, as in all paths.
+    return [Path(name) for name in sorted(glob(text.replace("[", "[[]")))]
 
 
 def _list(folder: AnyPath, suffixes: tuple[str, ...]) -> list[AnyPath]:

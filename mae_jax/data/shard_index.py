@@ -7,10 +7,12 @@ the version counts (its ETag); between two runs a change is found, during a run 
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Int
@@ -68,8 +70,11 @@ class Shards:
             name = self.paths[0].name.split("-")[0]
             cache = index_dir / f"{name}-{hash_lines([*lines, *settings])}.npz"
         if cache and cache.exists():
-            with np.load(cache) as arrays:
-                return [arrays[str(number)] for number in range(len(self.paths))]
+            try:
+                with cache.open("rb") as file, np.load(file) as arrays:
+                    return [arrays[str(number)] for number in range(len(self.paths))]
+            except (OSError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+                log.warning("%s is damaged, and made again: %s", cache, error)
         count = len(self.paths)
         log.info("indexing %d %s", count, self.kind)
         with ThreadPoolExecutor(THREADS) as pool:

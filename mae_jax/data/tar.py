@@ -17,14 +17,14 @@ import numpy as np
 
 from mae_jax.data.shard_files import FileKind
 from mae_jax.data.shard_index import Index, Shards
-from mae_jax.data.sources import SUFFIXES, DataError, Record, printable_path
+from mae_jax.data.sources import MAX_CLASSES, SUFFIXES, DataError, Record, printable_path
 from mae_jax.utils.remote import AnyPath, RemoteError
 
 log = logging.getLogger("mae_jax")
 
-TARS = FileKind("tar files", (".tar", ".tar.gz", ".tgz"))
+TARS = FileKind("tar files", (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 LABEL_KEYS = ("label", "cls")  # in .json members
-LABEL_SUFFIXES = ("cls", "json", "txt")  # in order of preference
+LABEL_RANKS = {"cls": 0, "json": 1, "txt": 2}  # suffixes of labels, in order of preference
 COMPRESSED = {  # first bytes -> the program that unpacks such files
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
@@ -124,14 +124,14 @@ class _Sample:
 
     image: tarfile.TarInfo | None = None
     suffix: str = ""
-    rank: int = len(LABEL_SUFFIXES)
+    rank: int = len(LABEL_RANKS)
     label: int = -1
 
 
 def _index_tar(path: AnyPath, image: str) -> Index:
     """Return the place, size, label and hash of the name of every image of a tar file."""
     samples: dict[str, _Sample] = {}
-    with_labels = set(LABEL_SUFFIXES)  # suffixes that have labels, as far as is known
+    has_captions = False  # so that numbers in .txt members are no labels
     try:
         with path.open("rb") as file:
             _check_kind(path, file.read(BLOCK))
@@ -140,20 +140,23 @@ def _index_tar(path: AnyPath, image: str) -> Index:
                 for member in _members(tar, path):
                     key, suffix = _split_name(member.name)
                     sample = samples.setdefault(key, _Sample())
+                    rank = LABEL_RANKS.get(suffix, sample.rank)
                     if _is_image(suffix, image):
                         _take_image(path, sample, member, suffix)
-                    elif suffix in with_labels and LABEL_SUFFIXES.index(suffix) < sample.rank:
+                    elif rank < sample.rank and not (suffix == "txt" and has_captions):
                         opened = tar.extractfile(member)
                         assert opened is not None
                         label = _read_label(path, member, suffix, opened.read())
-                        if label is None:
-                            with_labels.discard(suffix)
-                        else:
-                            sample.rank, sample.label = LABEL_SUFFIXES.index(suffix), label
+                        if label is not None:
+                            sample.rank, sample.label = rank, label
+                        has_captions |= suffix == "txt" and label is None
     except RemoteError:
         raise
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path} is damaged, cut off, or not a tar file: {error}") from error
+    if has_captions:
+        for sample in samples.values():
+            sample.label = -1 if sample.rank == LABEL_RANKS["txt"] else sample.label
     if without := sum(sample.image is None for sample in samples.values()):
         log.warning("ignored: %d samples of %s have no image", without, path)
     rows = [
@@ -168,8 +171,11 @@ def _check_kind(path: AnyPath, begin: bytes) -> None:
     for magic, program in COMPRESSED.items():
         if begin.startswith(magic):
             file = str(path) if isinstance(path, Path) else path.name  # to be copied first
-            unpacked = file.removesuffix(path.suffix) + (".tar" if path.suffix == ".tgz" else "")
-            command = f"{program} -c {shlex.quote(file)} > {shlex.quote(unpacked)}"
+            unpacked = file.removesuffix(path.suffix)
+            if not unpacked.endswith(".tar"):  # .tgz, or a compressed file that is named .tar
+                unpacked += ".plain.tar" if path.suffix == ".tar" else ".tar"
+            packed = shlex.quote(file)
+            command = f"{program} -c {packed} > {shlex.quote(unpacked)} && rm {packed}"
             raise DataError(
                 f"{path} is compressed, so its images cannot be read in any order: unpack it with "
                 f"{command}"
@@ -184,9 +190,12 @@ def _members(tar: tarfile.TarFile, path: AnyPath) -> Iterator[tarfile.TarInfo]:
     Raises:
       DataError: the tar file ends within a member, or is damaged.
     """
-    size = path.stat().st_size
+    size, ignored = path.stat().st_size, []
     while member := tar.next():
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] (else all stay in memory)
+        if member.issym() or member.islnk() or member.issparse():
+            ignored.append(member.name)
+            continue
         if member.offset_data + member.size > size:
             raise DataError(f"{path} is cut off within {member.name}: copy it again")
         if member.isreg() and not member.name.rsplit("/")[-1].startswith("."):
@@ -195,8 +204,22 @@ def _members(tar: tarfile.TarFile, path: AnyPath) -> Iterator[tarfile.TarInfo]:
     with path.open("rb", buffering=BLOCK) as file:
         file.seek(tar.offset)
         end = file.read(BLOCK)
+        has_more = any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(2**20), b""))
     if any(end) or 0 < len(end) < BLOCK:
         raise DataError(f"{path} is damaged or cut off at byte {tar.offset}: copy it again")
+    if has_more:
+        raise DataError(
+            f"{path} goes on after an end mark at byte {tar.offset}: it is damaged, or several tar "
+            "files were joined by cat"
+        )
+    if ignored:
+        log.warning(
+            "ignored: %d links or sparse files of %s, as %s (write it with tar --hard-dereference "
+            "--dereference, without --sparse)",
+            len(ignored),
+            path,
+            ignored[0],
+        )
     if not end:
         log.warning("%s has no end mark: if it was cut off, images are missing", path)
 
@@ -219,6 +242,8 @@ def _take_image(path: AnyPath, sample: _Sample, member: tarfile.TarInfo, suffix:
     Raises:
       DataError: it has two.
     """
+    if sample.image is not None and sample.image.name == member.name:
+        raise DataError(f"{path} has two members {member.name}: write it again with one")
     if sample.image is not None and ("." in suffix) == ("." in sample.suffix):
         raise DataError(
             f"{path} has two images of one sample, {sample.image.name} and {member.name}: name the "
@@ -229,7 +254,7 @@ def _take_image(path: AnyPath, sample: _Sample, member: tarfile.TarInfo, suffix:
 
 
 def _read_label(path: AnyPath, member: tarfile.TarInfo, suffix: str, data: bytes) -> int | None:
-    """Return the label in a member, or None if such members have none.
+    """Return the label in a member, or None if it has none.
 
     Raises:
       DataError: a .cls member is not an integer.
@@ -238,17 +263,18 @@ def _read_label(path: AnyPath, member: tarfile.TarInfo, suffix: str, data: bytes
     if suffix == "json":
         try:
             values = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         found = (
             [values[key] for key in LABEL_KEYS if key in values] if isinstance(values, dict) else []
         )
-        return next((x for x in found if type(x) is int and x >= 0), None)
-    if text.isdecimal():
+        return next((x for x in found if type(x) is int and 0 <= x < MAX_CLASSES), None)
+    if text.isdecimal() and len(text) < 20 and int(text) < MAX_CLASSES:
         return int(text)
     if suffix == "cls":
         raise DataError(
-            f"{path}: {member.name} is {text[:40]!r}, but .cls has the number of a class, from 0"
+            f"{path}: {member.name} is {text[:40]!r}, but .cls has the number of a class, from 0 "
+            f"to {MAX_CLASSES - 1}"
         )
     return None
 
