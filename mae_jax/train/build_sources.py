@@ -33,7 +33,8 @@ def make_train_source(config: Config, index_dir: Path) -> Source:
         where = f"{data.name}/{data.train_split}" if data.source == "tfds" else data.path
         raise DataError(
             f"{where} has no class labels, which task='classify' and data.shots need: a folder of "
-            "images needs one subfolder per class, a TFDS dataset a ClassLabel called 'label'"
+            "images needs one subfolder per class, a TFDS dataset a ClassLabel called 'label', tar "
+            "files a .cls member per image, Parquet files integers in the column 'label'"
         )
     source = _sample(config, source)
     source = source if data.shots is None else few_shot(source, data.shots, data.shots_seed)
@@ -74,7 +75,8 @@ def make_eval_source(
         if config.task != "pretrain":
             raise DataError(
                 f"{Path(path) / data.eval_split} does not exist: data.eval_split names "
-                "the images to evaluate on, next to those of data.train_split"
+                "the images to evaluate on, next to those of data.train_split; in a pattern of "
+                "files, {split} stands for both"
             )
         return None
     source = _open(config, data.eval_split, classes, index_dir)
