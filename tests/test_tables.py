@@ -177,7 +177,7 @@ def test_damaged_files_and_missing_packages(hub, tmp_path, monkeypatch):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match="train-00001-of-00003.parquet cannot be read"):
         spec.open("train")
-    with pytest.raises(DataError, match="train-00001-of-00003.parquet cannot be read"):
+    with pytest.raises(DataError, match="train-00001-of-00003.parquet has changed since"):
         _ = source[9]
     with pytest.raises(DataError, match="no Parquet files of the split 'test'"):
         spec.open("test")

@@ -44,7 +44,7 @@ class Shards:
         self.paths, self.kind = list(paths), kind
         try:
             with ThreadPoolExecutor(THREADS) as pool:
-                self._versions = list(pool.map(_version, self.paths))
+                self._versions = list(pool.map(file_version, self.paths))
         except FileNotFoundError as error:
             raise DataError(f"{error.filename} does not exist") from error
 
@@ -125,16 +125,16 @@ def _read_file(path: Path, offset: int, length: int) -> tuple[tuple[int, int], b
     try:
         # Opened for each record: there may be more files than a process may keep open.
         with path.open("rb", buffering=0) as file:
-            version = _file_version(os.fstat(file.fileno()))
+            version = _version(os.fstat(file.fileno()))
             return version, os.pread(file.fileno(), length, offset)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _version(path: AnyPath) -> tuple[int, int | str]:
+def file_version(path: AnyPath) -> tuple[int, int | str]:
     """Return the size of a file and a value that changes with it."""
-    return path.stat() if isinstance(path, RemotePath) else _file_version(path.stat())
+    return path.stat() if isinstance(path, RemotePath) else _version(path.stat())
 
 
-def _file_version(stat: os.stat_result) -> tuple[int, int]:
+def _version(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mae_jax.data.shard_index import file_version
 from mae_jax.data.sources import MAX_CLASSES, DataError, Record, hash_lines, printable_path
 from mae_jax.utils.remote import AnyPath, RemoteError, RemotePath
 
@@ -36,6 +37,7 @@ class _Block:
     path: AnyPath
     group: int | None
     rows: int
+    version: tuple[int, int | str]  # of the file
 
 
 class TableSource:
@@ -84,7 +86,7 @@ class TableSource:
 
     def __getitem__(self, index: int) -> Record:
         block, row = self._locate(index)
-        value = _read_column(block.path, block.group, self._image)[row].as_py()
+        value = _read_column(block, self._image)[row].as_py()
         return {"image": _image_bytes(value, block.path), "label": self.label(index)}
 
     def label(self, index: int) -> int:
@@ -130,14 +132,15 @@ def _errors(path: AnyPath) -> Iterator[None]:
 
 def _describe(path: AnyPath) -> _Table:
     with _errors(path):
+        version = file_version(path)
         if path.suffix == ".arrow":
             table = _map_arrow(path)
-            schema, blocks = table.schema, [_Block(path, None, table.num_rows)]
+            schema, blocks = table.schema, [_Block(path, None, table.num_rows, version)]
         else:
             file = _open_parquet(path)
             schema, metadata = file.schema_arrow, file.metadata
             groups = range(metadata.num_row_groups)
-            blocks = [_Block(path, i, metadata.row_group(i).num_rows) for i in groups]
+            blocks = [_Block(path, i, metadata.row_group(i).num_rows, version) for i in groups]
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     return _Table(schema, described.get("info", {}).get("features", {}), blocks)
 
@@ -160,12 +163,15 @@ def _map_arrow(path: AnyPath) -> Any:
 
 
 @functools.lru_cache(CACHED_GROUPS)
-def _read_column(path: AnyPath, group: int | None, column: str) -> Any:
+def _read_column(block: _Block, column: str) -> Any:
+    path = block.path
     with _errors(path):
-        if group is None:
+        if file_version(path) != block.version:
+            raise DataError(f"{path} has changed since it was opened: start again")
+        if block.group is None:
             return _map_arrow(path)[column]
         file = _open_parquet(path)
-        return file.read_row_group(group, columns=[column], use_threads=False)[column]
+        return file.read_row_group(block.group, columns=[column], use_threads=False)[column]
 
 
 def _read_labels(path: AnyPath, column: str) -> np.ndarray:
@@ -210,7 +216,7 @@ def _label_column(table: _Table) -> str | None:
 
 
 def _check_same_columns(
-    path: Path, table: _Table, first: Path, first_table: _Table, image: str
+    path: AnyPath, table: _Table, first: AnyPath, first_table: _Table, image: str
 ) -> None:
     """Raise DataError if the columns or the classes of a file are not those of the first."""
     label = _label_column(first_table)
@@ -222,7 +228,7 @@ def _check_same_columns(
         raise DataError(f"{path} has other columns or classes than {first}")
 
 
-def _log_unread_labels(path: Path, table: _Table) -> None:
+def _log_unread_labels(path: AnyPath, table: _Table) -> None:
     """Log why a file has no labels, although it seems to have some."""
     if "label" in table.schema.names:
         kind = table.schema.field("label").type
