@@ -45,13 +45,15 @@ def folder(path: Path, files: dict[str, bytes]) -> str:
         (0, "0", "uint8", 3),
         (255, "255.0", "uint8", 4),
         (-3.4028234663852886e38, "-3.4028234663852886e+38", "float32", 4),
+        (-3.4028234663852886e38, "-3.40282346638529e+38", "float32", 4),
         (np.nan, "nan", "float32", 4),
         (np.nan, None, "float32", 4),
     ],
 )
-def test_missing_samples_are_found_by_channel(value, text, dtype, channels):
+def test_missing_samples_are_found_by_channel(value, text, dtype, channels, caplog):
     image = with_missing(value, dtype, channels)
     masked = decode_masked(tiff(image, text), channels)
+    assert not caplog.records
     expected = np.zeros(image.shape, bool)
     expected[:4, :, 1] = True
     np.testing.assert_array_equal(masked.missing, expected)

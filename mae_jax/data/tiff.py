@@ -5,6 +5,7 @@ bands of one image, like the samples of a pixel.
 """
 
 import io
+import logging
 import math
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -26,6 +27,9 @@ ALPHA = (1, 2)  # extra samples that are transparency
 GRAY = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)
 CONVERTED = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.PALETTE)  # to other values than those stored
 MODES = {1: "L", 3: "RGB"}
+
+# It warns of NoData that is no value of the dtype, in every file and at every read.
+logging.getLogger("tifffile").setLevel(logging.ERROR)
 
 
 class Raster(NamedTuple):
