@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from image_helpers import encoded as encoded_image
 from PIL import Image
+from pydicom import DataElement, dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
@@ -140,6 +141,26 @@ def test_padding_has_no_data(window):
     image = decode(file, 1, options=ReadOptions(nodata="-3024", dicom_window=window))[..., 0]
     assert np.isnan(image[0]).all()
     assert np.isfinite(image[1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "header", "bits"),
+    [("i2", -2000, 63536, 16), ("i2", -32768, -32768, 12), ("u2", 63536, 63536, 12)],
+    ids=["unsigned in the header", "beyond BitsStored", "unsigned beyond BitsStored"],
+)
+def test_padding_of_another_range_than_the_values(kind, value, header, bits):
+    expected = (STORED // 2).astype(np.float32)
+    pixels = expected.astype(kind)
+    pixels[1], expected[1] = value, np.nan
+    file = dicom(pixels, bits=bits, PixelPaddingValue=value)
+    if header != value:
+        dataset = dcmread(io.BytesIO(file))
+        dataset["PixelPaddingValue"] = DataElement(0x00280120, "US", header)
+        buffer = io.BytesIO()
+        dataset.save_as(buffer)
+        file = buffer.getvalue()
+    image = decode(file, 1, options=ReadOptions(nodata="file"))
+    np.testing.assert_array_equal(image[..., 0], expected)
 
 
 def test_colors():

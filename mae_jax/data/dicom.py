@@ -40,10 +40,11 @@ def read_dicom(encoded: bytes, channels: int, options: ReadOptions) -> Raster:
     if dataset.PhotometricInterpretation not in GRAY:
         return _color(array, dataset)
     values = apply_modality_lut(array, dataset)
-    padding = dataset.get("PixelPaddingValue")
     # Padding is a stored value; a number of the user is in the units of the image.
-    stored = _unify_padding(array, dataset) if options.nodata == FILE else values
+    padding, stored = _padding(array, dataset)
     nodata = None if padding is None else float(padding)
+    if options.nodata != FILE:
+        stored = values
     if options.dicom_window is not None:
         return Raster(_windowed(values, dataset, options), 8, nodata, stored)
     values = _bright_is_large(values, dataset)
@@ -107,13 +108,22 @@ def _color(array: np.ndarray, dataset: Dataset) -> Raster:
     return Raster(array, int(dataset.BitsStored))
 
 
-def _unify_padding(array: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Return stored values, of which all of a range of padding are the padding value."""
-    first, last = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
-    if first is None or last is None:
-        return array
+def _padding(array: np.ndarray, dataset: Dataset) -> tuple[int | None, np.ndarray]:
+    """Return the padding value, and stored values, of which a range of padding has that value.
+
+    Padding may use bits beyond BitsStored, which `array` lacks, and be unsigned in the header of
+    signed values.
+    """
+    first = dataset.get("PixelPaddingValue")
+    if first is None or array.dtype.kind not in "iu":
+        return first, array
+    last = dataset.get("PixelPaddingRangeLimit", first)
+    first, last = (int(np.array(int(x)).astype(array.dtype)) for x in (first, last))
+    bits = int(dataset.BitsStored) - (array.dtype.kind == "i")
+    if max(x if x >= 0 else ~x for x in (first, last)) >= 2**bits:
+        array = pixel_array(dataset, index=0, correct_unused_bits=False).reshape(array.shape)
     padded = (array >= min(first, last)) & (array <= max(first, last))
-    return np.where(padded, np.array(first, array.dtype), array)
+    return first, np.where(padded, np.array(first, array.dtype), array)
 
 
 def _bright_is_large(values: np.ndarray, dataset: Dataset) -> np.ndarray:
