@@ -191,6 +191,8 @@ def test_colors():
             r"compressed with JPEG Lossless.* pip install 'pylibjpeg\[all\]'",
         ),
         (ct()[:-100], {}, "pixel data"),
+        (dicom(RescaleSlope=0, RescaleIntercept=1), {}, "slope is 0, and its intercept 1"),
+        (dicom(RescaleSlope=None, RescaleIntercept=1), {}, "slope is missing, and its intercept 1"),
         (
             dicom(encapsulate([b"\xff\xd8"]), JPEGBaseline8Bit, BitsAllocated=8, BitsStored=8),
             {},
@@ -198,7 +200,7 @@ def test_colors():
         ),
         (ct(), dict(bands="1"), "not a TIFF"),
     ],
-    ids=["frames", "window", "codec", "truncated", "damaged", "bands"],
+    ids=["frames", "window", "codec", "truncated", "no slope", "empty slope", "damaged", "bands"],
 )
 def test_what_cannot_be_read_is_named(file, options, message):
     with pytest.raises(DataError, match=message):

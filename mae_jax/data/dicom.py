@@ -61,6 +61,10 @@ def _check(dataset: Dataset) -> None:
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         kind = getattr(dataset.get("SOPClassUID"), "name", "unknown kind")
         raise DataError(f"it is a DICOM file without an image ({kind})")
+    scale = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
+    if None in scale or scale[0] == 0:
+        slope, intercept = ("missing" if x is None else f"{x:g}" for x in scale)
+        raise DataError(f"its rescale slope is {slope}, and its intercept {intercept}")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
         raise DataError(f"it is a DICOM file of {frames} frames: save each one as a file")
