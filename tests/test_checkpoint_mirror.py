@@ -67,7 +67,7 @@ def test_another_machine_restores_the_latest_step(address, server, tmp_path):
     (tmp_path / "b" / "init.json").write_text("mine")
     server.requests.clear()
     assert restored(address, tmp_path / "b")[0] == 3
-    assert not any(method == "GET" and "/3/" in path for method, path, _ in server.requests)
+    assert not any(method == "GET" and "/3/params" in path for method, path, _ in server.requests)
     assert not any(method == "PUT" and "/3/" in path for method, path, _ in server.requests)
     assert (tmp_path / "b" / "init.json").read_text() == "mine"
 
@@ -173,6 +173,20 @@ def test_files_that_changed_in_the_mirror_are_not_used(address, tmp_path):
     with pytest.raises(UserError, match=r"an object '../../x', which is no file in a folder"):
         fetched(address, tmp_path / "b")
     assert not any((tmp_path / "b" / "checkpoints").iterdir())
+
+
+def test_a_mirror_of_another_run_is_left_alone(address, tmp_path):
+    def refuse(meta):
+        raise UserError(f"of the seed {meta['config']['seed']}")
+
+    with checkpointer(address, tmp_path / "a") as writer:
+        save(writer, STATE, 2)
+    for step in (1, 3):
+        workdir = tmp_path / str(step)
+        write_step(workdir, step)
+        with pytest.raises(UserError, match="^of the seed 0"):
+            CheckpointMirror(address, workdir, 2, validate_meta=refuse).fetch()
+        assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(step)]
 
 
 def test_a_mirror_is_a_checkpoint(two_steps, server, cache):

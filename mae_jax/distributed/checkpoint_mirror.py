@@ -31,13 +31,20 @@ class CheckpointMirror:
       workdir: of the run.
       max_to_keep: steps in the mirror.
       files: names of files of the workdir that belong to a checkpoint, as far as they exist.
+      validate_meta: called with the metadata of the latest step; raises if it is of another run.
     """
 
     def __init__(
-        self, address: RemotePath, workdir: Path, max_to_keep: int, files: Sequence[str] = ()
+        self,
+        address: RemotePath,
+        workdir: Path,
+        max_to_keep: int,
+        files: Sequence[str] = (),
+        validate_meta: Callable[[dict[str, Any]], None] = lambda meta: None,
     ):
         self.address, self._workdir = address, workdir
         self._max_to_keep, self._files = max_to_keep, files
+        self._validate_meta = validate_meta
         self._thread = ThreadPoolExecutor(1)
         self._upload: Future[None] | None = None
         self._step: int | None = None  # the last in the mirror, or of the upload
@@ -46,19 +53,28 @@ class CheckpointMirror:
         """Download the latest step and the files of the workdir, unless it has a later step.
 
         Raises:
-          UserError, RemoteError: the store cannot be read or written.
+          UserError, RemoteError: the store cannot be read or written, or has another run.
         """
         self._check_writable()
         folder = self._workdir / FOLDER
         local = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
         steps = list_steps(self.address / FOLDER)
         self._step = max(steps, default=None)
+        if steps:
+            self._check_run(self.address / FOLDER / str(max(steps)))
         if not steps or max(steps) <= max(local, default=-1):
             return
         for name in self._files:
             if (self.address / name).exists() and not (self._workdir / name).exists():
                 (self.address / name).download(self._workdir / name)
         download_step(self.address / FOLDER / str(max(steps)), folder / str(max(steps)))
+
+    def _check_run(self, step: RemotePath) -> None:
+        try:
+            meta = json.loads((step / "meta" / "metadata").read_text())
+        except (FileNotFoundError, ValueError):
+            return  # the verification of the step will say so
+        self._validate_meta(meta)
 
     def _check_writable(self) -> None:
         """Find out before the training that objects can be written and removed."""

@@ -23,7 +23,7 @@ from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.supervised import SupervisedTask
 from mae_jax.tasks.train_step import TrainState, init_state
 from mae_jax.train.config import Config
-from mae_jax.train.resume import check_compatible
+from mae_jax.train.resume import allowed_keys, check_compatible
 from mae_jax.train.warm_start import load_init_weights, log_init_report
 from mae_jax.utils.atomic import write_json
 from mae_jax.utils.errors import UserError
@@ -85,11 +85,10 @@ def restore_or_init(
       UserError: init.path does not fit, or is missing where it is needed; or the workdir holds
         another run.
     """
-    allow = [key.strip() for key in config.resume.allow.split(",") if key.strip()]
     restored = checkpointer.restore_latest(
         vars(layout.shapes),
         vars(layout.shardings),
-        lambda old_meta: check_compatible(old_meta, meta, allow),
+        lambda old_meta: check_compatible(old_meta, meta, allowed_keys(config)),
     )
     if restored:
         log.info("resuming from step %d", restored[0])

@@ -33,6 +33,7 @@ from mae_jax.train.loggers import RunInfo
 from mae_jax.train.loop import Trainer
 from mae_jax.train.metrics_writer import MetricsWriter
 from mae_jax.train.progress import MetricsLogger, Profiler
+from mae_jax.train.resume import allowed_keys, check_compatible
 from mae_jax.train.setup import RunSetup, assert_same_run, build, make_step, select_attention
 from mae_jax.train.workdir import lock_workdir
 from mae_jax.train.yardsticks import make_loss_check
@@ -73,7 +74,7 @@ def train_and_evaluate(config: Config, workdir: str | Path) -> None:
 def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> None:
     """Resume or start, train to the end, save and evaluate."""
     config, workdir, total = setup.config, setup.workdir, setup.length.total_steps
-    directory, mirror = workdir / "checkpoints", make_mirror(config, workdir)
+    directory, mirror = workdir / "checkpoints", make_mirror(setup)
     with Checkpointer(directory, config.checkpoint.max_to_keep, mirror) as checkpointer:
         restore = partial(
             restore_or_init, config, setup.task, setup.layout, checkpointer, setup.meta
@@ -111,12 +112,20 @@ def run(setup: RunSetup, preemption: PreemptionHandler, watchdog: Watchdog) -> N
                 log.info("stopped at step %d of %d; the same command resumes", step, total)
 
 
-def make_mirror(config: Config, workdir: Path) -> CheckpointMirror | None:
+def make_mirror(setup: RunSetup) -> CheckpointMirror | None:
     """Return the copy of the checkpoints in an object store, if there is to be one."""
-    address, max_to_keep = config.checkpoint.mirror, config.checkpoint.max_to_keep
+    config, address = setup.config, setup.config.checkpoint.mirror
     if address is None:
         return None
-    return CheckpointMirror(RemotePath(address), workdir, max_to_keep, MIRRORED_FILES)
+    return CheckpointMirror(
+        RemotePath(address),
+        setup.workdir,
+        config.checkpoint.max_to_keep,
+        MIRRORED_FILES,
+        lambda meta: check_compatible(
+            meta, setup.meta, allowed_keys(config), address, "checkpoint.mirror"
+        ),
+    )
 
 
 def _check_length(workdir: Path, start_step: int, total: int) -> None:
