@@ -175,6 +175,20 @@ def test_files_that_changed_in_the_mirror_are_not_used(address, tmp_path):
     assert not any((tmp_path / "b" / "checkpoints").iterdir())
 
 
+def test_a_corrupt_step_of_a_mirror_is_left_out(address, tmp_path, caplog):
+    with checkpointer(address, tmp_path / "a") as writer:
+        save(writer, STATE, 1, 2)
+    step = address / "checkpoints" / "2"
+    for path in step.walk():
+        if "/params/" in path.address:
+            path.write_text("x" * path.stat().st_size)
+    with checkpointer(address, tmp_path / "b") as run:
+        assert run.restore_latest(*shapes_and_shardings(STATE), lambda meta: None)[0] == 1
+        assert "is damaged and renamed to 2.damaged" in caplog.text
+        save(run, STATE, 2)
+    assert restored(address, tmp_path / "c")[0] == 2
+
+
 def test_a_mirror_of_another_run_is_left_alone(address, tmp_path):
     def refuse(meta):
         raise UserError(f"of the seed {meta['config']['seed']}")

@@ -52,13 +52,19 @@ class CheckpointMirror:
     def fetch(self) -> None:
         """Download the latest step and the files of the workdir, unless it has a later step.
 
+        Steps that were found damaged in the workdir are left out.
+
         Raises:
           UserError, RemoteError: the store cannot be read or written, or has another run.
         """
         self._check_writable()
         folder = self._workdir / FOLDER
         local = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
-        steps = list_steps(self.address / FOLDER)
+        steps = [
+            step
+            for step in list_steps(self.address / FOLDER)
+            if not any(folder.glob(f"{step}.damaged*"))
+        ]
         self._step = max(steps, default=None)
         if steps:
             self._check_run(self.address / FOLDER / str(max(steps)))

@@ -78,23 +78,25 @@ class Checkpointer:
     manager (`open_reader`): the first has barriers, at which the other processes would wait forever
     for one that finds a corrupt file.
 
-    With a mirror, the latest step is downloaded from there if the directory lacks it, and every
-    complete step is uploaded in the background, by the main process.
+    With a mirror, the latest step is downloaded from there if the directory lacks it, or the one
+    before if that turns out to be corrupt, and every complete step is uploaded in the background,
+    by the main process.
     """
 
     def __init__(self, directory: Path, max_to_keep: int, mirror: CheckpointMirror | None = None):
         self.directory = directory
         self._max_to_keep = max_to_keep
         self._mirror = mirror
-        if mirror:
-            with processes.raise_together():
-                if processes.is_main():
-                    mirror.fetch()
         self._last: int | None = None  # step of the last restore or save, perhaps in progress
         self._retention = LatestN(None)  # keeps all until the first save is verified
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        if self._mirror:
+            self._wait_for_mirror(required=False)
+            with processes.raise_together():
+                if processes.is_main():
+                    self._mirror.fetch()
         self._resources = ExitStack()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention, cleanup_tmp_directories=True
@@ -228,11 +230,14 @@ class Checkpointer:
             dict(shapes),
             dict(shardings),
         )
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        processes.assert_equal_across_processes(
-            {f"list of checkpoints in {self.directory}": str(steps)}
-        )
-        for step in steps:
+        while True:
+            steps = sorted(self._manager.all_steps())
+            processes.assert_equal_across_processes(
+                {f"list of checkpoints in {self.directory}": str(steps)}
+            )
+            if not steps:
+                break
+            step = steps[-1]
             try:
                 state = self._restore_verified(step, target, validate_meta)
                 self._last = step
