@@ -198,9 +198,14 @@ def test_a_mirror_of_another_run_is_left_alone(address, tmp_path):
     for step in (1, 3):
         workdir = tmp_path / str(step)
         write_step(workdir, step)
+        mirror = CheckpointMirror(address, workdir, 2, validate_meta=refuse)
         with pytest.raises(UserError, match="^of the seed 0"):
-            CheckpointMirror(address, workdir, 2, validate_meta=refuse).fetch()
+            mirror.fetch()
         assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(step)]
+        mirror.start(step)
+        with pytest.raises(UserError, match="^of the seed 0"):
+            mirror.wait()
+    assert list_steps(address / "checkpoints") == [2]
 
 
 def test_a_mirror_is_a_checkpoint(two_steps, server, cache):

@@ -66,8 +66,7 @@ class CheckpointMirror:
             if not any(folder.glob(f"{step}.damaged*"))
         ]
         self._step = max(steps, default=None)
-        if steps:
-            self._check_run(self.address / FOLDER / str(max(steps)))
+        self._check_run(steps)
         if not steps or max(steps) <= max(local, default=-1):
             return
         for name in self._files:
@@ -75,8 +74,12 @@ class CheckpointMirror:
                 (self.address / name).download(self._workdir / name)
         download_step(self.address / FOLDER / str(max(steps)), folder / str(max(steps)))
 
-    def _check_run(self, step: RemotePath) -> None:
+    def _check_run(self, steps: Sequence[int]) -> None:
+        """Raise what `validate_meta` raises for the latest step."""
+        if not steps:
+            return
         try:
+            step = self.address / FOLDER / str(max(steps))
             meta = json.loads((step / "meta" / "metadata").read_text())
         except (FileNotFoundError, ValueError):
             return  # the verification of the step will say so
@@ -111,6 +114,7 @@ class CheckpointMirror:
 
     def _copy(self, step: int) -> None:
         """Upload a step, and remove the older ones and what was left by interrupted uploads."""
+        self._check_run(list_steps(self.address / FOLDER))  # another one may have started since
         source, target = self._workdir / FOLDER / str(step), self.address / FOLDER / str(step)
         _remove_step(target)
         sizes = {
