@@ -56,6 +56,21 @@ def expected(params, batch):
 
 
 @pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("encoder/cls_token", -0.1350959743722342),
+        ("encoder/patch_embed/kernel", -7.785140882335327),
+        ("encoder/blocks/attn/qkv/kernel", 6.184272863974911),
+        ("decoder/mask_token", 0.03687392210122198),
+        ("decoder/blocks/mlp/fc2/kernel", -4.309577186162642),
+    ],
+)
+def test_a_seed_has_the_weights_of_earlier_versions(params, name, total):
+    """Sums over arrays, recorded with version 0.1.0."""
+    assert np.asarray(flatten(params)[name], np.float64).sum() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
     "execution",
     [
         ExecutionConfig(remat="dots", scan_unroll=2),

@@ -287,7 +287,8 @@ def apply_blocks(
         split_rngs={"params": True},
         length=depth,
         unroll=unroll,
-        check_constancy_invariants=False,  # which symbolic batch sizes would fail
+        # Symbolic batch sizes of exports would fail the check; without it, a seed has other weights.
+        check_constancy_invariants=isinstance(x.shape[0], int),
     )
     tokens = x.shape[1]
     padding = execution.attention.padding(attention_shape(tokens, x.shape[2], num_heads))
