@@ -287,7 +287,7 @@ def apply_blocks(
         split_rngs={"params": True},
         length=depth,
         unroll=unroll,
-        # Symbolic batch sizes of exports would fail the check; without it, a seed has other weights.
+        # Symbolic batch sizes would fail the check; without it, a seed has other weights.
         check_constancy_invariants=isinstance(x.shape[0], int),
     )
     tokens = x.shape[1]
