@@ -13,13 +13,8 @@ from PIL import Image
 from mae_jax.data import __main__ as data_command
 from mae_jax.data import demo_dataset
 from mae_jax.data.decode import decode
-from mae_jax.data.segmentation import (
-    check_masks,
-    decode_mask,
-    match_folders,
-    open_segmentation,
-    resize_mask,
-)
+from mae_jax.data.mask_checks import check_masks
+from mae_jax.data.segmentation import decode_mask, match_folders, open_segmentation, resize_mask
 from mae_jax.data.sources import DataError
 from mae_jax.evaluate import __main__ as evaluate_command
 from mae_jax.evaluate.segmentation import (

@@ -17,11 +17,10 @@ import numpy as np
 
 from mae_jax.data.bit_depth import describe_loss
 from mae_jax.data.factory import DatasetSpec, detect_dataset
+from mae_jax.data.mask_checks import MaskReport, check_masks
 from mae_jax.data.read_options import ReadOptions
 from mae_jax.data.segmentation import (
-    MaskReport,
     SegmentationSource,
-    check_masks,
     has_masks,
     match_folders,
     open_segmentation,

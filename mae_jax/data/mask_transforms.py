@@ -6,14 +6,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from mae_jax.data.decode import Encoded, Pixels, decode
+from mae_jax.data.mask_checks import class_problem, size_problem
 from mae_jax.data.read_options import ReadOptions
-from mae_jax.data.segmentation import (
-    Mask,
-    class_problem,
-    decode_mask,
-    resize_mask,
-    size_problem,
-)
+from mae_jax.data.segmentation import Mask, decode_mask, resize_mask
 from mae_jax.data.sources import DataError
 from mae_jax.data.transforms import Example, resize
 

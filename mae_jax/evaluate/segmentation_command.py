@@ -16,12 +16,8 @@ from jaxtyping import Array, Float
 import mae_jax
 from mae_jax.convert import cli as convert_cli
 from mae_jax.convert.pretrained import Params, PretrainedModel
-from mae_jax.data.segmentation import (
-    SegmentationSource,
-    count_classes,
-    open_segmentation,
-    require_masks,
-)
+from mae_jax.data.mask_checks import count_classes, require_masks
+from mae_jax.data.segmentation import SegmentationSource, open_segmentation
 from mae_jax.data.subsets import evenly_spaced_indices
 from mae_jax.distributed import sharding
 from mae_jax.distributed.inference import with_sharded_inputs

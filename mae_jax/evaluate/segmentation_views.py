@@ -7,14 +7,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from mae_jax.data.decode import decode
+from mae_jax.data.mask_checks import class_problem, size_problem
 from mae_jax.data.read_options import ReadOptions
-from mae_jax.data.segmentation import (
-    Mask,
-    SegmentationSource,
-    class_problem,
-    resize_mask,
-    size_problem,
-)
+from mae_jax.data.segmentation import Mask, SegmentationSource, resize_mask
 from mae_jax.data.sources import DataError
 from mae_jax.data.transforms import resize
 

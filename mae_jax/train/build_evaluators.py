@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mae_jax.data.loader import eval_batches
-from mae_jax.data.segmentation import count_classes, require_masks
+from mae_jax.data.mask_checks import count_classes, require_masks
 from mae_jax.data.sources import Source
 from mae_jax.data.subsets import evenly_spaced
 from mae_jax.distributed import sharding
