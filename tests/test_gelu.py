@@ -1,4 +1,4 @@
-"""The GELU: its values, and its gradients on TPUs, which come from a saved derivative."""
+"""The GELU: its values, and its gradients on GPUs and TPUs, by a saved derivative."""
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ def test_values_are_those_of_the_exact_gelu():
     )
 
 
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
-def test_tpus_save_the_derivative(dtype, rtol, monkeypatch):
+def test_accelerators_save_the_derivative(dtype, rtol, backend, monkeypatch):
     expected = value_and_gradient(dtype)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     for actual, wanted in zip(value_and_gradient(dtype), expected):
         np.testing.assert_allclose(actual, wanted, rtol=rtol, atol=1e-6)

@@ -100,9 +100,12 @@ def test_mixed_precision_is_close_and_keeps_float32_where_needed(params, batch, 
             assert "bf16" not in line, line
 
 
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
-def test_the_form_for_tpus_computes_the_same(dtype, tolerance, params, batch, monkeypatch):
-    """Its norms, which are folded, GELU and bias gradients; relative to the norm of all gradients.
+def test_the_forms_for_accelerators_compute_the_same(
+    dtype, tolerance, backend, params, batch, monkeypatch
+):
+    """Norms, which are folded, GELU and bias gradients; relative to the norm of all gradients.
 
     The norms are not at their initial scale of 1 and bias of 0.
     """
@@ -113,7 +116,7 @@ def test_the_form_for_tpus_computes_the_same(dtype, tolerance, params, batch, mo
     assert (norms["decoder/blocks/norm2/bias"] == 0).all()
     execution = ExecutionConfig(dtype=dtype)
     expected_loss, expected = loss_and_grads(make_task(execution=execution), params, batch)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     loss, grads = loss_and_grads(make_task(execution=execution), params, batch)
     np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
     error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, expected))

@@ -50,6 +50,17 @@ def test_parameter_gradients_are_float32(arrays, width, parts):
     np.testing.assert_allclose(dx.astype(jnp.float32), gradient @ kernel.T, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_accelerators_sum_parameter_gradients_in_float32(arrays, parts, backend, monkeypatch):
+    x, _, _, gradient = arrays
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    _, (_, dkernel, dbias, _) = gradients(arrays, parts)
+    assert dkernel.dtype == dbias.dtype == jnp.float32
+    np.testing.assert_allclose(dkernel, x.T @ gradient, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(dbias, gradient.sum(0), rtol=1e-5, atol=1e-4)
+
+
 def test_cpu_matmuls_are_bfloat16(arrays):
     """The forward matmul and both of the backward pass."""
     text = jax.jit(gradients).lower(arrays).compile().as_text()

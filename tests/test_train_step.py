@@ -101,6 +101,18 @@ def test_ema_of_the_parameters(run):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
 
 
+def test_the_form_for_gpus_computes_the_same_step(run, step, monkeypatch):
+    state = run[0][1]
+    after, expected = step(KEY, state, batch_of(1))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    actual_after, actual = make_step()(KEY, state, batch_of(1))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), actual_after.params, after.params
+    )
+
+
 def test_clipping_of_the_gradient_norm():
     tx = adamw(lambda _: 1.0, b1=0.0, b2=0.0, eps=1e9, weight_decay=0.0, clip_norm=1.0)
     params = {"w": jnp.zeros((2, 2))}

@@ -9,32 +9,38 @@ def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Compute the exact GELU in float32.
 
     As in the reference: with erf, not flax's default tanh approximation (nor erfc, slower on CPUs).
-    The backward pass computes it again from x, or, on TPUs, multiplies by a saved derivative.
+    The backward pass multiplies by a saved derivative, or, on CPUs, computes it again from x.
     """
-    if jax.default_backend() != "tpu":
+    if jax.default_backend() == "cpu":
         return _gelu_recomputed(x)
     # A matrix, as the product before it: XLA fuses nothing across a reshape.
     return _gelu_with_derivative(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-
-
-def _gelu(x: Array) -> Array:
-    exact = x.astype(jnp.float32)
-    return (0.5 * exact * (1.0 + jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
 
 
 def _value_and_derivative(x: Array) -> tuple[Array, Array]:
     exact = x.astype(jnp.float32)
     probability = 0.5 * (1.0 + jax.lax.erf(exact * 0.5**0.5))
     density = jnp.exp(-0.5 * exact**2) * (2 * jnp.pi) ** -0.5
-    derivative = (probability + exact * density).astype(x.dtype)
-    # Without the barrier XLA keeps x in float32, and erf is computed in every product that follows.
-    return jax.lax.optimization_barrier((_gelu(x), derivative))
+    derivative = probability + exact * density
+    return (exact * probability).astype(x.dtype), derivative.astype(x.dtype)
 
 
-def _gradient(derivative: Array, gradient: Array) -> tuple[Array]:
+def _gelu(x: Array) -> Array:
+    return _value_and_derivative(x)[0]
+
+
+def _forward(x: Array) -> tuple[Array, Array]:
+    if jax.default_backend() == "gpu":
+        # Otherwise a GPU computes value and derivative in two kernels.
+        x = jax.lax.optimization_barrier(x)
+    # Otherwise XLA keeps x in float32, and computes erf again in every product that follows.
+    return jax.lax.optimization_barrier(_value_and_derivative(x))
+
+
+def _backward(derivative: Array, gradient: Array) -> tuple[Array]:
     return (derivative * gradient,)
 
 
 _gelu_recomputed = jax.checkpoint(_gelu, prevent_cse=False)
 _gelu_with_derivative = jax.custom_vjp(_gelu)
-_gelu_with_derivative.defvjp(_value_and_derivative, _gradient)
+_gelu_with_derivative.defvjp(_forward, _backward)

@@ -137,10 +137,12 @@ def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
     """Return a layer normalization that computes in float32; input and output have `dtype`.
 
     The variance is the mean of squared deviations; for bfloat16 on TPUs E[x^2] - E[x]^2, which
-    reads x once less, and whose rounding is small beside that of x.
+    reads x once less, and whose rounding is small beside that of x. The backward pass has x only; a
+    GPU computes the statistics again, since it would take a kernel more to save them.
     """
-    fast = dtype == jnp.bfloat16 and jax.default_backend() == "tpu"
-    layer = nn.remat(nn.LayerNorm, prevent_cse=False)
+    backend = jax.default_backend()
+    fast = dtype == jnp.bfloat16 and backend == "tpu"
+    layer = nn.remat(nn.LayerNorm, prevent_cse=backend == "gpu")
     return layer(eps, dtype=dtype, use_fast_variance=fast, name=name)
 
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from mae_jax.models.tpu_attention import SUBLANES
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def mixed_precision_dense(
@@ -40,9 +42,12 @@ def _backward(parts, saved, gradients):
     kernels = jnp.split(cast_kernel, parts, axis=1)
     dx = sum(_matmul(dy, kernel, 1) for dy, kernel in zip(gradients, kernels)).astype(x.dtype)
     gradient = jnp.concatenate(gradients, axis=1)
-    # A GPU sums in one kernel; a TPU would read concatenated arrays slowly.
-    addends = gradients if jax.default_backend() == "tpu" else [gradient]
-    dbias = jnp.concatenate([jnp.sum(each, axis=0, dtype=jnp.float32) for each in addends])
+    if parts > 1 and jax.default_backend() == "tpu":
+        # A TPU reads concatenated arrays slowly, and sums faster by a product with rows of ones.
+        ones = jnp.ones((len(x), SUBLANES), x.dtype)
+        dbias = jnp.concatenate([_outer(ones, dy)[0] for dy in gradients])
+    else:
+        dbias = jnp.sum(gradient, axis=0, dtype=jnp.float32)
     return dx, _outer(x, gradient), dbias, jnp.zeros_like(cast_kernel)
 
 

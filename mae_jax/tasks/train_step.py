@@ -97,7 +97,7 @@ def make_train_step(
             batch = task.sample(jax.random.fold_in(key, state.step), batch)
         loss, stats, grads = _loss_and_grads(task.loss, state, batch, grad_accum_steps)
         with jax.named_scope("guard"):
-            grad_norm = optax.tree.norm(grads)
+            grad_norm = _global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update() -> tuple[PyTree, ...]:
@@ -125,6 +125,16 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _global_norm(grads: PyTree) -> Float[Array, ""]:
+    """Compute the L2 norm of all gradients."""
+    if jax.default_backend() != "gpu":
+        return optax.tree.norm(grads)
+    # A GPU sums over rows in the kernels that compute the gradients of folded norms from the same
+    # gradients of weights (`fold_norms`), unless XLA sums over all axes at once.
+    rows = [jnp.sum(jnp.square(each), axis=-1) for each in jax.tree.leaves(grads)]
+    return jnp.sqrt(sum(map(jnp.sum, jax.lax.optimization_barrier(rows))))
 
 
 def _if_finite(finite: Array, update: Callable[[], PyTree], before: PyTree) -> PyTree:
