@@ -91,17 +91,36 @@ def called_by(line: str) -> list[str]:
 def trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
     """Return how often a loop runs, None if that is unknown.
 
-    The TPU compiler leaves no count: there it is the bound of the counter, which starts at 0.
+    The TPU compiler leaves no count: there a counter starts at 0, and grows by a step up to a bound.
     """
     if known := _TRIP_COUNT.search(line):
         return int(known.group(1))
-    condition = re.search(r"\bcondition=%?([\w.-]+)", line)
-    body = "\n".join(computations.get(condition.group(1), [])) if condition else ""
-    bound = re.search(r"ROOT [^\n]* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT", body)
-    if not bound:
+    called = dict(re.findall(r"\b(condition|body)=%?([\w.-]+)", line))
+    condition, body = (
+        {each.name: each for text in computations[called[name]] if (each := parse(text))}
+        for name in ("condition", "body")
+    )
+    end = _root(condition)
+    if end.kind != "compare" or "direction=LT" not in end.line:
         return None
-    constant = re.search(rf"%{re.escape(bound.group(1))} = s32\[\]\S* constant\((\d+)\)", body)
-    return int(constant.group(1)) if constant else None
+    counter, bound = (condition.get(name) for name in end.operands)
+    bound = _constant(bound)
+    if counter is None or bound is None:
+        return None
+    index = re.search(r"\bindex=(\d+)", counter.line)
+    updated = body.get(_root(body).operands[int(index.group(1))]) if index else None
+    steps = [_constant(body.get(name)) for name in updated.operands] if updated else []
+    return math.ceil(bound / next(filter(None, steps), 1))
+
+
+def _root(instructions: dict[str, Instruction]) -> Instruction:
+    return next(each for each in instructions.values() if each.line.lstrip().startswith("ROOT "))
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    """Return the value of an integer constant, None if it is none."""
+    match = re.search(r" [su]32\[\]\S* constant\((\d+)\)", instruction.line if instruction else "")
+    return int(match.group(1)) if match else None
 
 
 def instructions(text: str) -> Iterator[Instruction]:

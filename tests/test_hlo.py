@@ -234,6 +234,16 @@ def test_loops_without_a_count_run_up_to_a_bound_or_once(direction, trips):
     assert [runs for *_, runs in counted(text)] == [trips, trips]
 
 
+@pytest.mark.parametrize(("step", "trips"), [(1, 5), (2, 3)])
+def test_loops_without_a_count_may_take_larger_steps(step, trips):
+    """As those of products whose operands other TPUs send meanwhile."""
+    add = f"  %k = u32[] constant({step})\n  %sum = s32[] add(%n, %k)\n  ROOT %t"
+    loop = LOOP.replace("  ROOT %t", add).replace("tuple(%n, %a, %y)", "tuple(%sum, %a, %y)")
+    loop = loop.replace("s32[] constant(5)", "u32[] constant(5)")
+    text = program(loop, LOOPS.replace("known", "unknown"))
+    assert [runs for name, *_, runs in counted(text) if name in ("x.1", "y")] == [trips, trips]
+
+
 def test_slice_and_update_without_a_fusion():
     entry = """  %stack = f32[5,4,8]{2,1,0} parameter(0)
   %i = s32[] parameter(1)
