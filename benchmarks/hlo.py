@@ -91,7 +91,7 @@ def called_by(line: str) -> list[str]:
 def trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
     """Return how often a loop runs, None if that is unknown.
 
-    The TPU compiler leaves no count: there a counter starts at 0, and grows by a step up to a bound.
+    The TPU compiler leaves no count: there a counter starts at 0 and grows by a step to a bound.
     """
     if known := _TRIP_COUNT.search(line):
         return int(known.group(1))

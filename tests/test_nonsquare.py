@@ -16,7 +16,8 @@ from mae_jax.convert.model_info import ConvertError
 from mae_jax.distributed.checkpoint_reader import CheckpointError
 from mae_jax.evaluate.feature_figures import attention_figure, pca_figure
 from mae_jax.evaluate.figures import GRAY, image_grid, reconstruction_panels
-from mae_jax.evaluate.segmentation import KnnOptions, SegmentationSetup, knn_probe
+from mae_jax.evaluate.segmentation import SegmentationSetup
+from mae_jax.evaluate.segmentation_probes import KnnOptions, knn_probe
 from mae_jax.evaluate.segmentation_views import Views
 from mae_jax.models.mae import make_mae
 from mae_jax.models.patches import patch_corners, patch_grid, patchify, unpatchify

@@ -18,19 +18,21 @@ from mae_jax.data.segmentation import decode_mask, match_folders, open_segmentat
 from mae_jax.data.sources import DataError
 from mae_jax.evaluate import __main__ as evaluate_command
 from mae_jax.evaluate.segmentation import (
-    KnnOptions,
-    LinearOptions,
     PatchSample,
     SegmentationSetup,
-    class_fractions,
-    knn_probe,
-    linear_probe,
     merge_views,
-    polynomial_decay,
-    probe_optimizer,
     upsample_on_host,
 )
 from mae_jax.evaluate.segmentation_metrics import count_pixels, segmentation_score
+from mae_jax.evaluate.segmentation_probes import (
+    KnnOptions,
+    LinearOptions,
+    class_fractions,
+    knn_probe,
+    linear_probe,
+    polynomial_decay,
+    probe_optimizer,
+)
 from mae_jax.evaluate.segmentation_views import Example, Views, window_starts
 from mae_jax.models.segmentation import LinearHead, upsample
 from mae_jax.tasks.segment import SegmentationProbe

@@ -23,18 +23,15 @@ from mae_jax.distributed import sharding
 from mae_jax.distributed.inference import with_sharded_inputs
 from mae_jax.evaluate.figures import check_display_channels, save_png
 from mae_jax.evaluate.segmentation import (
-    KnnOptions,
-    LinearOptions,
     Probe,
     SegmentationSetup,
     TrainPatches,
     evaluate_probes,
     extract_patches,
-    knn_probe,
-    linear_probe,
 )
 from mae_jax.evaluate.segmentation_figure import segmentation_figure
 from mae_jax.evaluate.segmentation_metrics import CONVENTIONS, SegmentationScore
+from mae_jax.evaluate.segmentation_probes import KnnOptions, LinearOptions, knn_probe, linear_probe
 from mae_jax.evaluate.segmentation_views import Views
 from mae_jax.models.patches import num_patch_values, patchify
 from mae_jax.utils import cli, console

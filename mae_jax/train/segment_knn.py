@@ -10,13 +10,8 @@ from jaxtyping import Array
 
 from mae_jax.data.segmentation import SegmentationSource
 from mae_jax.distributed.inference import with_sharded_inputs
-from mae_jax.evaluate.segmentation import (
-    KnnOptions,
-    SegmentationSetup,
-    evaluate_probes,
-    extract_patches,
-    knn_probe,
-)
+from mae_jax.evaluate.segmentation import SegmentationSetup, evaluate_probes, extract_patches
+from mae_jax.evaluate.segmentation_probes import KnnOptions, knn_probe
 from mae_jax.evaluate.segmentation_views import Views
 from mae_jax.tasks.pretrain import Pretrain
 from mae_jax.tasks.train_step import TrainState
