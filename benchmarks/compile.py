@@ -37,7 +37,13 @@ from mae_jax.train import build_data, build_model
 from mae_jax.train.config import Config, from_config_dict
 from mae_jax.train.init_state import make_state_layout, split_rng
 from mae_jax.utils.atomic import write_json
-from mae_jax.utils.cli import make_parser, path_argument, positive_int, run_command
+from mae_jax.utils.cli import (
+    check_output,
+    make_parser,
+    path_argument,
+    positive_int,
+    run_command,
+)
 from mae_jax.utils.errors import UserError
 
 RECIPES = {"pretrain": "pretrain", "pixio": "pixio", "finetune": "finetune", "probe": "linprobe"}
@@ -233,6 +239,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--text", type=path_argument, help="write the compiled program to a file")
     parser.add_argument("--json", type=path_argument, help="write everything to a file")
     flags = parser.parse_args(argv)
+    for flag, path, suffix in (("--text", flags.text, ".txt"), ("--json", flags.json, ".json")):
+        if path:
+            check_output(flag, path, suffix)
     report = compile_program(flags)
     print_report(report, get_target(flags.target))
     if flags.json:

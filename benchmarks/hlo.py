@@ -91,36 +91,56 @@ def called_by(line: str) -> list[str]:
 def trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
     """Return how often a loop runs, None if that is unknown.
 
-    The TPU compiler leaves no count: there a counter starts at 0 and grows by a step to a bound.
+    The TPU compiler leaves no count: there a counter starts at 0, is below a bound, and grows by a
+    constant.
     """
     if known := _TRIP_COUNT.search(line):
         return int(known.group(1))
     called = dict(re.findall(r"\b(condition|body)=%?([\w.-]+)", line))
-    condition, body = (
-        {each.name: each for text in computations[called[name]] if (each := parse(text))}
-        for name in ("condition", "body")
-    )
-    end = _root(condition)
-    if end.kind != "compare" or "direction=LT" not in end.line:
+    condition = _Definitions(computations[called["condition"]])
+    body = _Definitions(computations[called["body"]])
+    if not (condition.root and body.root and body.root.kind == "tuple"):
         return None
-    counter, bound = (condition.get(name) for name in end.operands)
-    bound = _constant(bound)
-    if counter is None or bound is None:
+    end = condition.root
+    if end.kind != "compare" or "direction=LT" not in end.line or len(end.operands) != 2:
         return None
-    index = re.search(r"\bindex=(\d+)", counter.line)
-    updated = body.get(_root(body).operands[int(index.group(1))]) if index else None
-    steps = [_constant(body.get(name)) for name in updated.operands] if updated else []
-    return math.ceil(bound / next(filter(None, steps), 1))
+    index = condition.tuple_index(end.operands[0])
+    bound = condition.constant(end.operands[1])
+    if index is None or bound is None:
+        return None
+    update = body.find(body.root.operands[index])
+    if update is None or update.kind != "add":
+        return None
+    steps = [step for name in update.operands if (step := body.constant(name))]
+    counters = [name for name in update.operands if body.tuple_index(name) == index]
+    return math.ceil(bound / steps[0]) if len(steps) == len(counters) == 1 else None
 
 
-def _root(instructions: dict[str, Instruction]) -> Instruction:
-    return next(each for each in instructions.values() if each.line.lstrip().startswith("ROOT "))
+class _Definitions:
+    """The instructions of a computation, found by name through copies."""
 
+    def __init__(self, lines: list[str]):
+        parsed = [each for line in lines if (each := parse(line))]
+        self._by_name = {each.name: each for each in parsed}
+        roots = [each for each in parsed if each.line.lstrip().startswith("ROOT ")]
+        self.root = roots[0] if roots else None
 
-def _constant(instruction: Instruction | None) -> int | None:
-    """Return the value of an integer constant, None if it is none."""
-    match = re.search(r" [su]32\[\]\S* constant\((\d+)\)", instruction.line if instruction else "")
-    return int(match.group(1)) if match else None
+    def find(self, name: str) -> Instruction | None:
+        each = self._by_name.get(name)
+        return self.find(each.operands[0]) if each and each.kind == "copy" else each
+
+    def constant(self, name: str) -> int | None:
+        """Return the value of an integer constant."""
+        return self._number(name, r" [su]32\[\]\S* constant\((\d+)\)")
+
+    def tuple_index(self, name: str) -> int | None:
+        """Return which element of the loop's state it is."""
+        return self._number(name, r" get-tuple-element\(.*\bindex=(\d+)")
+
+    def _number(self, name: str, pattern: str) -> int | None:
+        each = self.find(name)
+        match = re.search(pattern, each.line) if each else None
+        return int(match.group(1)) if match else None
 
 
 def instructions(text: str) -> Iterator[Instruction]:

@@ -227,20 +227,29 @@ def test_loop_with_slices_and_updates_in_place():
     ]
 
 
-@pytest.mark.parametrize(("direction", "trips"), [("LT", 5), ("NE", 1)])
-def test_loops_without_a_count_run_up_to_a_bound_or_once(direction, trips):
-    """The TPU compiler leaves no counts; a loop until something happens has no bound."""
-    text = program(LOOP.replace("LT", direction), LOOPS.replace("known", "unknown"))
-    assert [runs for *_, runs in counted(text)] == [trips, trips]
+UPDATE = """  %step = s32[] constant(1)
+  %copied = s32[] copy(%n)
+  %sum = s32[] add(%copied, %step)
+  ROOT %t"""
 
 
-@pytest.mark.parametrize(("step", "trips"), [(1, 5), (2, 3)])
-def test_loops_without_a_count_may_take_larger_steps(step, trips):
-    """As those of products whose operands other TPUs send meanwhile."""
-    add = f"  %k = u32[] constant({step})\n  %sum = s32[] add(%n, %k)\n  ROOT %t"
-    loop = LOOP.replace("  ROOT %t", add).replace("tuple(%n, %a, %y)", "tuple(%sum, %a, %y)")
-    loop = loop.replace("s32[] constant(5)", "u32[] constant(5)")
-    text = program(loop, LOOPS.replace("known", "unknown"))
+@pytest.mark.parametrize(
+    ("old", "new", "trips"),
+    [
+        ("", "", 5),
+        ("%step = s32[] constant(1)", "%step = s32[] constant(2)", 3),
+        ("s32[]", "u32[]", 5),  # as of products whose operands other TPUs send meanwhile
+        ("LT", "NE", 1),
+        ("add(%copied, %step)", "multiply(%copied, %step)", 1),
+        ("add(%copied, %step)", "add(%copied, %copied)", 1),
+        ("add(%copied, %step)", "copy(%copied)", 1),
+        ("%end = s32[] constant(5)", "%end = s32[] get-tuple-element(%s.1), index=1", 1),
+    ],
+)
+def test_loops_without_a_count_run_up_to_a_bound_or_once(old, new, trips):
+    """The TPU compiler leaves no counts."""
+    loop = LOOP.replace("  ROOT %t", UPDATE, 1).replace("tuple(%n, ", "tuple(%sum, ")
+    text = program(loop.replace(old, new), LOOPS.replace("known", "unknown"))
     assert [runs for name, *_, runs in counted(text) if name in ("x.1", "y")] == [trips, trips]
 
 

@@ -30,10 +30,10 @@ def _gelu(x: Array) -> Array:
 
 
 def _forward(x: Array) -> tuple[Array, Array]:
+    # Without the barriers a GPU would compute the two in a kernel each, and XLA would keep x in
+    # float32 and compute erf again in every product that follows.
     if jax.default_backend() == "gpu":
-        # Otherwise a GPU computes value and derivative in two kernels.
         x = jax.lax.optimization_barrier(x)
-    # Otherwise XLA keeps x in float32, and computes erf again in every product that follows.
     return jax.lax.optimization_barrier(_value_and_derivative(x))
 
 

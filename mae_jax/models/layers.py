@@ -138,7 +138,7 @@ def layer_norm(name: str, eps: float, dtype: Any) -> Layer:
 
     The variance is the mean of squared deviations; for bfloat16 on TPUs E[x^2] - E[x]^2, which
     reads x once less, and whose rounding is small beside that of x. The backward pass has x only; a
-    GPU computes the statistics again, since it would take a kernel more to save them.
+    GPU computes the statistics again, since to save those of ViT-H it takes a kernel more.
     """
     backend = jax.default_backend()
     fast = dtype == jnp.bfloat16 and backend == "tpu"

@@ -131,9 +131,10 @@ def _global_norm(grads: PyTree) -> Float[Array, ""]:
     """Compute the L2 norm of all gradients."""
     if jax.default_backend() != "gpu":
         return optax.tree.norm(grads)
-    # A GPU sums over rows in the kernels that compute the gradients of folded norms from the same
-    # gradients of weights (`fold_norms`), unless XLA sums over all axes at once.
-    rows = [jnp.sum(jnp.square(each), axis=-1) for each in jax.tree.leaves(grads)]
+    # Sums over rows are computed in the kernels of the norms' gradients (`fold_norms`), which read
+    # the same arrays. The barrier prevents that XLA sums over all axes at once.
+    leaves = map(jnp.atleast_1d, jax.tree.leaves(grads))
+    rows = [jnp.sum(jnp.square(each), axis=-1) for each in leaves]
     return jnp.sqrt(sum(map(jnp.sum, jax.lax.optimization_barrier(rows))))
 
 

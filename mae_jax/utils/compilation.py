@@ -16,6 +16,9 @@ log = logging.getLogger("mae_jax.run")
 STEP_FLAGS: dict[str, dict[str, Any]] = {
     # Products of queries, keys and values are not merged into one, which would have to be split.
     "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
+    # Sharded weights are gathered, and their gradients summed, beside products of whole matrices: a
+    # TPU would send parts of them in a loop with products of the parts, which take it longer.
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000},
     # A v5e sums gradients over chips, some MB at a time, beside the products of other blocks. Its
     # compiler refuses that for other TPUs.
     "TPU v5 lite": {
