@@ -17,16 +17,16 @@ def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return _gelu_with_derivative(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
-def _value_and_derivative(x: Array) -> tuple[Array, Array]:
+def _gelu(x: Array) -> Array:
+    exact = x.astype(jnp.float32)
+    return (0.5 * exact * (1.0 + jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
+
+
+def _derivative(x: Array) -> Array:
     exact = x.astype(jnp.float32)
     probability = 0.5 * (1.0 + jax.lax.erf(exact * 0.5**0.5))
     density = jnp.exp(-0.5 * exact**2) * (2 * jnp.pi) ** -0.5
-    derivative = probability + exact * density
-    return (exact * probability).astype(x.dtype), derivative.astype(x.dtype)
-
-
-def _gelu(x: Array) -> Array:
-    return _value_and_derivative(x)[0]
+    return (probability + exact * density).astype(x.dtype)
 
 
 def _forward(x: Array) -> tuple[Array, Array]:
@@ -34,7 +34,7 @@ def _forward(x: Array) -> tuple[Array, Array]:
     # float32 and compute erf again in every product that follows.
     if jax.default_backend() == "gpu":
         x = jax.lax.optimization_barrier(x)
-    return jax.lax.optimization_barrier(_value_and_derivative(x))
+    return jax.lax.optimization_barrier((_gelu(x), _derivative(x)))
 
 
 def _backward(derivative: Array, gradient: Array) -> tuple[Array]:
