@@ -1,6 +1,6 @@
 """Accelerators to compile for without one: their compilers run on any machine.
 
-NVIDIA GPUs take the CUDA plugin of jax, TPUs libtpu; `pip install 'mae_jax[compile]'` has both.
+NVIDIA GPUs take the CUDA plugin of jax, TPUs libtpu; `pip install '.[compile]'` has both.
 """
 
 import importlib.util
@@ -156,7 +156,7 @@ def _check_installed(backend: str) -> None:
     modules = {"gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}[backend]
     if not any(map(importlib.util.find_spec, modules)):
         raise UserError(
-            f"the compiler for {backend.upper()}s is not installed: pip install 'mae_jax[compile]'"
+            f"the compiler for {backend.upper()}s is not installed: pip install '.[compile]'"
         )
 
 
