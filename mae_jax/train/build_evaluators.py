@@ -29,10 +29,9 @@ from mae_jax.train.evaluators import (
     Evaluator,
     FeatureEvaluator,
     ReconstructionEvaluator,
-    SegmentationEvaluator,
-    SegmentationPictures,
 )
 from mae_jax.train.metrics_writer import MetricsWriter
+from mae_jax.train.segment_evaluators import SegmentationEvaluator, SegmentationPictures
 from mae_jax.train.segment_knn import SegmentKnnEvaluator
 from mae_jax.utils.cpus import available_cpus
 
